@@ -1,0 +1,409 @@
+"""`arrag-db`: parse → frozen settings → one call → print.
+
+Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from schemas.errors import ArragError, BadInputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from pipeline.build import BuildReport
+    from pipeline.query import QueryAnswer
+    from schemas.manifest import IndexManifest
+
+app = typer.Typer(
+    name="arrag-db",
+    help="Build, index and query patch retrieval databases for autoregressive image generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Database = Annotated[
+    Path, typer.Option("--db", envvar="ARRAG_DB", help="Folder of the database.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+DEFAULT_DB = Path("arrag-db")
+
+
+@app.command()
+def build(
+    source: Annotated[str, typer.Option(help="sample, folder or webdataset.")],
+    input: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", help="Folder, tar, brace pattern; may be repeated."),
+    ] = None,
+    db: Database = DEFAULT_DB,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="sample or vq16.  [default: the database's, else sample]")
+    ] = None,
+    tokenizer_weights: Annotated[
+        str | None, typer.Option(help="For vq16: a .pt or .safetensors file, folder or hub id.")
+    ] = None,
+    neighborhood: Annotated[
+        str | None, typer.Option(help="causal-1, causal-2 or surround-1.  [default: causal-1]")
+    ] = None,
+    border: Annotated[
+        str | None,
+        typer.Option(
+            help="skip positions at the border, or zero what is missing.  [default: skip]"
+        ),
+    ] = None,
+    key_space: Annotated[
+        str | None, typer.Option(help="codebook or latent.  [default: codebook]")
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=0.99, help="Share of pictures kept out of the patches."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N inputs.")] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Inputs a shard.")] = None,
+    min_side: Annotated[int, typer.Option(min=1, help="Reject pictures with a shorter side.")] = 32,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Reject larger pictures, before decoding them.")
+    ] = 80_000_000,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help="Address of a Ray cluster.  [default: one of its own, embedded]"
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Encoders on CPUs; 0 takes one a --threads cores.")
+    ] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads an encoder.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="Encode on this many GPUs.")] = 0,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.  [default: float32, on a GPU bfloat16]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures a model call.  [default: 1, on a GPU 32]")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the encoder.")] = False,
+    index: Annotated[bool, typer.Option(help="Index the database when it is built.")] = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn pictures into a database, or add to one what it lacks of a source.
+
+    A build that was interrupted goes on where it stopped when the same command is given again.
+    """
+    from pipeline.build import BuildSettings
+    from pipeline.build import build as run_build
+    from pipeline.ray_run import RayResources
+    from schemas.records import SourceSettings
+
+    settings = BuildSettings(
+        database=db,
+        source=SourceSettings(source, tuple(input or ()), limit, shard_size),
+        tokenizer=tokenizer,
+        tokenizer_weights=tokenizer_weights,
+        neighborhood=neighborhood,
+        border=border,
+        key_space=key_space,
+        hold_out=hold_out,
+        precision=precision,
+        batch_size=batch_size,
+        compile=compile,
+        min_side=min_side,
+        max_pixels=max_pixels,
+        resources=RayResources(ray, workers, threads, gpus),
+    )
+    with _bar(quiet or as_json, "shards") as bar:
+        task = bar.add_task("starting")
+
+        def show(total: int, report: "BuildReport") -> None:
+            state = f"{report.images:,} images, {report.rejects.total():,} rejects"
+            bar.update(task, description=state, total=total, completed=report.shards_done)
+
+        report = run_build(settings, show)
+    if index and not report.failed and (report.shards_done or not _has_index(db)):
+        _index_after_build(db, quiet or as_json)
+    from pipeline.info import info as read_info
+
+    if as_json:
+        fields = read_info(db) | {
+            "seconds": report.seconds,
+            "images_per_second": report.images_per_second,
+            "shards_done": report.shards_done,
+            "shards_skipped": report.shards_skipped,
+            "shards_failed": len(report.failed),
+        }
+        typer.echo(json.dumps(fields, indent=1))
+    else:
+        _print_build(report)
+    if report.failed:
+        shard, error = next(iter(report.failed.items()))
+        raise BadInputError(
+            f"{len(report.failed)} shards failed, {report.shards_done} are done; first {shard}:"
+            f" {error}. The same command tries them again"
+        )
+
+
+@app.command()
+def index(
+    db: Database = DEFAULT_DB,
+    kind: Annotated[
+        str | None, typer.Option(help="flat or ivfpq.  [default: flat up to 50,000 keys]")
+    ] = None,
+    index_key: Annotated[
+        str | None, typer.Option(help="A faiss factory string.  [default: OPQ8_32,IVFn,PQ8x8]")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="What the index may take in memory.")] = "4GB",
+    nprobe: Annotated[
+        int | None, typer.Option(min=1, help="Lists a search visits.  [default: tuned]")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the index.  [default: its kind]")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build an index over the patches and measure its recall against exact search."""
+    from stages.build_index import IndexSettings
+
+    settings = IndexSettings(kind, index_key, memory, nprobe)
+    made = _run_index(db, settings, name, quiet or as_json)
+    if as_json:
+        from pipeline.info import info as read_info
+
+        typer.echo(json.dumps(read_info(db)["indexes"][made.name], indent=1))
+    else:
+        _print_index(made)
+
+
+@app.command()
+def query(
+    db: Database = DEFAULT_DB,
+    image: Annotated[Path | None, typer.Option(help="Ask with a picture's positions.")] = None,
+    row: Annotated[int | None, typer.Option(help="Only this row of the grid (with --col).")] = None,
+    col: Annotated[int | None, typer.Option(help="Only this column (with --row).")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Ask with a key: its tokens, separated by commas.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a position.")] = 10,
+    index: Annotated[
+        str | None, typer.Option(help="Name of the index.  [default: the newest]")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet to this PNG.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What came next in real pictures, where the neighbourhood looked like this one."""
+    from pipeline.query import QuerySettings
+    from pipeline.query import query as run_query
+
+    settings = QuerySettings(db, image, row, col, _parse_tokens(tokens), k, index)
+    answer = run_query(settings)
+    if as_json:
+        typer.echo(json.dumps(answer.to_json()))
+    else:
+        _print_results(answer)
+    if sheet is not None:
+        _draw(answer, db, f"Query {image.name if image else tokens}", sheet, quiet or as_json)
+
+
+@app.command()
+def info(db: Database = DEFAULT_DB, as_json: AsJson = False) -> None:
+    """What a database holds and how good its indexes are."""
+    from pipeline.info import info as read_info
+    from pipeline.info import to_text
+
+    fields = read_info(db)
+    typer.echo(json.dumps(fields, indent=1) if as_json else to_text(fields))
+
+
+@app.command()
+def verify(
+    db: Database = DEFAULT_DB,
+    full: Annotated[
+        bool, typer.Option("--full", help="Recompute every picture's patches.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove a database sound: counts, ids, contents, indexes. Exits with 1 when it is not."""
+    from pipeline.verify import verify as run_verify
+
+    with _bar(quiet or as_json, "shards") as bar:
+        task = bar.add_task("recomputing patches")
+        checks = run_verify(
+            db,
+            full=full,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    failed = [check for check in checks if not check.ok]
+    if as_json:
+        listed = [vars(check) for check in checks]
+        typer.echo(json.dumps({"ok": not failed, "checks": listed}, indent=1))
+    else:
+        for check in checks:
+            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+    if failed:
+        names = "; ".join(check.name for check in failed)
+        raise ArragError(f"database {db} is not sound: {names}")
+
+
+def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInputError(
+            f"--tokens '{text}' is no list of numbers; write them like '12,7,4095,3'"
+        ) from error
+
+
+def _has_index(db: Path) -> bool:
+    from arrag_runtime.patch_index import index_folders
+    from schemas.manifest import Layout
+
+    return bool(index_folders(Layout(db.expanduser())))
+
+
+def _index_after_build(db: Path, quiet: bool) -> None:
+    from pipeline.info import info as read_info
+    from stages.build_index import IndexSettings
+
+    if not read_info(db)["patches"]:
+        typer.echo("no patches, so no index was built", err=True)
+        return
+    made = _run_index(db, IndexSettings(), None, quiet)
+    if not quiet:
+        _print_index(made)
+
+
+def _run_index(db: Path, settings: Any, name: str | None, quiet: bool) -> "IndexManifest":
+    from pipeline.index import index_database
+
+    with _bar(quiet, "keys") as bar:
+        task = bar.add_task("training the index")
+
+        def show(done: int, total: int) -> None:
+            state = "filling" if done < total else "measuring recall"
+            bar.update(task, description=f"{state} the index", completed=done, total=total)
+
+        return index_database(db, settings, name=name, progress=show)
+
+
+def _draw(answer: "QueryAnswer", db: Path, title: str, sheet: Path, quiet: bool) -> None:
+    from pipeline.query import load_database_tokenizer
+    from pipeline.sheet import draw_sheet, save_sheet
+    from schemas.manifest import Layout
+
+    layout = Layout(db.expanduser())
+    tokenizer = load_database_tokenizer(layout, answer.manifest)
+    with _bar(quiet, "pictures") as bar:
+        task = bar.add_task("reconstructing")
+        drawn = draw_sheet(
+            answer,
+            layout,
+            tokenizer,
+            title,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    save_sheet(drawn, sheet)
+    if not quiet:
+        typer.echo(f"contact sheet: {sheet}")
+
+
+def _print_build(report: "BuildReport") -> None:
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    if not report.shards_done and not report.failed:
+        typer.echo(f"nothing to do: all {report.shards_skipped} shards are in the database")
+        return
+    rejects = report.rejects.total()
+    typer.echo(
+        f"{report.inputs:,} inputs = {report.images:,} images + {rejects:,} rejects;"
+        f" {report.heldout:,} held out, {report.patches:,} patches;"
+        f" {report.images_per_second:.1f} images/s, {report.seconds:.0f} s in all"
+    )
+    for reason, count in report.rejects.most_common():
+        typer.echo(f"  rejected {count:,}: {reason}")
+    if report.agreement is not None:
+        typer.echo(f"  {report.agreement:.2%} of token ids agree with float32 (first batches)")
+
+
+def _print_index(made: "IndexManifest") -> None:
+    probe = f", nprobe {made.nprobe}" if made.nprobe else ""
+    typer.echo(
+        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys, recall@10"
+        f" {made.recall_at_10:.3f} ({made.recall_protocol['queries']}),"
+        f" {made.ms_per_query:.2f} ms a query"
+    )
+
+
+def _print_results(answer: "QueryAnswer") -> None:
+    """A table for people; on a terminal it takes the terminal's width, in a pipe as it needs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("query", "distance", "token", "image", "row", "col"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("caption", overflow="ellipsis", no_wrap=True, max_width=48)
+    table.add_column("url", overflow="fold")
+    for result in answer.results:
+        asked = "tokens" if result.row is None else f"{result.row},{result.col}"
+        for n in result.neighbors:
+            cells = (asked, f"{n.distance:.4f}", n.token, n.image_id, n.row, n.col)
+            table.add_row(*map(str, cells), n.caption or n.key, n.url or "")
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console.print(table)
+
+
+@contextmanager
+def _bar(quiet: bool, unit: str) -> "Iterator[Progress]":
+    """A progress bar on stderr, gone when the work is done; silent when quiet or in a pipe."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        Remaining(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    ) as bar:
+        yield bar
+
+
+def main() -> None:
+    """The console script: domain errors become one line on stderr and exit code 1."""
+    # Silence what libraries say at import; a user's own setting wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except ArragError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

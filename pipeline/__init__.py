@@ -1,0 +1,1 @@
+"""Order, resources, resume: the steps put together. Ray is imported here and nowhere else."""

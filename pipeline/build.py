@@ -1,0 +1,317 @@
+"""Build or extend a database: the function to read first.
+
+open the source and the database → plan what the ledger lacks → record the plan → run the shards on
+Ray → commit each as it comes back → retry what failed → describe the run in the manifest.
+"""
+
+import logging
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.lease import lease
+from pipeline.plan import Plan, plan
+from pipeline.ray_run import (
+    RayResources,
+    ShardFailure,
+    WorkerSettings,
+    ray_cluster,
+    run_shards,
+    worker_count,
+)
+from schemas.errors import BadInputError, IncompatibleError
+from schemas.manifest import (
+    DatabaseManifest,
+    EncoderSettings,
+    Layout,
+    read_codebook,
+    write_codebook,
+)
+from schemas.records import Shard, SourceSettings
+from schemas.specs import KeySpec, key_spec, require_same_tokenizer
+from schemas.tables import require_grid_fits
+from stages.decode import DecodeSettings
+from stages.encode_images import EncodeSettings
+from stages.patch_table import Committer, ShardResult, create_tables, read_ledger
+from stages.sources import open_source
+from stages.tokenizers import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""A failed shard is tried this often in one build."""
+
+DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
+"""On a CPU single pictures were the fastest (docs/log.md); a GPU wants to be filled."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """None where a setting is the database's own, or, for a new one, the default."""
+
+    database: Path
+    source: SourceSettings
+    tokenizer: str | None = None
+    tokenizer_weights: str | None = None
+    neighborhood: str | None = None
+    border: str | None = None
+    key_space: str | None = None
+    hold_out: float | None = None
+    precision: str | None = None
+    batch_size: int | None = None
+    compile: bool = False
+    min_side: int = 32
+    max_pixels: int = 80_000_000
+    resources: RayResources = field(default_factory=RayResources)
+
+
+@dataclass
+class BuildReport:
+    """What a build did. `failed` maps a shard to its last error."""
+
+    shards_done: int = 0
+    shards_skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    inputs: int = 0
+    images: int = 0
+    heldout: int = 0
+    patches: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+    stage_seconds: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    encode_seconds: float = 0.0
+    agreement: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def images_per_second(self) -> float:
+        """Pictures committed a second, from the first shard's start to the last commit."""
+        return self.images / self.encode_seconds if self.encode_seconds else 0.0
+
+    def add(self, result: ShardResult) -> None:
+        """Count a committed shard."""
+        self.shards_done += 1
+        self.inputs += result.inputs
+        self.images += result.images
+        self.heldout += result.heldout
+        self.patches += result.patches
+        self.rejects.update(result.rejects)
+        self.stage_seconds.update(result.seconds)
+        if result.agreement < 1.0:
+            self.agreement = min(self.agreement or 1.0, result.agreement)
+
+
+Progress = Callable[[int, BuildReport], None]
+"""Called with the number of shards to do and the report so far, after every change."""
+
+
+def build(
+    settings: BuildSettings, progress: Progress = lambda _total, _report: None
+) -> BuildReport:
+    """Build the database, or add to it what it lacks of the source.
+
+    Raises ArragError for input the user can mend; shards that failed `ATTEMPTS` times are in the
+    report, the others are done.
+    """
+    started = time.perf_counter()
+    layout = Layout(settings.database.expanduser().resolve())
+    source = open_source(settings.source)
+    report = BuildReport()
+    with lease(layout, "arrag-db build"):
+        manifest, tokenizer = open_database(layout, settings)
+        state = read_ledger(layout)
+        committer = Committer(layout, manifest.keys)
+        if dropped := committer.recover(state):
+            report.notes.append(f"dropped {dropped} rows of shards that a killed build left")
+        work = plan(source, state)
+        report.shards_skipped = work.skipped
+        report.notes += work.notes
+        if work.todo:
+            with ray_cluster(settings.resources):
+                workers = worker_count(settings.resources)
+                worker = _worker_settings(layout, manifest, settings)
+                del tokenizer
+                total = 0
+                while work.todo:
+                    committer.plan(work.fresh)
+                    total += len(work.todo)
+                    _run(work, worker, workers, settings, committer, report, total, progress)
+                    # A tar that proved longer than one shard has more to list now.
+                    work = _without(plan(source, read_ledger(layout)), report.failed)
+        report.seconds = time.perf_counter() - started
+        _describe_run(layout, manifest, settings, report)
+    return report
+
+
+def open_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseManifest, Tokenizer]:
+    """The database at `layout`, created where there is none, and its tokenizer.
+
+    Raises IncompatibleError, with both sides named, when the settings differ from its own.
+    """
+    if layout.manifest.exists():
+        manifest = DatabaseManifest.read(layout)
+        tokenizer = load_tokenizer(
+            settings.tokenizer or manifest.tokenizer.name,
+            settings.tokenizer_weights or manifest.tokenizer_weights,
+        )
+        require_same_tokenizer(
+            manifest.tokenizer, read_codebook(layout), tokenizer.spec, tokenizer.codebook()
+        )
+        _require_same(manifest, settings)
+        return manifest, tokenizer
+    if any(path.name != layout.lease.name for path in layout.root.iterdir()):
+        _require_unfinished(layout)
+    tokenizer = load_tokenizer(settings.tokenizer or "sample", settings.tokenizer_weights)
+    require_grid_fits(tokenizer.spec)
+    device = "cuda" if settings.resources.gpus else "cpu"
+    manifest = DatabaseManifest(
+        tokenizer=tokenizer.spec,
+        tokenizer_weights=tokenizer.weights,
+        encoder=EncoderSettings(
+            device,
+            settings.precision or ("bfloat16" if device == "cuda" else "float32"),
+            settings.batch_size or DEFAULT_BATCH[device],
+        ),
+        keys=_key_spec(settings),
+        hold_out=settings.hold_out or 0.0,
+    )
+    create_tables(layout, manifest.tokenizer, manifest.keys)
+    write_codebook(layout, tokenizer.codebook())
+    manifest.write(layout)
+    return manifest, tokenizer
+
+
+def _require_unfinished(layout: Layout) -> None:
+    """A folder without a manifest may only hold what a killed creation leaves."""
+    ours = {p.name for p in (layout.lease, layout.ledger, layout.images, layout.rejects)}
+    ours |= {"patches", layout.codebook.name}
+    others = [p.name for p in layout.root.iterdir() if p.name not in ours and p.name[0] != "."]
+    if others:
+        raise BadInputError(
+            f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"
+            " empty or new folder with --db"
+        )
+
+
+def _key_spec(settings: BuildSettings) -> KeySpec:
+    return key_spec(
+        settings.neighborhood or "causal-1",
+        settings.border or "skip",
+        settings.key_space or "codebook",
+    )
+
+
+def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:
+    """Raise IncompatibleError for the first setting that is given and differs."""
+    keys, encoder = manifest.keys, manifest.encoder
+    device = "cuda" if settings.resources.gpus else "cpu"
+    for option, given, own in (
+        ("--neighborhood", settings.neighborhood, keys.neighborhood.name),
+        ("--border", settings.border, keys.neighborhood.border),
+        ("--key-space", settings.key_space, keys.space),
+        ("--hold-out", settings.hold_out, manifest.hold_out),
+        ("--precision", settings.precision, encoder.precision),
+        ("--batch-size", settings.batch_size, encoder.batch_size),
+        ("device", device, encoder.device),
+    ):
+        if given is not None and given != own:
+            raise IncompatibleError(
+                f"this database was built with {option} {own}, not {given}; leave it out, or name"
+                " another folder with --db"
+            )
+
+
+def _worker_settings(
+    layout: Layout, manifest: DatabaseManifest, settings: BuildSettings
+) -> WorkerSettings:
+    return WorkerSettings(
+        database=str(layout.root),
+        source=replace(
+            settings.source,
+            input=tuple(str(Path(p).expanduser().absolute()) for p in settings.source.input),
+        ),
+        tokenizer=manifest.tokenizer.name,
+        tokenizer_weights=manifest.tokenizer_weights,
+        device=manifest.encoder.device,
+        precision=manifest.encoder.precision,
+        compile=settings.compile,
+        keys=manifest.keys,
+        encode=EncodeSettings(
+            batch_size=manifest.encoder.batch_size,
+            decode_threads=max(2, settings.resources.threads),
+            latents=manifest.keys.space == "latent",
+            hold_out=manifest.hold_out,
+            decode=DecodeSettings(
+                size=manifest.tokenizer.image_size,
+                max_pixels=settings.max_pixels,
+                min_side=settings.min_side,
+            ),
+        ),
+        threads=settings.resources.threads,
+    )
+
+
+def _run(
+    work: Plan,
+    worker: WorkerSettings,
+    workers: int,
+    settings: BuildSettings,
+    committer: Committer,
+    report: BuildReport,
+    total: int,
+    progress: Progress,
+) -> None:
+    """Run the planned shards, failed ones again, and commit what comes back."""
+    started = time.perf_counter()
+    left: dict[str, Shard] = {shard.id: shard for shard in work.todo}
+    progress(total, report)
+    for attempt in range(1, ATTEMPTS + 1):
+        for outcome in run_shards(list(left.values()), worker, settings.resources, workers):
+            if isinstance(outcome, ShardFailure):
+                report.failed[outcome.shard] = outcome.error
+                log.warning("shard %s failed (%d): %s", outcome.shard, attempt, outcome.error)
+            else:
+                committer.commit(outcome)
+                del left[outcome.shard]
+                report.failed.pop(outcome.shard, None)
+                report.add(outcome)
+                log.info("shard %s: %d images", outcome.shard, outcome.images)
+            progress(total, report)
+        if not left:
+            break
+    report.encode_seconds += time.perf_counter() - started
+
+
+def _without(work: Plan, failed: dict[str, str]) -> Plan:
+    return replace(work, todo=tuple(shard for shard in work.todo if shard.id not in failed))
+
+
+def _describe_run(
+    layout: Layout, manifest: DatabaseManifest, settings: BuildSettings, report: BuildReport
+) -> None:
+    """Add this run to the manifest: versions, settings, time a stage."""
+    packages = ("torch", "transformers", "pylance", "pyarrow", "numpy", "pillow", "ray")
+    run: dict[str, Any] = {
+        "source": settings.source.name,
+        "input": list(settings.source.input),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "shards": report.shards_done,
+        "failed": len(report.failed),
+        "images": report.images,
+        "hours": {name: seconds / 3600 for name, seconds in report.stage_seconds.items()},
+        "seconds": report.seconds,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+    if not report.shards_done and settings.source.name in manifest.sources:
+        return
+    replace(
+        manifest,
+        sources=tuple(dict.fromkeys((*manifest.sources, settings.source.name))),
+        runs=(*manifest.runs, run),
+    ).write(layout)

@@ -1,0 +1,103 @@
+"""What a database holds, as the ledger, the rejects and the index manifests say."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lance
+
+from arrag_runtime.patch_index import index_folders
+from schemas.manifest import INDEX_FILE, DatabaseManifest, IndexManifest, Layout
+from stages.patch_table import read_ledger
+
+
+def info(database: Path) -> dict[str, Any]:
+    """The object that `info --json` prints. Raises BadInputError where there is no database."""
+    layout = Layout(database.expanduser())
+    manifest = DatabaseManifest.read(layout)
+    state = read_ledger(layout)
+    reasons = lance.dataset(layout.rejects).to_table(columns=["reason", "shard"])
+    done = state.done
+    rejects = Counter(
+        reason
+        for reason, shard in zip(
+            reasons["reason"].to_pylist(), reasons["shard"].to_pylist(), strict=True
+        )
+        if shard in done
+    )
+    spec, keys = manifest.tokenizer, manifest.keys
+    return {
+        "database": str(layout.root),
+        "inputs": state.totals["inputs"],
+        "images": state.totals["images"],
+        "heldout": state.totals["heldout"],
+        "patches": state.totals["patches"],
+        "rejects": dict(sorted(rejects.items())),
+        "shards": len(done),
+        "shards_open": len(state.recorded) - len(done),
+        "sources": list(manifest.sources),
+        "tokenizer": spec.name,
+        "grid": [spec.grid_height, spec.grid_width],
+        "vocabulary": spec.vocabulary,
+        "encoder": vars(manifest.encoder),
+        "hold_out": manifest.hold_out,
+        "neighborhood": keys.neighborhood.name,
+        "border": keys.neighborhood.border,
+        "key_space": keys.space,
+        "bytes": {p.name: _size(p) for p in sorted(layout.root.iterdir()) if p.is_dir()},
+        "indexes": {
+            folder.name: _index(folder, layout, manifest) for folder in index_folders(layout)
+        },
+    }
+
+
+def _index(folder: Path, layout: Layout, manifest: DatabaseManifest) -> dict[str, Any]:
+    index = IndexManifest.read(folder)
+    current = lance.dataset(layout.patches(index.keys)).count_rows()
+    return {
+        "kind": index.kind,
+        "index_key": index.index_key,
+        "keys": index.count,
+        "nprobe": index.nprobe,
+        "recall_at_10": index.recall_at_10,
+        "recall_protocol": index.recall_protocol,
+        "code_bytes_per_key": index.code_bytes_per_key,
+        # faiss reads its file into memory; ids and next tokens stay mapped.
+        "resident_bytes_per_key": (folder / INDEX_FILE).stat().st_size / max(index.count, 1),
+        "ms_per_query": index.ms_per_query,
+        "table_version": index.table_version,
+        "up_to_date": index.count == current,
+    }
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def to_text(fields: dict[str, Any]) -> str:
+    """The same for people."""
+    grid = "x".join(map(str, fields["grid"]))
+    rejects = sum(fields["rejects"].values())
+    lines = [
+        f"{fields['database']}: {fields['images']:,} images, {fields['patches']:,} patches",
+        f"  inputs {fields['inputs']:,} = {fields['images']:,} images + {rejects:,} rejects"
+        f" ({fields['heldout']:,} of the images held out)",
+        f"  shards {fields['shards']} done, {fields['shards_open']} open;"
+        f" sources {', '.join(fields['sources']) or 'none'}",
+        f"  tokenizer {fields['tokenizer']}, grid {grid}, {fields['vocabulary']:,} codes",
+        f"  keys {fields['neighborhood']}, border {fields['border']}, {fields['key_space']} space",
+    ]
+    lines += [f"  reject {reason}: {count:,}" for reason, count in fields["rejects"].items()]
+    sizes = {name: f"{size / 1e6:.1f} MB" for name, size in fields["bytes"].items()}
+    lines.append("  on disk " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    for name, index in fields["indexes"].items():
+        probe = f", nprobe {index['nprobe']}" if index["nprobe"] else ""
+        stale = "" if index["up_to_date"] else "  (older than the table: run `arrag-db index`)"
+        lines.append(
+            f"  index {name}: {index['index_key']}{probe}, {index['keys']:,} keys,"
+            f" recall@10 {index['recall_at_10']:.3f}, {index['ms_per_query']:.2f} ms a query,"
+            f" {index['code_bytes_per_key']:.0f} bytes of code a key{stale}"
+        )
+    if not fields["indexes"]:
+        lines.append("  no index yet: run `arrag-db index`")
+    return "\n".join(lines)

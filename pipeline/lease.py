@@ -1,0 +1,34 @@
+"""One writer a database: a lease that ends with the process that holds it, even when killed."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from schemas.errors import DatabaseBusyError
+from schemas.manifest import Layout
+
+
+@contextmanager
+def lease(layout: Layout, command: str) -> Iterator[None]:
+    """Hold the database's lease. Raises DatabaseBusyError, naming the holder, when it is taken."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+    with layout.lease.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise DatabaseBusyError(
+                f"database {layout.root} is being written by {holder}; wait for it, or end it"
+            ) from error
+        file.truncate(0)
+        who = {"command": command, "pid": os.getpid(), "host": socket.gethostname()}
+        file.write(json.dumps(who))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,0 +1,44 @@
+"""What is to be done: the source's shards minus those the ledger has. Pure; nothing is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from schemas.errors import BadInputError
+from schemas.records import RecordedShard, Shard
+from schemas.tables import SHARD_BITS, shard_number
+from stages.patch_table import LedgerState
+from stages.sources import Source
+
+
+@dataclass(frozen=True)
+class Plan:
+    """fresh: shards to record in the ledger first; todo: all shards to run, in order."""
+
+    fresh: tuple[Shard, ...]
+    todo: tuple[Shard, ...]
+    skipped: int
+    notes: tuple[str, ...]
+
+
+def plan(source: Source, state: LedgerState) -> Plan:
+    """The shards of `source` that are not done. Raises BadInputError when two ids collide."""
+    recorded = [r for r in state.recorded if r.shard.source == source.name]
+    listing = source.listing(recorded)
+    planned = {r.shard.id for r in state.recorded}
+    fresh = tuple(shard for shard in listing.shards if shard.id not in planned)
+    todo = tuple(shard for shard in listing.shards if shard.id not in state.done)
+    _require_distinct(state.recorded, fresh)
+    done = sum(1 for r in recorded if r.inputs is not None)
+    return Plan(fresh, todo, done, tuple(listing.notes))
+
+
+def _require_distinct(recorded: Sequence[RecordedShard], fresh: Sequence[Shard]) -> None:
+    """Two shards must differ in the bits of their ids that patch ids keep."""
+    seen = {shard_number(r.shard.id): r.shard.id for r in recorded}
+    for shard in fresh:
+        other = seen.setdefault(shard_number(shard.id), shard.id)
+        if other != shard.id:
+            raise BadInputError(
+                f"shards {other} and {shard.id} share their first {SHARD_BITS} bits, so patch ids"
+                " could not tell them apart; choose another --shard-size for this source"
+            )

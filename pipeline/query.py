@@ -1,0 +1,226 @@
+"""Ask a database what came next: by a picture's positions, or by a key of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.patch_index import Neighbors, PatchIndex
+from schemas.errors import BadInputError
+from schemas.manifest import DatabaseManifest, Layout, read_codebook
+from schemas.specs import require_same_tokenizer
+from schemas.tables import split_patch_ids
+from stages.decode import DecodeSettings, UndecodableError, decode
+from stages.read_images import ImageRow, ImageTable
+from stages.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class QuerySettings:
+    """Either `image`, with or without a position, or `tokens`. `k` neighbours each."""
+
+    database: Path
+    image: Path | None = None
+    row: int | None = None
+    col: int | None = None
+    tokens: tuple[int, ...] | None = None
+    k: int = 10
+    index: str | None = None
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """One retrieved entry and where it came from. distance: squared L2."""
+
+    rank: int
+    distance: float
+    token: int
+    patch_id: int
+    image_id: int
+    row: int
+    col: int
+    caption: str | None
+    url: str | None
+    key: str
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class PositionResult:
+    """The neighbours of one query. row and col are None for a query by tokens.
+
+    token is what really stands at the position of the query's picture, None where unknown.
+    """
+
+    row: int | None
+    col: int | None
+    key: tuple[int, ...]
+    token: int | None
+    neighbors: tuple[Neighbor, ...]
+
+
+@dataclass(frozen=True)
+class QueryAnswer:
+    """The results, and what they were made with; grid: uint16 [h, w] of the query's picture."""
+
+    results: tuple[PositionResult, ...]
+    manifest: DatabaseManifest
+    index: str
+    kind: str
+    grid: npt.NDArray[np.uint16] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "results": [
+                {
+                    "row": result.row,
+                    "col": result.col,
+                    "key": list(result.key),
+                    "token": result.token,
+                    "neighbors": [vars(neighbor) for neighbor in result.neighbors],
+                }
+                for result in self.results
+            ],
+            "index": self.index,
+        }
+
+
+def query(settings: QuerySettings) -> QueryAnswer:
+    """Answer a query. Raises BadInputError for a picture, position or token that cannot be used."""
+    layout = Layout(settings.database.expanduser())
+    manifest = DatabaseManifest.read(layout)
+    if (settings.image is None) == (settings.tokens is None):
+        raise BadInputError("give either --image FILE or --tokens 'a,b,c,d'")
+    if settings.image is None and (settings.row is not None or settings.col is not None):
+        raise BadInputError("--row and --col say where in an --image; with --tokens leave them out")
+    if (settings.row is None) != (settings.col is None):
+        raise BadInputError("--row and --col go together; give both, or neither for every position")
+    index = PatchIndex.open(layout.root, settings.index)
+    grid = None
+    if settings.tokens is not None:
+        positions: list[tuple[int | None, int | None]] = [(None, None)]
+        keys = _typed_key(settings.tokens, manifest)
+    else:
+        assert settings.image is not None
+        grid = tokenize_file(settings.image, load_database_tokenizer(layout, manifest), manifest)
+        positions, keys = _picture_keys(grid, settings, manifest)
+    found = index.search(keys, settings.k)
+    rows = _image_rows(layout, found)
+    results = tuple(
+        PositionResult(
+            row,
+            col,
+            tuple(keys[n].tolist()),
+            None if grid is None else int(grid[row, col]),
+            _trace(found, n, rows, manifest.tokenizer.grid_width),
+        )
+        for n, (row, col) in enumerate(positions)
+    )
+    return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid)
+
+
+def load_database_tokenizer(layout: Layout, manifest: DatabaseManifest) -> Tokenizer:
+    """The tokenizer a database was built with, on the CPU. Raises IncompatibleError if changed."""
+    tokenizer = load_tokenizer(manifest.tokenizer.name, manifest.tokenizer_weights)
+    require_same_tokenizer(
+        manifest.tokenizer, read_codebook(layout), tokenizer.spec, tokenizer.codebook()
+    )
+    tokenizer.setup("cpu", precision="float32")
+    return tokenizer
+
+
+def tokenize_file(
+    path: Path, tokenizer: Tokenizer, manifest: DatabaseManifest
+) -> npt.NDArray[np.uint16]:
+    """The token grid uint16 [h, w] of a picture, made the way the database's grids were.
+
+    The picture stands alone in a batch of the database's size, since the size changes a few ids.
+    """
+    try:
+        data = path.expanduser().read_bytes()
+    except OSError as error:
+        raise BadInputError(f"cannot read --image '{path}': {error.strerror}") from error
+    size = manifest.tokenizer.image_size
+    try:
+        pixels = decode(data, DecodeSettings(size=size)).pixels
+    except UndecodableError as error:
+        raise BadInputError(
+            f"--image '{path}' cannot be used: {error}; give a JPEG, PNG or WebP picture"
+        ) from error
+    batch = np.zeros((manifest.encoder.batch_size, size, size, 3), np.uint8)
+    batch[0] = pixels
+    grid: npt.NDArray[np.uint16] = tokenizer.encode(batch).tokens[0]
+    return grid
+
+
+def _typed_key(tokens: Sequence[int], manifest: DatabaseManifest) -> npt.NDArray[np.uint16]:
+    size, vocabulary = manifest.keys.neighborhood.size, manifest.tokenizer.vocabulary
+    if len(tokens) != size:
+        offsets = " ".join(f"({r:+d},{c:+d})" for r, c in manifest.keys.neighborhood.offsets)
+        raise BadInputError(
+            f"--tokens has {len(tokens)} tokens, but a key of {manifest.keys.neighborhood.name} has"
+            f" {size}: the tokens at (row, column) offsets {offsets}"
+        )
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise BadInputError(f"token {token} is outside the codebook; use 0..{vocabulary - 1}")
+    return np.array([tokens], dtype=np.uint16)
+
+
+def _picture_keys(
+    grid: npt.NDArray[np.uint16], settings: QuerySettings, manifest: DatabaseManifest
+) -> tuple[list[tuple[int | None, int | None]], npt.NDArray[np.uint16]]:
+    hood = manifest.keys.neighborhood
+    if settings.row is not None and settings.col is not None:
+        key = hood.key_at(grid[None], settings.row, settings.col)
+        if key is None:
+            raise BadInputError(
+                f"position ({settings.row}, {settings.col}) has no full {hood.name} neighbourhood"
+                f" and the database skips such borders; {_range_with_keys(manifest)}"
+            )
+        return [(settings.row, settings.col)], key
+    at = np.stack(np.divmod(hood.positions(*grid.shape), grid.shape[1]), axis=1)
+    return [(int(row), int(col)) for row, col in at], hood.keys(grid[None])[0]
+
+
+def _range_with_keys(manifest: DatabaseManifest) -> str:
+    spec = manifest.tokenizer
+    at = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width)
+    rows, cols = np.divmod(at, spec.grid_width)
+    return f"use rows {rows.min()}..{rows.max()} and columns {cols.min()}..{cols.max()}"
+
+
+def _image_rows(layout: Layout, found: Neighbors) -> dict[int, ImageRow]:
+    ids = split_patch_ids(found.patch_ids[found.patch_ids >= 0])[0]
+    return ImageTable(layout.images).rows(np.unique(ids).tolist())
+
+
+def _trace(
+    found: Neighbors, query: int, rows: dict[int, ImageRow], width: int
+) -> tuple[Neighbor, ...]:
+    """The real neighbours of one query, each with the picture and position it came from."""
+    neighbors = []
+    for rank in range(int(found.count[query])):
+        patch = int(found.patch_ids[query, rank])
+        image, position = (int(x) for x in split_patch_ids(np.int64(patch)))  # type: ignore[arg-type]
+        origin = rows.get(image)
+        neighbors.append(
+            Neighbor(
+                rank=rank + 1,
+                distance=float(found.distances[query, rank]),
+                token=int(found.tokens[query, rank]),
+                patch_id=patch,
+                image_id=image,
+                row=position // width,
+                col=position % width,
+                caption=origin.caption if origin else None,
+                url=origin.url if origin else None,
+                key=origin.key if origin else "",
+                licence=origin.licence if origin else None,
+            )
+        )
+    return tuple(neighbors)

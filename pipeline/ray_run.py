@@ -1,0 +1,302 @@
+"""Ray Data over rows that are shards.
+
+CPU tasks read a shard and end in encoded files; an actor takes a whole shard, decodes, encodes and
+writes its fragments. What comes back to the driver is one small row a shard, a result or an error.
+The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
+"""
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from schemas.errors import BadInputError
+from schemas.manifest import Layout
+from schemas.records import Shard, SourceSettings, pack_records, unpack_records
+from schemas.specs import KeySpec
+from schemas.tables import REJECTS_SCHEMA
+from stages.encode_images import EncodeSettings, encode_shard
+from stages.extract_patches import extract_patches
+from stages.patch_table import ShardResult, table_paths, write_fragments
+from stages.sources import open_source
+from stages.tokenizers import load_tokenizer
+
+READ_CPUS = 0.25
+"""Declared for a task that reads: it waits for disks and networks most of the time."""
+
+
+@dataclass(frozen=True)
+class RayResources:
+    """What the run may use. `address` None starts an embedded cluster that ends with the run.
+
+    workers: encode actors, each with `threads` CPU threads (0: one actor a GPU, else one a core);
+    gpus: GPUs for them in all, one an actor.
+    """
+
+    address: str | None = None
+    workers: int = 0
+    threads: int = 1
+    gpus: int = 0
+    in_flight_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Everything a worker needs to know besides its shard."""
+
+    database: str
+    source: SourceSettings
+    tokenizer: str
+    tokenizer_weights: str | None
+    device: str
+    precision: str
+    compile: bool
+    keys: KeySpec
+    encode: EncodeSettings
+    threads: int
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class ShardFailure:
+    """A shard that did not come through, and why."""
+
+    shard: str
+    error: str
+
+
+@contextmanager
+def ray_cluster(resources: RayResources) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start an embedded one for as long as this lasts.
+
+    A Ray session that already runs in this process is used and left alone.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Ray would otherwise announce a changed default on every start without a GPU.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if resources.address is None:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address=resources.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BadInputError(
+            f"cannot reach a Ray cluster at '{resources.address}': {str(error).splitlines()[0]};"
+            " check the address and RAY_AUTH_MODE, or leave --ray out for an embedded one"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_count(resources: RayResources) -> int:
+    """How many encode actors to run, checked against what the cluster has."""
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
+    if resources.gpus > gpus:
+        raise BadInputError(
+            f"--gpus {resources.gpus}, but the Ray cluster declares {gpus}; start it with more, or"
+            " pass a smaller --gpus"
+        )
+    if resources.gpus:
+        return resources.gpus
+    wanted = resources.workers or max(1, cpus // resources.threads)
+    if wanted * resources.threads > cpus:
+        raise BadInputError(
+            f"{wanted} workers of {resources.threads} threads need more than the cluster's {cpus}"
+            " CPUs; pass fewer --workers or --threads"
+        )
+    return wanted
+
+
+def run_shards(
+    shards: Sequence[Shard], settings: WorkerSettings, resources: RayResources, workers: int
+) -> Iterator[ShardResult | ShardFailure]:
+    """Run shards in any order; every one of them is answered for, once.
+
+    A shard whose worker died, or whose task raised, comes back as a failure.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1
+    context.log_internal_stack_trace_to_stdout = False
+    context.execution_options.preserve_order = False
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=resources.in_flight_bytes
+    )
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    rows = [{"shard": s.id, "source": s.source, "members": list(s.members)} for s in shards]
+    encode_cpus = resources.threads - 2 * READ_CPUS
+    # The type of a function on Arrow tables is one that ray.data's own hints do not know.
+    read: Any = _read_shard
+    encoded = (
+        ray.data.from_arrow([pa.Table.from_pylist([row], schema=_SHARD_ROW) for row in rows])
+        .map_batches(
+            read,
+            fn_kwargs={"settings": settings},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=workers + 1),
+            num_cpus=READ_CPUS,
+        )
+        .map_batches(
+            _EncodeWorker,
+            fn_constructor_kwargs={"settings": settings},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+            num_cpus=encode_cpus,
+            num_gpus=1 if resources.gpus else 0,
+        )
+    )
+    missing = {shard.id for shard in shards}
+    reason = "its worker died (out of memory, or killed); see Ray's logs"
+    try:
+        for batch in encoded.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            for row in batch.to_pylist():
+                missing.discard(row["shard"])
+                if row["error"] is None:
+                    yield ShardResult.from_json(row["result"])
+                else:
+                    yield ShardFailure(row["shard"], row["error"])
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+    for shard in sorted(missing):
+        yield ShardFailure(shard, reason)
+
+
+_SHARD_ROW = pa.schema(
+    [("shard", pa.string()), ("source", pa.string()), ("members", pa.list_(pa.string()))]
+)
+
+
+def _read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
+    """Shard rows with their inputs packed into one binary value each."""
+    rows = []
+    for row in table.to_pylist():
+        shard = Shard(row["source"], row["shard"], tuple(row["members"]))
+        started = time.perf_counter()
+        try:
+            row["inputs"], row["error"] = pack_records(_source(settings).read(shard)), None
+        except Exception as error:
+            row["inputs"], row["error"] = None, _describe(error)
+        row["read_seconds"] = time.perf_counter() - started
+        rows.append(row)
+    schema = _SHARD_ROW
+    for name, kind in (
+        ("inputs", pa.large_binary()),
+        ("error", pa.string()),
+        ("read_seconds", pa.float64()),
+    ):
+        schema = schema.append(pa.field(name, kind))
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+_open_sources: dict[SourceSettings, Any] = {}
+
+
+def _source(settings: WorkerSettings) -> Any:
+    """The source, opened once a process."""
+    if settings.source not in _open_sources:
+        _open_sources[settings.source] = open_source(settings.source)
+    return _open_sources[settings.source]
+
+
+class _EncodeWorker:
+    """Holds the tokenizer; turns one packed shard into written fragments and a result."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
+        self._tokenizer.setup(
+            settings.device, precision=settings.precision, compile=settings.compile
+        )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        for index in range(table.num_rows):
+            row = {name: table[name][index].as_py() for name in ("shard", "source", "error")}
+            answer = {"shard": row["shard"], "result": None, "error": row["error"]}
+            if row["error"] is None:
+                try:
+                    answer["result"] = self._encode(table.slice(index, 1)).to_json()
+                except Exception as error:
+                    answer["error"] = _describe(error)
+            rows.append(answer)
+        names = ("shard", "result", "error")
+        return pa.Table.from_pylist(rows, schema=pa.schema([(n, pa.string()) for n in names]))
+
+    def _encode(self, row: pa.Table) -> ShardResult:
+        settings, spec = self._settings, self._tokenizer.spec
+        members = tuple(row["members"][0].as_py())
+        shard = Shard(row["source"][0].as_py(), row["shard"][0].as_py(), members)
+        inputs = unpack_records(row["inputs"][0].as_buffer())
+        encoded = encode_shard(self._tokenizer, inputs, settings.encode)
+        started = time.perf_counter()
+        kept = encoded.in_database()
+        patches = extract_patches(
+            spec,
+            settings.keys,
+            encoded.image_ids(shard)[kept],
+            encoded.tokens[kept],
+            encoded.latents[kept] if encoded.latents is not None else None,
+        )
+        rejects = pa.Table.from_pylist(
+            [
+                {"shard": shard.id, "attempt": settings.attempt, "row": r.row, "key": r.key}
+                | {"url": r.url, "stage": r.stage, "reason": r.reason, "detail": r.detail}
+                for r in encoded.rejects
+            ],
+            schema=REJECTS_SCHEMA,
+        )
+        paths = table_paths(Layout(Path(settings.database)), settings.keys)
+        tables = {
+            "patches": patches,
+            "rejects": rejects,
+            "images": encoded.images_table(spec, shard),
+        }
+        fragments = {name: write_fragments(paths[name], tables[name]) for name in tables}
+        return ShardResult(
+            shard=shard.id,
+            source=shard.source,
+            attempt=settings.attempt,
+            inputs=encoded.inputs,
+            images=len(encoded.images),
+            heldout=int(np.count_nonzero(~kept)),
+            patches=patches.num_rows,
+            rejects=encoded.reasons,
+            fragments=fragments,
+            seconds={
+                "read": row["read_seconds"][0].as_py(),
+                "encode": encoded.seconds,
+                "write": time.perf_counter() - started,
+            },
+            agreement=encoded.agreement,
+        )
+
+
+def _describe(error: Exception) -> str:
+    """One line for people; the traceback goes to the worker's log."""
+    logging.getLogger(__name__).warning("%s", traceback.format_exc())
+    return f"{type(error).__name__}: {error}"

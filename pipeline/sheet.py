@@ -1,0 +1,196 @@
+"""A contact sheet of a query: for each position the neighbourhood asked about and what was found.
+
+Everything is cut from reconstructions, since tokens are all that the database keeps of a picture.
+The patch that comes next is framed; the neighbours that form the key are outlined.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.query import Neighbor, PositionResult, QueryAnswer
+from schemas.manifest import Layout
+from stages.read_images import ImageTable
+from stages.tokenizers import Tokenizer
+
+TILE, GAP, MARGIN, TEXT = 132, 14, 28, 46
+REACH = 2
+"""Patches shown on each side of the one that comes next."""
+MAX_ROWS, MAX_NEIGHBORS = 8, 8
+INK, FAINT, FRAME, KEY = (24, 24, 27), (113, 113, 122), (225, 29, 72), (37, 99, 235)
+
+
+def draw_sheet(
+    answer: QueryAnswer,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    title: str,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Image.Image:
+    """Draw up to eight of the answer's positions, spread evenly, with up to eight results each."""
+    results = _spread(answer.results, MAX_ROWS)
+    sources = {n.image_id for result in results for n in result.neighbors[:MAX_NEIGHBORS]}
+    height = answer.manifest.tokenizer.grid_height
+    grids = ImageTable(layout.images).grids(sorted(sources), height)
+    pictures = dict(_reconstruct(grids, tokenizer, progress))
+    asked = None if answer.grid is None else tokenizer.decode(answer.grid[None])[0]
+    columns = max((min(len(r.neighbors), MAX_NEIGHBORS) for r in results), default=0)
+    left = TILE + GAP + 3 * GAP
+    width = 2 * MARGIN + left + columns * (TILE + GAP)
+    overview = 0 if asked is None else TILE * 2
+    top = MARGIN + 64 + (overview + GAP if overview else 0)
+    sheet = Image.new(
+        "RGB", (max(width, 760), top + len(results) * (TILE + TEXT) + MARGIN), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, _font(20))
+    draw.text((MARGIN, MARGIN + 28), _legend(answer, len(results)), FAINT, _font(13))
+    if asked is not None:
+        _overview(sheet, asked, results, answer, (MARGIN, MARGIN + 64), overview)
+    offsets = answer.manifest.keys.neighborhood.offsets
+    for index, result in enumerate(results):
+        y = top + index * (TILE + TEXT)
+        if asked is not None and result.row is not None and result.col is not None:
+            tile = _cut(asked, result.row, result.col, height, offsets)
+            sheet.paste(tile, (MARGIN, y))
+            text = f"{index + 1}. query at row {result.row}, col {result.col}\nits token {result.token}"
+        else:
+            text = "query by tokens\n" + ", ".join(map(str, result.key))
+        _caption(draw, (MARGIN, y + TILE + 2), text, INK)
+        for rank, neighbor in enumerate(result.neighbors[:MAX_NEIGHBORS]):
+            x = MARGIN + left + rank * (TILE + GAP)
+            if neighbor.image_id in pictures:
+                picture = pictures[neighbor.image_id]
+                tile = _cut(picture, neighbor.row, neighbor.col, height, offsets)
+                sheet.paste(tile, (x, y))
+            color = KEY if neighbor.token == result.token else INK
+            _caption(draw, (x, y + TILE + 2), _describe(neighbor), color)
+    return sheet
+
+
+def _spread(results: Sequence[PositionResult], count: int) -> list[PositionResult]:
+    """Up to `count` results, spread over the picture."""
+    if len(results) <= count:
+        return list(results)
+    at = (np.linspace(0, 1, count + 2)[1:-1] * len(results)).astype(int)
+    # A step along the row for each, or they would all stand in one column of the grid.
+    return [results[min(i + 5 * n % 17, len(results) - 1)] for n, i in enumerate(at)]
+
+
+def _reconstruct(
+    grids: dict[int, npt.NDArray[np.uint16]],
+    tokenizer: Tokenizer,
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    for done, (image, grid) in enumerate(grids.items(), start=1):
+        yield image, tokenizer.decode(grid[None])[0]
+        progress(done, len(grids))
+
+
+def _cut(
+    picture: npt.NDArray[np.uint8],
+    row: int,
+    col: int,
+    grid_height: int,
+    offsets: Sequence[tuple[int, int]],
+) -> Image.Image:
+    """The patch at (row, col) with its surroundings, white beyond the picture's edge."""
+    patch = picture.shape[0] // grid_height
+    pad = REACH * patch
+    padded = np.pad(picture, ((pad, pad), (pad, pad), (0, 0)), constant_values=255)
+    side = (2 * REACH + 1) * patch
+    cut = padded[row * patch : row * patch + side, col * patch : col * patch + side]
+    tile = Image.fromarray(cut).resize((TILE, TILE), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(tile)
+    cell = TILE / (2 * REACH + 1)
+    for r, c in [o for o in offsets if max(abs(o[0]), abs(o[1])) <= REACH]:
+        draw.rectangle(_cell(r, c, cell), outline=KEY)
+    draw.rectangle(_cell(0, 0, cell), outline=FRAME, width=3)
+    return tile
+
+
+def _cell(row: int, col: int, cell: float) -> tuple[float, float, float, float]:
+    x, y = (col + REACH) * cell, (row + REACH) * cell
+    return (x, y, x + cell - 1, y + cell - 1)
+
+
+def _overview(
+    sheet: Image.Image,
+    picture: npt.NDArray[np.uint8],
+    results: Sequence[PositionResult],
+    answer: QueryAnswer,
+    at: tuple[int, int],
+    side: int,
+) -> None:
+    """The query's picture as the tokenizer sees it, with the positions asked about."""
+    small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(small)
+    cell = side / answer.manifest.tokenizer.grid_height
+    for number, result in enumerate(results, start=1):
+        if result.row is not None and result.col is not None:
+            x, y = result.col * cell, result.row * cell
+            draw.rectangle((x, y, x + cell, y + cell), outline=FRAME, width=2)
+            draw.text(
+                (x + cell + 2, y - 2),
+                str(number),
+                FRAME,
+                _font(13),
+                stroke_width=2,
+                stroke_fill="white",
+            )
+    sheet.paste(small, at)
+    draw = ImageDraw.Draw(sheet)
+    x = at[0] + side + 2 * GAP
+    for line, (color, text) in enumerate(
+        (
+            (
+                INK,
+                "Left: the query's picture, as the tokenizer sees it. Each row below is one position.",
+            ),
+            (KEY, "Blue outline: the neighbours whose tokens form the key."),
+            (
+                FRAME,
+                "Red frame: the patch that comes next; in the results, what the database offers.",
+            ),
+            (KEY, "Blue text: the very token that stands in the query's picture."),
+        )
+    ):
+        draw.text((x, at[1] + 4 + line * 24), text, color, _font(13))
+
+
+def _legend(answer: QueryAnswer, shown: int) -> str:
+    spec, keys = answer.manifest.tokenizer, answer.manifest.keys
+    return (
+        f"{shown} of {len(answer.results)} positions; nearest first, squared L2 distance d between"
+        f" {keys.neighborhood.name} keys; index {answer.index}, tokenizer {spec.name}"
+    )
+
+
+def _describe(neighbor: Neighbor) -> str:
+    name = neighbor.caption or neighbor.key or f"image {neighbor.image_id}"
+    wrapped = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
+    return "\n".join([f"d {neighbor.distance:.3f}  token {neighbor.token}", *wrapped])
+
+
+def _caption(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, color: tuple[int, int, int]
+) -> None:
+    first, _, rest = text.partition("\n")
+    draw.text(at, first, color, _font(11))
+    draw.multiline_text((at[0], at[1] + 13), rest, FAINT, _font(10), spacing=1)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write the sheet; its folder is created, and a half-written file is never seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    sheet.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)

@@ -1,0 +1,189 @@
+"""What a database and an index say of themselves.
+
+A manifest is written last and atomically (a temporary file, then a rename), so that its
+existence means that what it describes is complete.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas.errors import BadInputError, IncompatibleError
+from schemas.specs import Floats, KeySpec, TokenizerSpec
+
+FORMAT = 1
+INDEX_FILE, IDS_FILE, TOKENS_FILE = "index.faiss", "patch_ids.npy", "next_tokens.npy"
+"""The files of an index besides its manifest; ids and next tokens in the order of its entries."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things stand in a database's folder."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def codebook(self) -> Path:
+        return self.root / "codebook.npy"
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "lease"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "shards.lance"
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images.lance"
+
+    @property
+    def rejects(self) -> Path:
+        return self.root / "rejects.lance"
+
+    def patches(self, keys: KeySpec) -> Path:
+        return self.root / "patches" / f"{keys.name}.lance"
+
+    @property
+    def indexes(self) -> Path:
+        return self.root / "index"
+
+    def index(self, name: str) -> Path:
+        return self.indexes / name
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How the grids of a database were made; grids of different settings are not mixed.
+
+    Precision and batch size change a few token ids, and so may the kind of device.
+    """
+
+    device: str
+    precision: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class DatabaseManifest:
+    """A database's own description. `runs` holds what each build used and took."""
+
+    tokenizer: TokenizerSpec
+    tokenizer_weights: str | None
+    encoder: EncoderSettings
+    keys: KeySpec
+    hold_out: float
+    sources: tuple[str, ...] = ()
+    runs: tuple[dict[str, Any], ...] = ()
+
+    def write(self, layout: Layout) -> None:
+        """Write `manifest.json`, atomically."""
+        fields = asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()}
+        write_json(layout.manifest, fields)
+
+    @staticmethod
+    def read(layout: Layout) -> "DatabaseManifest":
+        """The manifest of the database at `layout`. Raises BadInputError where there is none."""
+        if not layout.manifest.exists():
+            raise BadInputError(
+                f"no database at {layout.root} (no manifest.json); build one with"
+                f" `arrag-db build --db {layout.root}`, or name another with --db"
+            )
+        fields = read_json(layout.manifest)
+        if fields.pop("format", None) != FORMAT:
+            raise IncompatibleError(
+                f"{layout.manifest} is of another format than {FORMAT}; use the version of"
+                " arrag-db that wrote it"
+            )
+        return DatabaseManifest(
+            **fields
+            | {
+                "tokenizer": TokenizerSpec(**fields["tokenizer"]),
+                "encoder": EncoderSettings(**fields["encoder"]),
+                "keys": KeySpec.from_json(fields["keys"]),
+                "sources": tuple(fields["sources"]),
+                "runs": tuple(fields["runs"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class IndexManifest:
+    """An index's own description: what it was made from, how, and how good it is."""
+
+    name: str
+    kind: str
+    index_key: str
+    keys: KeySpec
+    table_version: int
+    count: int
+    nprobe: int | None
+    code_bytes_per_key: float
+    ms_per_query: float
+    recall_at_10: float
+    recall_protocol: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into the index's folder, atomically."""
+        write_json(
+            folder / "manifest.json",
+            asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()},
+        )
+
+    @staticmethod
+    def read(folder: Path) -> "IndexManifest":
+        """The manifest in this folder. Raises BadInputError where there is none."""
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise BadInputError(
+                f"no complete index at {folder}; build it with `arrag-db index"
+                f" --db {folder.parent.parent}`"
+            )
+        fields = read_json(path)
+        if fields.pop("format", None) != FORMAT:
+            raise IncompatibleError(f"{path} is of another format than {FORMAT}; index again")
+        return IndexManifest(**fields | {"keys": KeySpec.from_json(fields["keys"])})
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write an object so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises BadInputError when it is damaged."""
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInputError(f"{path} is damaged: {error}; restore it or build anew") from error
+    if not isinstance(fields, dict):
+        raise BadInputError(f"{path} holds no JSON object; restore it or build anew")
+    return fields
+
+
+def write_codebook(layout: Layout, codes: Floats) -> None:
+    """Keep the normalised codebook [V, d] beside the tables, so that reading needs no weights."""
+    temporary = layout.codebook.with_name(f".codebook.{os.getpid()}.npy")
+    np.save(temporary, codes)
+    temporary.replace(layout.codebook)
+
+
+def read_codebook(layout: Layout) -> Floats:
+    """The normalised codebook float32 [V, d] of a database."""
+    if not layout.codebook.exists():
+        raise BadInputError(f"{layout.codebook} is missing; run `arrag-db build` on it again")
+    codes: Floats = np.load(layout.codebook)
+    return codes

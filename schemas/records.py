@@ -1,0 +1,137 @@
+"""What flows between the steps: shards, pictures on their way in, and rejects."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+MAX_ROWS_PER_SHARD = 1 << 14
+"""A patch id has 14 bits for the row in its shard."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: an ordered list of inputs.
+
+    `id` is 16 hex digits made from the content the members point at, never from a position in
+    a list, so adding files renames nothing. `members` is what the ledger records: for a folder
+    one entry a file, for a tar one entry a range of its samples.
+    """
+
+    source: str
+    id: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RecordedShard:
+    """A shard that the ledger knows: planned (`inputs` is None) or done."""
+
+    shard: Shard
+    inputs: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One picture as it came: encoded bytes and what is known of it.
+
+    `row` is its place in the shard's own list. `metadata` is a JSON object with whatever else
+    the source says of it.
+    """
+
+    row: int
+    key: str
+    data: bytes
+    caption: str | None = None
+    url: str | None = None
+    licence: str | None = None
+    metadata: str | None = None
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An input that did not become a row, and why. `reason` is one of `REASONS`."""
+
+    row: int
+    key: str
+    stage: str
+    reason: str
+    detail: str
+    url: str | None = None
+
+
+REASONS = {
+    "missing": "the file was listed but is gone",
+    "unreadable": "the file exists but reading it failed",
+    "broken-archive": "the tar is damaged from here on",
+    "no-image": "a sample without a picture",
+    "empty": "zero bytes",
+    "not-an-image": "the bytes are no picture in a known format",
+    "truncated": "the picture ends early or is damaged",
+    "too-many-pixels": "more pixels than allowed, seen before decoding",
+    "too-small": "the shorter side is below the minimum",
+    "too-elongated": "so long and narrow that its resized form has too many pixels",
+    "unsupported-mode": "a pixel format that has no agreed reading as RGB",
+}
+"""Every reason a reject can have, with its meaning."""
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How to reach a source's inputs. `input` is empty where a source needs none."""
+
+    name: str
+    input: tuple[str, ...] = ()
+    limit: int | None = None
+    shard_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source has to offer beyond what is recorded: shards to do, and notes for people."""
+
+    shards: Sequence[Shard]
+    notes: Sequence[str] = ()
+
+
+RECORDS_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string()),
+        pa.field("data", pa.large_binary()),
+        pa.field("caption", pa.string()),
+        pa.field("licence", pa.string()),
+        pa.field("metadata", pa.string()),
+        pa.field("stage", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+"""A shard's inputs on their way to the encoder: encoded pictures (data set) and rejects."""
+
+
+def pack_records(items: Iterable[ImageRecord | Reject]) -> bytes:
+    """A shard's inputs as one Arrow stream."""
+    rows = [{name: getattr(item, name, None) for name in RECORDS_SCHEMA.names} for item in items]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, RECORDS_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | Reject]:
+    """The inputs that `pack_records` packed; one picture's bytes are copied at a time."""
+    with pa.ipc.open_stream(stream) as reader:
+        for batch in reader:
+            for index in range(batch.num_rows):
+                row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+                if row["data"] is None:
+                    yield Reject(**{name: row[name] for name in _REJECT_FIELDS})
+                else:
+                    yield ImageRecord(**{name: row[name] for name in _IMAGE_FIELDS})
+
+
+_REJECT_FIELDS = ("row", "key", "stage", "reason", "detail", "url")
+_IMAGE_FIELDS = ("row", "key", "data", "caption", "url", "licence", "metadata")

@@ -1,0 +1,143 @@
+"""The Arrow schemas of the tables, and the arithmetic of their ids.
+
+patch_id, int64: 39 bits shard, 14 bits row in the shard's list, 10 bits grid position.
+image_id = patch_id >> 10. Whatever is retrieved can thus be traced to its picture, row and
+column without a look-up.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.errors import BadInputError
+from schemas.specs import KeySpec, TokenizerSpec
+
+SHARD_BITS, ROW_BITS, POSITION_BITS = 39, 14, 10
+MAX_POSITIONS = 1 << POSITION_BITS
+
+Ids = npt.NDArray[np.int64]
+
+
+def require_grid_fits(spec: TokenizerSpec) -> None:
+    """Raise BadInputError for a grid whose positions do not fit a patch id."""
+    if spec.positions > MAX_POSITIONS:
+        raise BadInputError(
+            f"the grid of {spec.name} has {spec.positions} positions; patch ids have room for"
+            f" {MAX_POSITIONS} (10 bits), so use a tokenizer with a grid of at most 32x32"
+        )
+
+
+def shard_number(shard_id: str) -> int:
+    """The 39 bits that stand for a shard (16 hex digits) in the ids of its pictures."""
+    return int(shard_id, 16) >> (64 - SHARD_BITS)
+
+
+def image_id(shard_id: str, row: int) -> int:
+    """The id of the picture in this row of the shard's list."""
+    return shard_number(shard_id) << ROW_BITS | row
+
+
+def patch_ids(image_ids: Ids, positions: Ids) -> Ids:
+    """Ids int64 [B, P] of the patches at these flat positions [P] of these pictures [B]."""
+    return (image_ids[:, None] << POSITION_BITS) | positions[None, :]
+
+
+def split_patch_ids(ids: Ids) -> tuple[Ids, Ids]:
+    """The (image ids, flat positions) that patch ids are made of."""
+    return ids >> POSITION_BITS, ids & (MAX_POSITIONS - 1)
+
+
+def image_id_range(shard_id: str) -> tuple[int, int]:
+    """The first id of a shard's pictures and the first id after them."""
+    first = image_id(shard_id, 0)
+    return first, first + (1 << ROW_BITS)
+
+
+def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
+    """A row a picture. tokens: the grid in raster order; latents: float16, same order."""
+    fields = [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("licence", pa.string()),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("metadata", pa.string()),
+        pa.field("tokens", pa.list_(pa.uint16(), spec.positions), nullable=False),
+    ]
+    if latents:
+        values = spec.positions * spec.dimension
+        fields.append(pa.field("latents", pa.list_(pa.float16(), values), nullable=False))
+    return pa.schema(fields)
+
+
+def patches_schema(spec: TokenizerSpec, keys: KeySpec) -> pa.Schema:
+    """A row a position that has a key. `key` in reading order of the offsets."""
+    if keys.space == "codebook":
+        key = pa.list_(pa.uint16(), keys.neighborhood.size)
+    else:
+        key = pa.list_(pa.float16(), keys.neighborhood.size * spec.dimension)
+    return pa.schema(
+        [
+            pa.field("patch_id", pa.int64(), nullable=False),
+            pa.field("key", key, nullable=False),
+            pa.field("next_token", pa.uint16(), nullable=False),
+        ]
+    )
+
+
+REJECTS_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("url", pa.string()),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("inputs", pa.int32()),
+        pa.field("images", pa.int32()),
+        pa.field("heldout", pa.int32()),
+        pa.field("patches", pa.int64()),
+        pa.field("rejects", pa.int32()),
+        pa.field("versions", pa.map_(pa.string(), pa.int64())),
+        pa.field("fragments", pa.map_(pa.string(), pa.int64())),
+        pa.field("members", pa.list_(pa.string())),
+        pa.field("time", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+"""The ledger. A shard is first `planned` (attempt 0, with its members), then `done`.
+
+`versions` are the table versions its rows were committed at, `fragments` each table's highest
+fragment then: on the next start only later fragments are examined.
+"""
+
+
+def fixed_lists(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    """An array [N, n] as Arrow fixed-size lists, without copying."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def list_values(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
+    """The values [N, n] of a fixed-size list column."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(array), array.type.list_size)

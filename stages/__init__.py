@@ -1,0 +1,1 @@
+"""One step a file: settings, setup, one call. No Ray; imports `schemas` only."""

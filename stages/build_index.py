@@ -1,0 +1,243 @@
+"""Patches table to index: trained on a uniform sample, filled from a stream.
+
+The only user of autofaiss: its advisers say whether memory suffices before anything runs, it trains
+and scores the index on the sample and tunes its search. Filling streams blocks from a table scan,
+so memory grows with the index alone and not with the table.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from autofaiss import build_index as autofaiss_build_index
+from autofaiss import tune_index
+from autofaiss.external.build import estimate_memory_required_for_index_creation
+from autofaiss.external.metadata import IndexMetadata
+from autofaiss.utils.cast import cast_bytes_to_memory_string, cast_memory_to_bytes
+
+from schemas.errors import BadInputError
+from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
+from schemas.specs import Floats, key_vectors
+from stages.read_patches import PatchTable
+
+POINTS_PER_LIST = 39
+"""faiss' own minimum of training points a list; below it centroids are badly placed."""
+TRAINING_POINTS_PER_LIST = 100
+"""The released AR-RAG index was trained on this many."""
+FLAT_UP_TO = 50_000
+"""Below this many keys exact search is as fast as anything and needs a few megabytes."""
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """kind: "flat", "ivfpq" or None (by size). memory: what the index may take in memory."""
+
+    kind: str | None = None
+    index_key: str | None = None
+    memory: str = "4GB"
+    nprobe: int | None = None
+    max_query_ms: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FilledIndex:
+    """A filled index, not yet measured. `metrics` are autofaiss' own scores on the sample."""
+
+    index: Any
+    kind: str
+    index_key: str
+    nprobe: int | None
+    trained_on: int
+    metrics: dict[str, Any]
+
+
+def default_index_key(keys: int, dimension: int) -> str:
+    """The released layout with about 4·√keys lists, at least 39 training points each."""
+    lists = max(1, min(round(4 * math.sqrt(keys)), keys // POINTS_PER_LIST))
+    rotated = min(32, dimension - dimension % 8)
+    return f"OPQ8_{rotated},IVF{lists},PQ8x8"
+
+
+def choose_kind(settings: IndexSettings, keys: int) -> str:
+    """The kind asked for, or the one that suits this many keys."""
+    if settings.kind is not None:
+        return settings.kind
+    return "flat" if keys <= FLAT_UP_TO and settings.index_key is None else "ivfpq"
+
+
+def train_and_fill(
+    table: PatchTable,
+    codes: Floats,
+    folder: Path,
+    settings: IndexSettings,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> FilledIndex:
+    """Train on a sample of the table, add every key, and write the index's files to `folder`.
+
+    codes: the normalised codebook float32 [V, d]. Raises BadInputError when the memory does not
+    suffice, the table is empty or too small, or autofaiss gives up.
+    """
+    if table.count == 0:
+        raise BadInputError("the patches table is empty, so there is nothing to index; build first")
+    dimension = key_vectors(table.take([0]).keys, codes).shape[1]
+    kind = choose_kind(settings, table.count)
+    metrics: dict[str, Any] = {}
+    if kind == "flat":
+        key, trained_on = "Flat", 0
+        _require_memory(table.count * dimension * 4, settings, key)
+        index = faiss.IndexFlatL2(dimension)
+    elif kind == "ivfpq":
+        key = settings.index_key or default_index_key(table.count, dimension)
+        index, trained_on, metrics = _train(table, codes, dimension, key, settings)
+    else:
+        raise BadInputError(f"unknown index kind '{kind}'; choose one of flat, ivfpq")
+    _fill(index, table, codes, folder, progress)
+    nprobe = _tune(index, key, settings)
+    faiss.write_index(index, str(folder / INDEX_FILE))
+    return FilledIndex(index, kind, key, nprobe, trained_on, metrics)
+
+
+def _train(
+    table: PatchTable, codes: Floats, dimension: int, key: str, settings: IndexSettings
+) -> tuple[Any, int, dict[str, Any]]:
+    """A trained, empty index; how many keys it was trained on; autofaiss' scores on them."""
+    lists = int(match[1]) if (match := re.search(r"IVF(\d+)", key)) else 1
+    wanted = max(lists * TRAINING_POINTS_PER_LIST, 256 * TRAINING_POINTS_PER_LIST)
+    needed = max(256 if "PQ" in key else 1, lists * POINTS_PER_LIST)
+    if table.count < needed:
+        raise BadInputError(
+            f"{key} wants at least {needed} keys to train on and the table has {table.count};"
+            " use --kind flat, or an --index-key with fewer lists"
+        )
+    memory = _available_bytes()
+    try:
+        size = IndexMetadata(key, table.count, dimension, False).estimated_index_size_in_bytes()
+        _require_memory(size, settings, key)
+    except ValueError:
+        logging.getLogger(__name__).info("autofaiss cannot estimate the size of %s", key)
+    sample = table.sample(wanted, seed=settings.seed)
+    vectors = key_vectors(sample.keys, codes)
+    np.random.default_rng(settings.seed).shuffle(vectors)
+    required, _ = estimate_memory_required_for_index_creation(len(vectors), dimension, key)
+    if required > memory:
+        raise BadInputError(
+            f"training {key} needs {cast_bytes_to_memory_string(required)} and"
+            f" {cast_bytes_to_memory_string(memory)} are free; use an --index-key with fewer lists"
+        )
+    # autofaiss draws a bar a step; the caller shows its own.
+    with _ErrorLines() as errors, contextlib.redirect_stderr(io.StringIO()):
+        index, metrics = autofaiss_build_index(
+            vectors,
+            save_on_disk=False,
+            index_key=key,
+            index_param="nprobe=1" if "IVF" in key else None,
+            metric_type="l2",
+            max_index_memory_usage=cast_bytes_to_memory_string(int(memory * 0.8)),
+            current_memory_available=cast_bytes_to_memory_string(memory),
+            use_gpu=has_gpu(),
+            verbose=logging.ERROR,
+        )
+    if index is None:
+        raise BadInputError(f"autofaiss could not build {key}: {errors.text or 'no reason given'}")
+    index.reset()
+    scores = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float | str)}
+    return index, len(vectors), scores
+
+
+def _fill(
+    index: Any,
+    table: PatchTable,
+    codes: Floats,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Add every key of the table in order, with its id and next token at the same place."""
+    shape = (table.count,)
+    ids = np.lib.format.open_memmap(folder / IDS_FILE, mode="w+", dtype=np.int64, shape=shape)
+    tokens = np.lib.format.open_memmap(
+        folder / TOKENS_FILE, mode="w+", dtype=np.uint16, shape=shape
+    )
+    done = 0
+    for block in table.blocks():
+        index.add(key_vectors(block.keys, codes))
+        end = done + len(block.patch_ids)
+        ids[done:end], tokens[done:end] = block.patch_ids, block.next_tokens
+        done = end
+        progress(done, table.count)
+    ids.flush()
+    tokens.flush()
+
+
+def _tune(index: Any, key: str, settings: IndexSettings) -> int | None:
+    """Set nprobe on the inner IVF and read it back from there; None for an index without lists."""
+    try:
+        ivf = faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+    if settings.nprobe is not None:
+        if not 1 <= settings.nprobe <= ivf.nlist:
+            raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{ivf.nlist} lists")
+        ivf.nprobe = settings.nprobe
+    else:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                tune_index(
+                    index,
+                    key,
+                    save_on_disk=False,
+                    max_index_query_time_ms=settings.max_query_ms,
+                    verbose=logging.ERROR,
+                )
+        except (NotImplementedError, ValueError):
+            ivf.nprobe = min(16, ivf.nlist)
+    return int(faiss.extract_index_ivf(index).nprobe)
+
+
+def has_gpu() -> bool:
+    """Whether the faiss installed here can use a GPU and sees one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
+    try:
+        allowed = cast_memory_to_bytes(settings.memory)
+    except ValueError as error:
+        raise BadInputError(f"--memory '{settings.memory}' is not a size such as 4GB") from error
+    if size > allowed:
+        raise BadInputError(
+            f"an index {key} takes about {cast_bytes_to_memory_string(size)} of memory, more than"
+            f" --memory {settings.memory}; allow more, or choose --kind ivfpq"
+        )
+
+
+def _available_bytes() -> int:
+    """Memory that can be taken without swapping, in bytes."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+class _ErrorLines(logging.Handler):
+    """Collects what autofaiss logs as errors, since it reports failures in no other way."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+    def __enter__(self) -> "_ErrorLines":
+        logging.getLogger("autofaiss").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("autofaiss").removeHandler(self)

@@ -1,0 +1,112 @@
+"""Bytes to pixels: hostile input ends here.
+
+In: the bytes of a picture as it came. Out: uint8 RGB [size, size, 3], prepared the way AR-RAG's
+released code does (torchvision's Resize and CenterCrop on a PIL image): shorter side to `size`
+with antialiased bilinear resampling, then a centre crop. Colour profiles are ignored, as there.
+Sizes are checked from the header, before any pixel is decoded.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Formats that may be parsed; Pillow's rarer parsers stay closed to bytes from outside."""
+
+PREPARATION = "shorter side {size} antialiased bilinear, centre crop"
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """size: side of the result in pixels. max_pixels: limit before and after resizing."""
+
+    size: int = 384
+    max_pixels: int = 80_000_000
+    min_side: int = 32
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """pixels: uint8 RGB [size, size, 3]; width, height: of the upright original."""
+
+    pixels: npt.NDArray[np.uint8]
+    width: int
+    height: int
+
+
+class UndecodableError(Exception):
+    """A picture that cannot be used. `reason` is one of `schemas.records.REASONS`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def decode(data: bytes, settings: DecodeSettings) -> Decoded:
+    """Decode and prepare one picture. Raises UndecodableError, and nothing else."""
+    if not data:
+        raise UndecodableError("empty", "the file has zero bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _require_size(image.width, image.height, settings)
+            image.seek(0)
+            upright = ImageOps.exif_transpose(image)
+            width, height = upright.size
+            rgb = to_rgb(upright)
+    except UndecodableError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UndecodableError("too-many-pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise UndecodableError("not-an-image", f"begins with {data[:16]!r}") from error
+    except MemoryError as error:
+        raise UndecodableError("too-many-pixels", "out of memory while decoding") from error
+    # A damaged file makes Pillow's parsers raise nearly anything: the picture is lost, not the build.
+    except Exception as error:
+        raise UndecodableError("truncated", f"{type(error).__name__}: {error}") from error
+    return Decoded(np.asarray(prepare(rgb, settings.size)), width, height)
+
+
+def _require_size(width: int, height: int, settings: DecodeSettings) -> None:
+    if width * height > settings.max_pixels:
+        limit = settings.max_pixels
+        raise UndecodableError("too-many-pixels", f"{width}x{height} is over {limit} pixels")
+    short, long = sorted((width, height))
+    if short < settings.min_side:
+        raise UndecodableError("too-small", f"{width}x{height}, minimum side {settings.min_side}")
+    if settings.size * settings.size * long // short > settings.max_pixels:
+        raise UndecodableError("too-elongated", f"{width}x{height}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB: 16-bit greys scaled to 8, transparency laid on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UndecodableError("unsupported-mode", "32-bit float pixels have no agreed range")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def prepare(rgb: Image.Image, size: int) -> Image.Image:
+    """An RGB picture resized and cropped to size x size, as the tokenizer was trained on."""
+    width, height = rgb.size
+    short, long = sorted((width, height))
+    scaled = int(size * long / short)
+    target = (size, scaled) if width <= height else (scaled, size)
+    if target != (width, height):
+        rgb = rgb.resize(target, Image.Resampling.BILINEAR)
+    left = round((target[0] - size) / 2.0)
+    top = round((target[1] - size) / 2.0)
+    return rgb.crop((left, top, left + size, top + size))

@@ -1,0 +1,195 @@
+"""A shard of pictures to token grids: the step that wants a GPU.
+
+In: the shard's inputs in order. Out: `EncodedShard`: grids of the pictures that could be used, a
+reject for every other. Threads decode ahead of the model, within a bounded window; batches are cut
+at fixed boundaries and the last one is padded, so a shard's tokens never depend on the others.
+Runs without Ray and Lance.
+"""
+
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.records import ImageRecord, Reject, Shard
+from schemas.specs import TokenizerSpec
+from schemas.split import is_held_out
+from schemas.tables import Ids, fixed_lists, image_id, images_schema
+from stages.decode import Decoded, DecodeSettings, UndecodableError, decode
+from stages.tokenizers import Encoded, Pixels, Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """batch_size: pictures a model call. decode_threads: threads that decode ahead of it."""
+
+    batch_size: int = 1
+    decode_threads: int = 2
+    latents: bool = False
+    hold_out: float = 0.0
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What is known of a picture besides its grid; `record` has lost its bytes."""
+
+    record: ImageRecord
+    width: int
+    height: int
+    sha256: str
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """tokens: uint16 [N, h, w]; latents: float16 [N, h, w, d] or None; images: the N pictures.
+
+    `agreement` is the share of the first batch's ids that equal float32's (1.0 in float32).
+    """
+
+    images: tuple[EncodedImage, ...]
+    tokens: Tokens
+    latents: npt.NDArray[np.float16] | None
+    rejects: tuple[Reject, ...]
+    seconds: float
+    agreement: float
+
+    @property
+    def inputs(self) -> int:
+        """Pictures and rejects together: every input is one of them."""
+        return len(self.images) + len(self.rejects)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many rejects there are of each reason."""
+        return Counter(reject.reason for reject in self.rejects)
+
+    def image_ids(self, shard: Shard) -> Ids:
+        """The pictures' ids, int64 [N]."""
+        ids = [image_id(shard.id, image.record.row) for image in self.images]
+        return np.array(ids, dtype=np.int64)
+
+    def in_database(self) -> npt.NDArray[np.bool_]:
+        """Which pictures have patches: those that are not held out."""
+        return np.array([not image.held_out for image in self.images], dtype=bool)
+
+    def images_table(self, spec: TokenizerSpec, shard: Shard) -> pa.Table:
+        """The rows of the images table."""
+        columns: dict[str, object] = {
+            "image_id": self.image_ids(shard),
+            "source": [shard.source] * len(self.images),
+            "shard": [shard.id] * len(self.images),
+            "width": [image.width for image in self.images],
+            "height": [image.height for image in self.images],
+            "sha256": [image.sha256 for image in self.images],
+            "split": ["heldout" if image.held_out else "database" for image in self.images],
+            "tokens": fixed_lists(self.tokens.reshape(len(self.images), spec.positions)),
+        }
+        for name in ("key", "url", "caption", "licence", "metadata"):
+            columns[name] = [getattr(image.record, name) for image in self.images]
+        if self.latents is not None:
+            width = spec.positions * spec.dimension
+            columns["latents"] = fixed_lists(self.latents.reshape(len(self.images), width))
+        return pa.table(columns, schema=images_schema(spec, latents=self.latents is not None))
+
+
+def encode_shard(
+    tokenizer: Tokenizer, inputs: Iterable[ImageRecord | Reject], settings: EncodeSettings
+) -> EncodedShard:
+    """Encode one shard. Nothing that is wrong with a single picture raises."""
+    started = time.perf_counter()
+    spec = tokenizer.spec
+    images: list[EncodedImage] = []
+    rejects: list[Reject] = []
+    batches: list[Encoded] = []
+    agreement = 1.0
+    with ThreadPoolExecutor(1, "encode") as model:
+        waiting: deque[Future[Encoded]] = deque()
+        for pixels in _batches(_decoded(inputs, settings, rejects), images, settings):
+            if tokenizer.precision != "float32" and not waiting and not batches:
+                agreement = tokenizer.agreement(pixels)
+            waiting.append(model.submit(tokenizer.encode, pixels, latents=settings.latents))
+            if len(waiting) > 1:
+                batches.append(waiting.popleft().result())
+        batches += [future.result() for future in waiting]
+    shape = (0, spec.grid_height, spec.grid_width)
+    tokens = [batch.tokens for batch in batches] or [np.empty(shape, np.uint16)]
+    latents = [batch.latents for batch in batches if batch.latents is not None]
+    if settings.latents and not latents:
+        latents = [np.empty((*shape, spec.dimension), np.float16)]
+    return EncodedShard(
+        images=tuple(images),
+        tokens=np.concatenate(tokens)[: len(images)],
+        latents=np.concatenate(latents)[: len(images)] if latents else None,
+        rejects=tuple(sorted(rejects, key=lambda reject: reject.row)),
+        seconds=time.perf_counter() - started,
+        agreement=agreement,
+    )
+
+
+def _decoded(
+    inputs: Iterable[ImageRecord | Reject], settings: EncodeSettings, rejects: list[Reject]
+) -> Iterator[tuple[EncodedImage, Pixels]]:
+    """The usable pictures in order, decoded ahead by threads; the others go to `rejects`."""
+    window = settings.decode_threads + 2 * settings.batch_size
+    ahead: deque[Future[tuple[EncodedImage, Pixels] | Reject]] = deque()
+    with ThreadPoolExecutor(settings.decode_threads, "decode") as threads:
+        for item in inputs:
+            if isinstance(item, Reject):
+                rejects.append(item)
+                continue
+            ahead.append(threads.submit(_decode_one, item, settings))
+            if len(ahead) >= window:
+                yield from _usable(ahead.popleft().result(), rejects)
+        while ahead:
+            yield from _usable(ahead.popleft().result(), rejects)
+
+
+def _usable(
+    outcome: tuple[EncodedImage, Pixels] | Reject, rejects: list[Reject]
+) -> Iterator[tuple[EncodedImage, Pixels]]:
+    if isinstance(outcome, Reject):
+        rejects.append(outcome)
+    else:
+        yield outcome
+
+
+def _decode_one(
+    record: ImageRecord, settings: EncodeSettings
+) -> tuple[EncodedImage, Pixels] | Reject:
+    try:
+        done: Decoded = decode(record.data, settings.decode)
+    except UndecodableError as error:
+        return Reject(record.row, record.key, "decode", error.reason, error.detail, record.url)
+    sha256 = hashlib.sha256(record.data).hexdigest()
+    held_out = is_held_out(sha256, settings.hold_out)
+    light = replace(record, data=b"")
+    return EncodedImage(light, done.width, done.height, sha256, held_out), done.pixels
+
+
+def _batches(
+    decoded: Iterator[tuple[EncodedImage, Pixels]],
+    images: list[EncodedImage],
+    settings: EncodeSettings,
+) -> Iterator[Pixels]:
+    """Batches uint8 [batch_size, size, size, 3], the last one padded with black pictures."""
+    size = settings.decode.size
+    batch = np.zeros((settings.batch_size, size, size, 3), np.uint8)
+    filled = 0
+    for image, pixels in decoded:
+        images.append(image)
+        batch[filled] = pixels
+        filled += 1
+        if filled == settings.batch_size:
+            yield batch
+            batch = np.zeros_like(batch)
+            filled = 0
+    if filled:
+        yield batch

@@ -1,0 +1,69 @@
+"""Reading patches as a stream: blocks of (patch ids, keys, next tokens), never the whole table.
+
+Everything that trains, fills, measures or verifies reads keys through here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.errors import BadInputError
+from schemas.tables import Ids, list_values
+
+BLOCK = 131_072
+
+
+@dataclass(frozen=True)
+class PatchBlock:
+    """patch_ids: int64 [N]; keys: uint16 [N, n] or float16 [N, n · d]; next_tokens: uint16 [N]."""
+
+    patch_ids: Ids
+    keys: npt.NDArray[Any]
+    next_tokens: npt.NDArray[np.uint16]
+
+
+class PatchTable:
+    """A patches table pinned at one version; its rows keep their order for as long as it is."""
+
+    def __init__(self, path: Path, version: int | None = None) -> None:
+        if not path.exists():
+            raise BadInputError(f"no patches at {path}; build them with `arrag-db build`")
+        try:
+            self._dataset = lance.dataset(path, version=version)
+        except (OSError, ValueError) as error:
+            raise BadInputError(
+                f"version {version} of {path} is gone; index again with `arrag-db index`"
+            ) from error
+        self.version: int = self._dataset.version
+        self.count: int = self._dataset.count_rows()
+
+    def blocks(self, size: int = BLOCK) -> Iterator[PatchBlock]:
+        """All rows in order, at most `size` at a time."""
+        scanner = self._dataset.scanner(batch_size=size, scan_in_order=True, batch_readahead=2)
+        for batch in scanner.to_batches():
+            yield _block(pa.Table.from_batches([batch]))
+
+    def take(self, rows: Sequence[int] | Ids) -> PatchBlock:
+        """The rows at these ordinals, in the order asked for."""
+        return _block(self._dataset.take(list(map(int, rows))))
+
+    def sample(self, count: int, *, seed: int) -> PatchBlock:
+        """A uniform sample over all shards without repetition; all rows where there are fewer."""
+        rng = np.random.default_rng(seed)
+        if count >= self.count:
+            return _block(self._dataset.to_table())
+        return self.take(np.sort(rng.choice(self.count, count, replace=False)))
+
+
+def _block(table: pa.Table) -> PatchBlock:
+    return PatchBlock(
+        table["patch_id"].to_numpy(),
+        list_values(table["key"]),
+        table["next_token"].to_numpy(),
+    )

@@ -1,0 +1,183 @@
+"""The `folder` source: every picture below a folder, with optional captions.
+
+A member is "FINGERPRINT RELATIVE/PATH": a moved folder keeps its shards, a file that changed is a
+new input. Captions come from `NAME.txt` beside `NAME.jpg`, or from a `metadata.csv`, `.jsonl` or
+`.parquet` at the top of the folder with a file-name column and a caption column; its columns
+`url` and `licence` (or `license`) are taken too, and the others are kept as metadata.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from schemas.errors import BadInputError
+from schemas.records import (
+    MAX_ROWS_PER_SHARD,
+    ImageRecord,
+    Listing,
+    RecordedShard,
+    Reject,
+    Shard,
+    SourceSettings,
+)
+from stages.sources.content import fingerprint, make_shard, require_input
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
+CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
+LICENCE_COLUMNS = ("licence", "license")
+SMALLEST_SHARD, LARGEST_SHARD, FEWEST_SHARDS = 16, 1000, 8
+
+
+class FolderSource:
+    """See the module. `shard_size` defaults to an eighth of the pictures, 16 to 1,000."""
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.name = settings.name
+        self._roots = tuple(Path(p).expanduser() for p in require_input(self.name, settings.input))
+        self._limit = settings.limit
+        self._shard_size = settings.shard_size
+        if self._shard_size and not 0 < self._shard_size <= MAX_ROWS_PER_SHARD:
+            raise BadInputError(
+                f"--shard-size {self._shard_size} is outside 1..{MAX_ROWS_PER_SHARD}"
+            )
+        for root in self._roots:
+            if not root.is_dir():
+                what = "is a file" if root.exists() else "does not exist"
+                raise BadInputError(
+                    f"--input '{root}' {what}; --source folder needs a folder of pictures"
+                )
+        self._listed: dict[str, None] | None = None
+        self._metadata: dict[Path, Mapping[str, dict[str, Any]]] = {}
+
+    def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
+        """See `Source.listing`."""
+        here = self._members()
+        known = {member for r in recorded for member in r.shard.members}
+        pending = [r.shard for r in recorded if r.inputs is None]
+        reachable = [s for s in pending if any(m in here for m in s.members)]
+        fresh = [member for member in here if member not in known]
+        size = self._shard_size or _shard_size(len(fresh))
+        shards = [
+            make_shard(self.name, fresh[start : start + size])
+            for start in range(0, len(fresh), size)
+        ]
+        notes = []
+        if lost := len(pending) - len(reachable):
+            notes.append(f"{lost} shards planned earlier are not below this --input")
+        return Listing(reachable + shards, notes)
+
+    def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
+        """See `Source.read`."""
+        for row, member in enumerate(shard.members):
+            listed, _, relative = member.partition(" ")
+            try:
+                root = self._root_of(relative, listed)
+                if root is None:
+                    detail = "gone or changed since it was listed"
+                    yield Reject(row, relative, "read", "missing", detail)
+                else:
+                    yield self._record(row, relative, (root / relative).read_bytes(), root)
+            except OSError as error:
+                yield Reject(row, relative, "read", "unreadable", str(error))
+
+    def _record(self, row: int, relative: str, data: bytes, root: Path) -> ImageRecord:
+        fields = dict(self._described(root).get(relative, {}))
+        caption = _take(fields, CAPTION_COLUMNS)
+        beside = (root / relative).with_suffix(".txt")
+        if caption is None and beside.exists():
+            caption = beside.read_text(encoding="utf-8", errors="replace").strip() or None
+        url, licence = _take(fields, ("url",)), _take(fields, LICENCE_COLUMNS)
+        rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
+        return ImageRecord(row, relative, data, caption, url, licence, rest)
+
+    def _members(self) -> dict[str, None]:
+        """Every picture as a member, in the order of their paths; copies of one appear once."""
+        if self._listed is None:
+            members: dict[str, None] = {}
+            listed = ((root, relative) for root in self._roots for relative in _pictures(root))
+            for count, (root, relative) in enumerate(listed):
+                if self._limit is not None and count >= self._limit:
+                    break
+                members.setdefault(f"{fingerprint(root / relative)} {relative}")
+            if not members:
+                names = ", ".join(str(root) for root in self._roots)
+                raise BadInputError(
+                    f"no pictures below {names}; looked for {', '.join(sorted(SUFFIXES))}"
+                )
+            self._listed = members
+        return self._listed
+
+    def _root_of(self, relative: str, listed: str) -> Path | None:
+        """The root below which this file stands with the fingerprint it was listed with."""
+        for root in self._roots:
+            if (root / relative).is_file() and fingerprint(root / relative) == listed:
+                return root
+        return None
+
+    def _described(self, root: Path) -> Mapping[str, dict[str, Any]]:
+        if root not in self._metadata:
+            self._metadata[root] = read_metadata(root)
+        return self._metadata[root]
+
+
+def _pictures(root: Path) -> Iterator[str]:
+    """Relative paths of the pictures below `root`, sorted; hidden files are left out."""
+    for folder, below, files in os.walk(root, followlinks=False):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield str((Path(folder) / name).relative_to(root))
+
+
+def _shard_size(pictures: int) -> int:
+    """At least eight shards where there are pictures enough, each a power of two up to 1,000."""
+    if pictures <= SMALLEST_SHARD:
+        return SMALLEST_SHARD
+    wanted = 2 ** math.ceil(math.log2(pictures / FEWEST_SHARDS))
+    return int(min(max(wanted, SMALLEST_SHARD), LARGEST_SHARD))
+
+
+def read_metadata(root: Path) -> Mapping[str, dict[str, Any]]:
+    """The rows of a folder's metadata file by file name; empty where there is none."""
+    for name in METADATA_FILES:
+        path = root / name
+        if path.exists():
+            break
+    else:
+        return {}
+    try:
+        if path.suffix == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        elif path.suffix == ".jsonl":
+            table = pd.read_json(path, lines=True, dtype=False)
+        else:
+            table = pd.read_parquet(path)
+    except Exception as error:
+        raise BadInputError(f"cannot read {path}: {error}; mend or move it away") from error
+    column = next((c for c in FILE_COLUMNS if c in table.columns), None)
+    if column is None:
+        raise BadInputError(
+            f"{path} has columns {', '.join(map(str, table.columns))}, but none of"
+            f" {', '.join(FILE_COLUMNS)}; name the file column file_name"
+        )
+    rows = table.to_dict(orient="records")
+    return {os.path.normpath(str(row.pop(column))): _present(row) for row in rows}
+
+
+def _present(row: dict[Any, Any]) -> dict[str, Any]:
+    return {str(k): v for k, v in row.items() if not (pd.api.types.is_scalar(v) and pd.isna(v))}
+
+
+def _take(fields: dict[str, Any], names: Sequence[str]) -> str | None:
+    """Remove and return the first of these fields that holds something, as text."""
+    for name in names:
+        if name in fields and str(fields[name]).strip():
+            return str(fields.pop(name)).strip()
+    return None

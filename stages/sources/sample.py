@@ -1,0 +1,20 @@
+"""The `sample` source: the pictures that come with the project (see their ATTRIBUTION.md)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from schemas.errors import BadInputError
+from schemas.records import SourceSettings
+from stages.sources.folder import FolderSource
+
+PICTURES = Path(__file__).parent / "sample_images"
+
+
+def sample_source(settings: SourceSettings) -> FolderSource:
+    """The bundled pictures, read as a folder. Raises BadInputError when an --input is given."""
+    if settings.input:
+        raise BadInputError(
+            f"--source sample brings its own pictures, so --input {settings.input[0]} cannot be"
+            " used; for your own pictures pass --source folder"
+        )
+    return FolderSource(replace(settings, input=(str(PICTURES),)))

@@ -1,0 +1,173 @@
+"""The `webdataset` source: tars of KEY.jpg + KEY.txt + KEY.json, as img2dataset writes them.
+
+--input: tar paths, brace patterns (`{00000..00099}.tar`), glob patterns or folders of tars.
+A member is "FINGERPRINT START STOP NAME": a range of a tar's samples, so a tar of more samples than
+one shard holds becomes several shards, each listed once the one before it proved full. Of the
+json, `caption`, `url` and `licence` are taken and the rest is kept as metadata.
+"""
+
+import glob
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+
+from schemas.errors import BadInputError
+from schemas.records import (
+    MAX_ROWS_PER_SHARD,
+    ImageRecord,
+    Listing,
+    RecordedShard,
+    Reject,
+    Shard,
+    SourceSettings,
+)
+from stages.sources.content import fingerprint, make_shard, require_input
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+class WebdatasetSource:
+    """See the module."""
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.name = settings.name
+        self._limit = settings.limit
+        self._size = settings.shard_size or MAX_ROWS_PER_SHARD
+        if not 0 < self._size <= MAX_ROWS_PER_SHARD:
+            raise BadInputError(f"--shard-size {self._size} is outside 1..{MAX_ROWS_PER_SHARD}")
+        tars = _expand(require_input(self.name, settings.input))
+        self._tars = {fingerprint(path): path for path in tars}
+
+    def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
+        """See `Source.listing`."""
+        covered: dict[str, int] = {}
+        ended: set[str] = set()
+        for known in recorded:
+            print_, start, stop, _ = _parse(known.shard.members[0])
+            covered[print_] = max(covered.get(print_, 0), stop)
+            if known.inputs is not None and known.inputs < stop - start:
+                ended.add(print_)
+        pending = [r.shard for r in recorded if r.inputs is None]
+        reachable = [s for s in pending if _parse(s.members[0])[0] in self._tars]
+        waiting = {_parse(s.members[0])[0] for s in pending}
+        shards = []
+        left = self._limit
+        for print_, path in self._tars.items():
+            start = covered.get(print_, 0)
+            stop = start + self._size
+            if left is not None:
+                held = _count_samples(path, stop=left)
+                stop, left = min(stop, held), left - held
+            if print_ not in ended and print_ not in waiting and start < stop:
+                shards.append(make_shard(self.name, [f"{print_} {start} {stop} {path.name}"]))
+        notes = []
+        if lost := len(pending) - len(reachable):
+            notes.append(f"{lost} shards planned earlier are not in this --input")
+        return Listing(reachable + shards, notes)
+
+    def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
+        """See `Source.read`. A damaged tar gives what came before the damage, and one reject."""
+        print_, start, stop, name = _parse(shard.members[0])
+        if print_ not in self._tars:
+            raise BadInputError(f"the tar {name} of shard {shard.id} is not in --input any more")
+        row = 0
+        try:
+            for index, sample in enumerate(_samples(self._tars[print_])):
+                if index >= stop:
+                    return
+                if index >= start:
+                    yield _record(row, sample)
+                    row += 1
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            yield Reject(
+                row, name, "read", "broken-archive", f"after sample {start + row}: {error}"
+            )
+
+
+def _expand(inputs: Sequence[str]) -> list[Path]:
+    """The tars that paths, brace patterns, glob patterns and folders name, in their order."""
+    tars: list[Path] = []
+    for given in inputs:
+        for pattern in braceexpand(str(Path(given).expanduser())):
+            path = Path(pattern)
+            if path.is_dir():
+                found = sorted(path.rglob("*.tar"))
+            elif any(mark in pattern for mark in "*?["):
+                found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+            else:
+                found = [path] if path.exists() else []
+            if not found:
+                raise BadInputError(
+                    f"--input '{pattern}' names no tar; give tar files, a brace pattern such as"
+                    " 'DIR/{00000..00009}.tar', or a folder of tars"
+                )
+            tars += found
+    return tars
+
+
+def _parse(member: str) -> tuple[str, int, int, str]:
+    print_, start, stop, name = member.split(" ", 3)
+    return print_, int(start), int(stop), name
+
+
+def _samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a tar in order, as webdataset groups files: {"__key__": …, "jpg": …}."""
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    with path.open("rb") as stream:
+        files = (held | {"__url__": path.name} for held in tar_file_iterator(stream))
+        yield from group_by_keys(files)
+
+
+def _count_samples(path: Path, *, stop: int) -> int:
+    """The number of samples in a tar, read off its headers, counting no further than `stop`."""
+    from webdataset.tariterators import base_plus_ext
+
+    count, last = 0, None
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                key = base_plus_ext(member.name)[0] if member.isreg() else None
+                if key is not None and key != last:
+                    last, count = key, count + 1
+                    if count >= stop:
+                        break
+    except (tarfile.TarError, EOFError, OSError):
+        return count + 1
+    return count
+
+
+def _record(row: int, sample: dict[str, Any]) -> ImageRecord | Reject:
+    key = str(sample["__key__"])
+    fields = _json_object(sample.get("json"))
+    url = _text(fields.pop("url", None))
+    data = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+    if data is None:
+        held = ", ".join(part for part in sample if not part.startswith("__"))
+        return Reject(row, key, "read", "no-image", f"the sample holds {held}", url)
+    caption = _text(fields.pop("caption", None))
+    if "txt" in sample:
+        caption = _text(sample["txt"].decode("utf-8", errors="replace")) or caption
+    licence = _text(fields.pop("licence", None)) or _text(fields.pop("license", None))
+    rest = json.dumps(fields, ensure_ascii=False) if fields else None
+    return ImageRecord(row, key, data, caption, url, licence, rest)
+
+
+def _json_object(data: bytes | None) -> dict[str, Any]:
+    """The sample's json; anything else than an object is kept as it is, under "json"."""
+    if data is None:
+        return {}
+    text = data.decode("utf-8", errors="replace")
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return {"json": text}
+    return fields if isinstance(fields, dict) else {"json": fields}
+
+
+def _text(value: object) -> str | None:
+    return (str(value).strip() or None) if value is not None else None
