@@ -200,6 +200,10 @@ def query(
         str | None, typer.Option(help="Name of the index.  [default: the newest]")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet to this PNG.")] = None,
+    exclude_self: Annotated[
+        bool, typer.Option("--exclude-self", help="Leave out what comes from the image itself.")
+    ] = False,
+    table: Annotated[bool, typer.Option(help="Print the table.")] = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -207,11 +211,11 @@ def query(
     from pipeline.query import QuerySettings
     from pipeline.query import query as run_query
 
-    settings = QuerySettings(db, image, row, col, _parse_tokens(tokens), k, index)
+    settings = QuerySettings(db, image, row, col, _parse_tokens(tokens), k, index, exclude_self)
     answer = run_query(settings)
     if as_json:
         typer.echo(json.dumps(answer.to_json()))
-    else:
+    elif table:
         _print_results(answer)
     if sheet is not None:
         _draw(answer, db, f"Query {image.name if image else tokens}", sheet, quiet or as_json)
@@ -358,13 +362,13 @@ def _print_results(answer: "QueryAnswer") -> None:
     for heading in ("query", "distance", "token", "image", "row", "col"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("caption", overflow="ellipsis", no_wrap=True, max_width=48)
-    table.add_column("url", overflow="fold")
+    table.add_column("url", no_wrap=not sys.stdout.isatty(), overflow="fold")
     for result in answer.results:
         asked = "tokens" if result.row is None else f"{result.row},{result.col}"
         for n in result.neighbors:
             cells = (asked, f"{n.distance:.4f}", n.token, n.image_id, n.row, n.col)
             table.add_row(*map(str, cells), n.caption or n.key, n.url or "")
-    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console = Console() if sys.stdout.isatty() else Console(width=2000)
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """Ask a database what came next: by a picture's positions, or by a key of tokens."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,10 @@ from stages.tokenizers import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class QuerySettings:
-    """Either `image`, with or without a position, or `tokens`. `k` neighbours each."""
+    """Either `image`, with or without a position, or `tokens`. `k` neighbours each.
+
+    exclude_self leaves out what comes from the image itself, known by the hash of its bytes.
+    """
 
     database: Path
     image: Path | None = None
@@ -29,6 +33,7 @@ class QuerySettings:
     tokens: tuple[int, ...] | None = None
     k: int = 10
     index: str | None = None
+    exclude_self: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ def query(settings: QuerySettings) -> QueryAnswer:
         assert settings.image is not None
         grid = tokenize_file(settings.image, load_database_tokenizer(layout, manifest), manifest)
         positions, keys = _picture_keys(grid, settings, manifest)
-    found = index.search(keys, settings.k)
+    own = _own_image(layout, settings)
+    exclude = None if own is None else np.full(len(keys), own)
+    found = index.search(keys, settings.k, exclude=exclude)
     rows = _image_rows(layout, found)
     results = tuple(
         PositionResult(
@@ -121,6 +128,16 @@ def query(settings: QuerySettings) -> QueryAnswer:
         for n, (row, col) in enumerate(positions)
     )
     return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid)
+
+
+def _own_image(layout: Layout, settings: QuerySettings) -> int | None:
+    """The id of the query's own picture in the database, where it is to be left out."""
+    if not settings.exclude_self:
+        return None
+    if settings.image is None:
+        raise BadInputError("--exclude-self leaves out the --image itself; --tokens names none")
+    sha256 = hashlib.sha256(_read(settings.image)).hexdigest()
+    return ImageTable(layout.images).find(sha256)
 
 
 def load_database_tokenizer(layout: Layout, manifest: DatabaseManifest) -> Tokenizer:
@@ -140,10 +157,7 @@ def tokenize_file(
 
     The picture stands alone in a batch of the database's size, since the size changes a few ids.
     """
-    try:
-        data = path.expanduser().read_bytes()
-    except OSError as error:
-        raise BadInputError(f"cannot read --image '{path}': {error.strerror}") from error
+    data = _read(path)
     size = manifest.tokenizer.image_size
     try:
         pixels = decode(data, DecodeSettings(size=size)).pixels
@@ -155,6 +169,13 @@ def tokenize_file(
     batch[0] = pixels
     grid: npt.NDArray[np.uint16] = tokenizer.encode(batch).tokens[0]
     return grid
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise BadInputError(f"cannot read --image '{path}': {error.strerror}") from error
 
 
 def _typed_key(tokens: Sequence[int], manifest: DatabaseManifest) -> npt.NDArray[np.uint16]:

@@ -7,8 +7,10 @@ The number of shards in flight is bounded by the pools, and their bytes by `in_f
 
 import logging
 import os
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,12 +90,17 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray would otherwise announce a changed default on every start without a GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The driver forks to start Ray's own programs, none of which touches Lance.
+    warnings.filterwarnings("ignore", "lance is not fork-safe")
+    # Ray's C++ side reports harmless details of actor creation as errors on the terminal.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        if resources.address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=resources.address, **quiet)
+        with _silent_stderr():
+            if resources.address is None:
+                ray.init(address="local", include_dashboard=False, **quiet)
+            else:
+                ray.init(address=resources.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BadInputError(
             f"cannot reach a Ray cluster at '{resources.address}': {str(error).splitlines()[0]};"
@@ -103,6 +110,20 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ side writes to file descriptor 2 while it starts; errors are raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def worker_count(resources: RayResources) -> int:
@@ -142,6 +163,7 @@ def run_shards(
     )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"shard": s.id, "source": s.source, "members": list(s.members)} for s in shards]
+    workers = min(workers, len(shards))
     encode_cpus = resources.threads - 2 * READ_CPUS
     # The type of a function on Arrow tables is one that ray.data's own hints do not know.
     read: Any = _read_shard
@@ -152,7 +174,7 @@ def run_shards(
             fn_kwargs={"settings": settings},
             batch_size=None,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=workers + 1),
+            compute=TaskPoolStrategy(size=min(workers + 1, len(shards))),
             num_cpus=READ_CPUS,
         )
         .map_batches(
@@ -168,10 +190,11 @@ def run_shards(
     missing = {shard.id for shard in shards}
     reason = "its worker died (out of memory, or killed); see Ray's logs"
     try:
-        for batch in encoded.iter_batches(
+        answers: Any = encoded.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            for row in batch.to_pylist():
+        )
+        for answer in answers:
+            for row in answer.to_pylist():
                 missing.discard(row["shard"])
                 if row["error"] is None:
                     yield ShardResult.from_json(row["result"])
@@ -195,7 +218,10 @@ def _read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
         shard = Shard(row["source"], row["shard"], tuple(row["members"]))
         started = time.perf_counter()
         try:
-            row["inputs"], row["error"] = pack_records(_source(settings).read(shard)), None
+            row["inputs"], row["error"] = (
+                pack_records(open_source(settings.source).read(shard)),
+                None,
+            )
         except Exception as error:
             row["inputs"], row["error"] = None, _describe(error)
         row["read_seconds"] = time.perf_counter() - started
@@ -208,16 +234,6 @@ def _read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     ):
         schema = schema.append(pa.field(name, kind))
     return pa.Table.from_pylist(rows, schema=schema)
-
-
-_open_sources: dict[SourceSettings, Any] = {}
-
-
-def _source(settings: WorkerSettings) -> Any:
-    """The source, opened once a process."""
-    if settings.source not in _open_sources:
-        _open_sources[settings.source] = open_source(settings.source)
-    return _open_sources[settings.source]
 
 
 class _EncodeWorker:
@@ -285,7 +301,7 @@ class _EncodeWorker:
             images=len(encoded.images),
             heldout=int(np.count_nonzero(~kept)),
             patches=patches.num_rows,
-            rejects=encoded.reasons,
+            rejects=dict(encoded.reasons),
             fragments=fragments,
             seconds={
                 "read": row["read_seconds"][0].as_py(),

@@ -161,11 +161,8 @@ def _fill(
     progress: Callable[[int, int], None],
 ) -> None:
     """Add every key of the table in order, with its id and next token at the same place."""
-    shape = (table.count,)
-    ids = np.lib.format.open_memmap(folder / IDS_FILE, mode="w+", dtype=np.int64, shape=shape)
-    tokens = np.lib.format.open_memmap(
-        folder / TOKENS_FILE, mode="w+", dtype=np.uint16, shape=shape
-    )
+    ids = _mapped(folder / IDS_FILE, np.int64, table.count)
+    tokens = _mapped(folder / TOKENS_FILE, np.uint16, table.count)
     done = 0
     for block in table.blocks():
         index.add(key_vectors(block.keys, codes))
@@ -175,6 +172,13 @@ def _fill(
         progress(done, table.count)
     ids.flush()
     tokens.flush()
+
+
+def _mapped(path: Path, dtype: type, count: int) -> Any:
+    """A new .npy file of `count` values, mapped for writing."""
+    return np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        path, mode="w+", dtype=dtype, shape=(count,)
+    )
 
 
 def _tune(index: Any, key: str, settings: IndexSettings) -> int | None:

@@ -24,7 +24,8 @@ def grid_keys(keys: KeySpec, tokens: Tokens, latents: npt.NDArray[Any] | None) -
     if latents is None:
         raise BadInputError("latent keys need the latents, which this database does not keep")
     gathered = keys.neighborhood.keys(latents)
-    return gathered.reshape(*gathered.shape[:2], -1)
+    images, positions, neighbors, dimension = gathered.shape
+    return gathered.reshape(images, positions, neighbors * dimension)
 
 
 def extract_patches(
@@ -40,7 +41,7 @@ def extract_patches(
     """
     positions = keys.neighborhood.positions(spec.grid_height, spec.grid_width)
     gathered = grid_keys(keys, tokens, latents)
-    next_tokens = tokens.reshape(len(tokens), -1)[:, positions]
+    next_tokens = tokens.reshape(len(tokens), spec.positions)[:, positions]
     return pa.table(
         [
             pa.array(patch_ids(image_ids, positions).reshape(-1)),

@@ -52,6 +52,13 @@ class ImageTable:
             for image, grid in zip(table["image_id"].to_pylist(), tokens, strict=True)
         }
 
+    def find(self, sha256: str) -> int | None:
+        """The id of a picture whose original bytes have this hash; None where there is none."""
+        found = self._dataset.to_table(
+            columns=["image_id"], filter=f"sha256 = '{sha256}' AND split = 'database'", limit=1
+        )
+        return int(found["image_id"][0].as_py()) if found.num_rows else None
+
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
         """Up to `count` pictures of a split: their ids [N], ascending, and flat grids [N, h · w]."""
         ids = self._dataset.to_table(columns=["image_id"], filter=f"split = '{split}'")

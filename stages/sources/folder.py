@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ class FolderSource:
                     f"--input '{root}' {what}; --source folder needs a folder of pictures"
                 )
         self._listed: dict[str, None] | None = None
-        self._metadata: dict[Path, Mapping[str, dict[str, Any]]] = {}
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`."""
@@ -88,7 +88,7 @@ class FolderSource:
                 yield Reject(row, relative, "read", "unreadable", str(error))
 
     def _record(self, row: int, relative: str, data: bytes, root: Path) -> ImageRecord:
-        fields = dict(self._described(root).get(relative, {}))
+        fields = dict(read_metadata(root).get(relative, {}))
         caption = _take(fields, CAPTION_COLUMNS)
         beside = (root / relative).with_suffix(".txt")
         if caption is None and beside.exists():
@@ -121,11 +121,6 @@ class FolderSource:
                 return root
         return None
 
-    def _described(self, root: Path) -> Mapping[str, dict[str, Any]]:
-        if root not in self._metadata:
-            self._metadata[root] = read_metadata(root)
-        return self._metadata[root]
-
 
 def _pictures(root: Path) -> Iterator[str]:
     """Relative paths of the pictures below `root`, sorted; hidden files are left out."""
@@ -149,9 +144,12 @@ def read_metadata(root: Path) -> Mapping[str, dict[str, Any]]:
     for name in METADATA_FILES:
         path = root / name
         if path.exists():
-            break
-    else:
-        return {}
+            return _read_metadata(path, path.stat().st_mtime_ns)
+    return {}
+
+
+@lru_cache(maxsize=4)
+def _read_metadata(path: Path, _changed: int) -> Mapping[str, dict[str, Any]]:
     try:
         if path.suffix == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -39,11 +39,12 @@ class WebdatasetSource:
         self._size = settings.shard_size or MAX_ROWS_PER_SHARD
         if not 0 < self._size <= MAX_ROWS_PER_SHARD:
             raise BadInputError(f"--shard-size {self._size} is outside 1..{MAX_ROWS_PER_SHARD}")
-        tars = _expand(require_input(self.name, settings.input))
-        self._tars = {fingerprint(path): path for path in tars}
+        self._paths = _expand(require_input(self.name, settings.input))
+        self._by_content: dict[str, Path] = {}
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`."""
+        tars = self._tars()
         covered: dict[str, int] = {}
         ended: set[str] = set()
         for known in recorded:
@@ -52,11 +53,11 @@ class WebdatasetSource:
             if known.inputs is not None and known.inputs < stop - start:
                 ended.add(print_)
         pending = [r.shard for r in recorded if r.inputs is None]
-        reachable = [s for s in pending if _parse(s.members[0])[0] in self._tars]
+        reachable = [s for s in pending if _parse(s.members[0])[0] in tars]
         waiting = {_parse(s.members[0])[0] for s in pending}
         shards = []
         left = self._limit
-        for print_, path in self._tars.items():
+        for print_, path in tars.items():
             start = covered.get(print_, 0)
             stop = start + self._size
             if left is not None:
@@ -72,11 +73,13 @@ class WebdatasetSource:
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
         """See `Source.read`. A damaged tar gives what came before the damage, and one reject."""
         print_, start, stop, name = _parse(shard.members[0])
-        if print_ not in self._tars:
+        path = next((p for p in self._paths if p.name == name and fingerprint(p) == print_), None)
+        path = path or self._tars().get(print_)
+        if path is None:
             raise BadInputError(f"the tar {name} of shard {shard.id} is not in --input any more")
         row = 0
         try:
-            for index, sample in enumerate(_samples(self._tars[print_])):
+            for index, sample in enumerate(_samples(path)):
                 if index >= stop:
                     return
                 if index >= start:
@@ -86,6 +89,13 @@ class WebdatasetSource:
             yield Reject(
                 row, name, "read", "broken-archive", f"after sample {start + row}: {error}"
             )
+
+    def _tars(self) -> dict[str, Path]:
+        """Every tar by its fingerprint; copies of one appear once."""
+        if not self._by_content:
+            for path in self._paths:
+                self._by_content.setdefault(fingerprint(path), path)
+        return self._by_content
 
 
 def _expand(inputs: Sequence[str]) -> list[Path]:
