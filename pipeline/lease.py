@@ -32,3 +32,7 @@ def lease(layout: Layout, command: str) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if [path.name for path in layout.root.iterdir()] == [layout.lease.name]:
+                # Nothing came of it: leave no empty folder behind.
+                layout.lease.unlink()
+                layout.root.rmdir()

@@ -155,7 +155,8 @@ def tokenize_file(
 ) -> npt.NDArray[np.uint16]:
     """The token grid uint16 [h, w] of a picture, made the way the database's grids were.
 
-    The picture stands alone in a batch of the database's size, since the size changes a few ids.
+    The picture stands alone in a batch of the size the database was encoded with on a CPU, since
+    the size changes a few ids; those of a GPU differ from a CPU's anyway.
     """
     data = _read(path)
     size = manifest.tokenizer.image_size
@@ -165,7 +166,9 @@ def tokenize_file(
         raise BadInputError(
             f"--image '{path}' cannot be used: {error}; give a JPEG, PNG or WebP picture"
         ) from error
-    batch = np.zeros((manifest.encoder.batch_size, size, size, 3), np.uint8)
+    same_device = manifest.encoder.device == "cpu"
+    batch_size = manifest.encoder.batch_size if same_device else 1
+    batch = np.zeros((batch_size, size, size, 3), np.uint8)
     batch[0] = pixels
     grid: npt.NDArray[np.uint16] = tokenizer.encode(batch).tokens[0]
     return grid

@@ -22,7 +22,9 @@ from schemas.tables import (
     POSITION_BITS,
     ROW_BITS,
     image_id_range,
+    images_schema,
     list_values,
+    patches_schema,
     shard_number,
     split_patch_ids,
 )
@@ -58,6 +60,7 @@ def verify(
     images = lance.dataset(layout.images)
     checks = [
         _codebook(layout, manifest),
+        _schemas(manifest, images, patches),
         _ledger_once(rows),
         *_counts(layout, rows, images, patches),
         _unique("image ids unique", _ids(images, "image_id")),
@@ -77,6 +80,19 @@ def _codebook(layout: Layout, manifest: DatabaseManifest) -> Check:
     wanted = (manifest.tokenizer.vocabulary, manifest.tokenizer.dimension)
     unit = bool(np.allclose(np.linalg.norm(codes, axis=1), 1, atol=1e-4))
     return Check(name, codes.shape == wanted and unit, f"{codes.shape}, manifest {wanted}")
+
+
+def _schemas(
+    manifest: DatabaseManifest, images: lance.LanceDataset, patches: lance.LanceDataset
+) -> Check:
+    """The tables have the columns that the manifest's tokenizer and keys ask for."""
+    spec, keys = manifest.tokenizer, manifest.keys
+    wanted = {
+        "images": (images.schema, images_schema(spec, latents=keys.space == "latent")),
+        "patches": (patches.schema, patches_schema(spec, keys)),
+    }
+    wrong = [name for name, (held, schema) in wanted.items() if not held.equals(schema)]
+    return Check("tables agree with the manifest", not wrong, _named(keys.name, wrong))
 
 
 def _ledger_once(rows: list[dict[str, Any]]) -> Check:

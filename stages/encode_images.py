@@ -114,7 +114,7 @@ def encode_shard(
         waiting: deque[Future[Encoded]] = deque()
         for pixels in _batches(_decoded(inputs, settings, rejects), images, settings):
             if tokenizer.precision != "float32" and not waiting and not batches:
-                agreement = tokenizer.agreement(pixels)
+                agreement = tokenizer.agreement(pixels[: len(images)])
             waiting.append(model.submit(tokenizer.encode, pixels, latents=settings.latents))
             if len(waiting) > 1:
                 batches.append(waiting.popleft().result())
