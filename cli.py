@@ -150,7 +150,7 @@ def build(
         shard, error = next(iter(report.failed.items()))
         raise BadInputError(
             f"{len(report.failed)} shards failed, {report.shards_done} are done; first {shard}:"
-            f" {error}. The same command tries them again"
+            f" {error.rstrip('.')}. The same command tries them again"
         )
 
 

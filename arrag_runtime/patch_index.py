@@ -80,13 +80,15 @@ class PatchIndex:
         layout = Layout(Path(database).expanduser())
         folder = layout.index(name) if name else newest_index(layout)
         manifest = IndexManifest.read(folder)
-        return PatchIndex(
-            manifest,
-            faiss.read_index(str(folder / INDEX_FILE)),
-            np.load(folder / IDS_FILE, mmap_mode="r"),
-            np.load(folder / TOKENS_FILE, mmap_mode="r"),
-            read_codebook(layout),
-        )
+        try:
+            index = faiss.read_index(str(folder / INDEX_FILE))
+            ids = np.load(folder / IDS_FILE, mmap_mode="r")
+            tokens = np.load(folder / TOKENS_FILE, mmap_mode="r")
+        except (RuntimeError, OSError, ValueError) as error:
+            raise IncompatibleError(
+                f"index {manifest.name} in {folder} is damaged or incomplete; index again"
+            ) from error
+        return PatchIndex(manifest, index, ids, tokens, read_codebook(layout))
 
     @property
     def nprobe(self) -> int | None:

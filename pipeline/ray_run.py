@@ -7,6 +7,7 @@ The number of shards in flight is bounded by the pools, and their bytes by `in_f
 
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -95,6 +96,8 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     # Ray's C++ side reports harmless details of actor creation as errors on the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if resources.address is not None:
+        _require_reachable(resources.address)
     try:
         with _silent_stderr():
             if resources.address is None:
@@ -110,6 +113,20 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Knock at HOST:PORT, since Ray itself would wait for minutes at a closed door."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise BadInputError(
+            f"nothing answers at --ray {address} ({error}); check that the cluster runs, or leave"
+            " --ray out for an embedded one"
+        ) from error
 
 
 @contextmanager

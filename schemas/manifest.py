@@ -6,6 +6,8 @@ existence means that what it describes is complete.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,16 +106,17 @@ class DatabaseManifest:
                 f"{layout.manifest} is of another format than {FORMAT}; use the version of"
                 " arrag-db that wrote it"
             )
-        return DatabaseManifest(
-            **fields
-            | {
-                "tokenizer": TokenizerSpec(**fields["tokenizer"]),
-                "encoder": EncoderSettings(**fields["encoder"]),
-                "keys": KeySpec.from_json(fields["keys"]),
-                "sources": tuple(fields["sources"]),
-                "runs": tuple(fields["runs"]),
-            }
-        )
+        with _complete(layout.manifest):
+            return DatabaseManifest(
+                **fields
+                | {
+                    "tokenizer": TokenizerSpec(**fields["tokenizer"]),
+                    "encoder": EncoderSettings(**fields["encoder"]),
+                    "keys": KeySpec.from_json(fields["keys"]),
+                    "sources": tuple(fields["sources"]),
+                    "runs": tuple(fields["runs"]),
+                }
+            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,19 @@ class IndexManifest:
         fields = read_json(path)
         if fields.pop("format", None) != FORMAT:
             raise IncompatibleError(f"{path} is of another format than {FORMAT}; index again")
-        return IndexManifest(**fields | {"keys": KeySpec.from_json(fields["keys"])})
+        with _complete(path):
+            return IndexManifest(**fields | {"keys": KeySpec.from_json(fields["keys"])})
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    """Turn a field that is missing or unknown into one line about the file."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{path} lacks or has unknown fields ({error}); restore it or build anew"
+        ) from error
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
@@ -185,5 +200,10 @@ def read_codebook(layout: Layout) -> Floats:
     """The normalised codebook float32 [V, d] of a database."""
     if not layout.codebook.exists():
         raise BadInputError(f"{layout.codebook} is missing; run `arrag-db build` on it again")
-    codes: Floats = np.load(layout.codebook)
+    try:
+        codes: Floats = np.load(layout.codebook)
+    except (OSError, EOFError, ValueError) as error:
+        raise BadInputError(
+            f"{layout.codebook} is damaged; restore it, or delete it and run `arrag-db build` again"
+        ) from error
     return codes

@@ -64,6 +64,7 @@ REASONS = {
     "missing": "the file was listed but is gone",
     "unreadable": "the file exists but reading it failed",
     "broken-archive": "the tar is damaged from here on",
+    "name-twice": "a sample holds two files of one extension",
     "no-image": "a sample without a picture",
     "empty": "zero bytes",
     "not-an-image": "the bytes are no picture in a known format",
@@ -113,12 +114,20 @@ RECORDS_SCHEMA = pa.schema(
 
 def pack_records(items: Iterable[ImageRecord | Reject]) -> bytes:
     """A shard's inputs as one Arrow stream."""
-    rows = [{name: getattr(item, name, None) for name in RECORDS_SCHEMA.names} for item in items]
+    rows = [
+        {name: _storable(getattr(item, name, None)) for name in RECORDS_SCHEMA.names}
+        for item in items
+    ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, RECORDS_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
     packed: bytes = sink.getvalue().to_pybytes()
     return packed
+
+
+def _storable(value: object) -> object:
+    """Text with what is no Unicode (halves of surrogate pairs, old encodings) replaced by "?"."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | Reject]:

@@ -119,11 +119,7 @@ def _train(
             " use --kind flat, or an --index-key with fewer lists"
         )
     memory = _available_bytes()
-    try:
-        size = IndexMetadata(key, table.count, dimension, False).estimated_index_size_in_bytes()
-        _require_memory(size, settings, key)
-    except ValueError:
-        logging.getLogger(__name__).info("autofaiss cannot estimate the size of %s", key)
+    _require_memory(_estimated_size(key, table.count, dimension), settings, key)
     sample = table.sample(wanted, seed=settings.seed)
     vectors = key_vectors(sample.keys, codes)
     np.random.default_rng(settings.seed).shuffle(vectors)
@@ -209,6 +205,21 @@ def _tune(index: Any, key: str, settings: IndexSettings) -> int | None:
 def has_gpu() -> bool:
     """Whether the faiss installed here can use a GPU and sees one."""
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def _estimated_size(key: str, keys: int, dimension: int) -> int:
+    """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
+    try:
+        empty = faiss.index_factory(dimension, key)
+    except RuntimeError as error:
+        reason = str(error).rsplit(": ", 1)[-1].strip()
+        raise BadInputError(
+            f"faiss cannot make an index '{key}' of {dimension} dimensions ({reason}); give a"
+            f" factory string such as {default_index_key(keys, dimension)}"
+        ) from error
+    estimated = int(IndexMetadata(key, keys, dimension, False).estimated_index_size_in_bytes())
+    # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id a key.
+    return estimated if estimated >= 0 else keys * (empty.sa_code_size() + 8)
 
 
 def _require_memory(size: int, settings: IndexSettings, key: str) -> None:

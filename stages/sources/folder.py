@@ -9,12 +9,14 @@ new input. Captions come from `NAME.txt` beside `NAME.jpg`, or from a `metadata.
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from schemas.errors import BadInputError
 from schemas.records import (
@@ -33,6 +35,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 LICENCE_COLUMNS = ("licence", "license")
+UNREADABLE = "0" * 16
 SMALLEST_SHARD, LARGEST_SHARD, FEWEST_SHARDS = 16, 1000, 8
 
 
@@ -76,16 +79,17 @@ class FolderSource:
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
         """See `Source.read`."""
         for row, member in enumerate(shard.members):
-            listed, _, relative = member.partition(" ")
+            listed, _, name = member.partition(" ")
+            relative = _from_text(name)
             try:
                 root = self._root_of(relative, listed)
                 if root is None:
                     detail = "gone or changed since it was listed"
-                    yield Reject(row, relative, "read", "missing", detail)
+                    yield Reject(row, name, "read", "missing", detail)
                 else:
                     yield self._record(row, relative, (root / relative).read_bytes(), root)
             except OSError as error:
-                yield Reject(row, relative, "read", "unreadable", str(error))
+                yield Reject(row, name, "read", "unreadable", str(error))
 
     def _record(self, row: int, relative: str, data: bytes, root: Path) -> ImageRecord:
         fields = dict(read_metadata(root).get(relative, {}))
@@ -95,7 +99,7 @@ class FolderSource:
             caption = beside.read_text(encoding="utf-8", errors="replace").strip() or None
         url, licence = _take(fields, ("url",)), _take(fields, LICENCE_COLUMNS)
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
-        return ImageRecord(row, relative, data, caption, url, licence, rest)
+        return ImageRecord(row, _to_text(relative), data, caption, url, licence, rest)
 
     def _members(self) -> dict[str, None]:
         """Every picture as a member, in the order of their paths; copies of one appear once."""
@@ -105,7 +109,7 @@ class FolderSource:
             for count, (root, relative) in enumerate(listed):
                 if self._limit is not None and count >= self._limit:
                     break
-                members.setdefault(f"{fingerprint(root / relative)} {relative}")
+                members.setdefault(f"{_fingerprint(root / relative)} {_to_text(relative)}")
             if not members:
                 names = ", ".join(str(root) for root in self._roots)
                 raise BadInputError(
@@ -117,9 +121,28 @@ class FolderSource:
     def _root_of(self, relative: str, listed: str) -> Path | None:
         """The root below which this file stands with the fingerprint it was listed with."""
         for root in self._roots:
-            if (root / relative).is_file() and fingerprint(root / relative) == listed:
+            if (root / relative).is_file() and listed in (fingerprint(root / relative), UNREADABLE):
                 return root
         return None
+
+
+def _fingerprint(path: Path) -> str:
+    """The file's fingerprint; a file that cannot be read now is listed, and rejected later."""
+    try:
+        return fingerprint(path)
+    except OSError:
+        return UNREADABLE
+
+
+def _to_text(relative: str) -> str:
+    """A file name as text that tables can hold: bytes that are no UTF-8 are written \\xNN."""
+    return os.fsencode(relative).decode("utf-8", "backslashreplace")
+
+
+def _from_text(name: str) -> str:
+    """The file name that `_to_text` wrote; one that really holds \\xNN keeps it."""
+    escaped = re.sub(r"\\x([89a-f][0-9a-f])", lambda m: os.fsdecode(bytes([int(m[1], 16)])), name)
+    return escaped if _to_text(escaped) == name and escaped != name else name
 
 
 def _pictures(root: Path) -> Iterator[str]:
@@ -153,24 +176,27 @@ def _read_metadata(path: Path, _changed: int) -> Mapping[str, dict[str, Any]]:
     try:
         if path.suffix == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            rows = table.to_dict(orient="records")
         elif path.suffix == ".jsonl":
-            table = pd.read_json(path, lines=True, dtype=False)
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows = [dict(json.loads(line)) for line in lines if line.strip()]
         else:
-            table = pd.read_parquet(path)
+            rows = pq.read_table(path).to_pylist()
     except Exception as error:
-        raise BadInputError(f"cannot read {path}: {error}; mend or move it away") from error
-    column = next((c for c in FILE_COLUMNS if c in table.columns), None)
-    if column is None:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInputError(f"cannot read {path}: {reason}; mend it or move it away") from error
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    column = next((name for name in FILE_COLUMNS if name in columns), None)
+    if rows and column is None:
         raise BadInputError(
-            f"{path} has columns {', '.join(map(str, table.columns))}, but none of"
-            f" {', '.join(FILE_COLUMNS)}; name the file column file_name"
+            f"{path} has columns {', '.join(columns)}, but none of {', '.join(FILE_COLUMNS)};"
+            " name the file column file_name"
         )
-    rows = table.to_dict(orient="records")
-    return {os.path.normpath(str(row.pop(column))): _present(row) for row in rows}
+    return {os.path.normpath(str(row.pop(column))): _present(row) for row in rows if column in row}
 
 
-def _present(row: dict[Any, Any]) -> dict[str, Any]:
-    return {str(k): v for k, v in row.items() if not (pd.api.types.is_scalar(v) and pd.isna(v))}
+def _present(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in row.items() if value is not None}
 
 
 def _take(fields: dict[str, Any], names: Sequence[str]) -> str | None:

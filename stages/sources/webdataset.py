@@ -10,6 +10,8 @@ import glob
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,25 @@ from schemas.records import (
 from stages.sources.content import fingerprint, make_shard, require_input
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass
+class _Sample:
+    """The files of one key, by their lower-case extensions; `twice` names one that came twice."""
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    twice: str | None = None
+
+    def add(self, extension: str, data: bytes) -> None:
+        if extension in self.files:
+            self.twice = extension
+        self.files[extension] = data
+
+
+@dataclass(frozen=True)
+class _Damage:
+    detail: str
 
 
 class WebdatasetSource:
@@ -58,6 +79,8 @@ class WebdatasetSource:
         shards = []
         left = self._limit
         for print_, path in tars.items():
+            if left == 0:
+                break
             start = covered.get(print_, 0)
             stop = start + self._size
             if left is not None:
@@ -77,18 +100,12 @@ class WebdatasetSource:
         path = path or self._tars().get(print_)
         if path is None:
             raise BadInputError(f"the tar {name} of shard {shard.id} is not in --input any more")
-        row = 0
-        try:
-            for index, sample in enumerate(_samples(path)):
-                if index >= stop:
-                    return
-                if index >= start:
-                    yield _record(row, sample)
-                    row += 1
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            yield Reject(
-                row, name, "read", "broken-archive", f"after sample {start + row}: {error}"
-            )
+        for index, sample in enumerate(islice(_samples(path), stop)):
+            row = index - start
+            if row >= 0 and isinstance(sample, _Damage):
+                yield Reject(row, name, "read", "broken-archive", sample.detail)
+            elif row >= 0 and isinstance(sample, _Sample):
+                yield _record(row, sample)
 
     def _tars(self) -> dict[str, Path]:
         """Every tar by its fingerprint; copies of one appear once."""
@@ -102,7 +119,7 @@ def _expand(inputs: Sequence[str]) -> list[Path]:
     """The tars that paths, brace patterns, glob patterns and folders name, in their order."""
     tars: list[Path] = []
     for given in inputs:
-        for pattern in braceexpand(str(Path(given).expanduser())):
+        for pattern in _expand_braces(given):
             path = Path(pattern)
             if path.is_dir():
                 found = sorted(path.rglob("*.tar"))
@@ -119,18 +136,50 @@ def _expand(inputs: Sequence[str]) -> list[Path]:
     return tars
 
 
+def _expand_braces(given: str) -> list[str]:
+    try:
+        return list(braceexpand(str(Path(given).expanduser())))
+    except ValueError as error:
+        raise BadInputError(
+            f"--input '{given}' has a brace that is not closed; write 'DIR/{{00000..00009}}.tar'"
+        ) from error
+
+
 def _parse(member: str) -> tuple[str, int, int, str]:
     print_, start, stop, name = member.split(" ", 3)
     return print_, int(start), int(stop), name
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a tar in order, as webdataset groups files: {"__key__": …, "jpg": …}."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+def _samples(path: Path) -> Iterator["_Sample | _Damage"]:
+    """The samples of a tar in order: neighbouring files whose names webdataset gives one key.
 
-    with path.open("rb") as stream:
-        files = (held | {"__url__": path.name} for held in tar_file_iterator(stream))
-        yield from group_by_keys(files)
+    Where the tar is damaged they end with a `_Damage`; a sample that it falls into is lost.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    sample: _Sample | None = None
+    whole = True
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                key, extension = base_plus_ext(member.name)
+                if key is None or not member.isreg():
+                    continue
+                if sample is not None and key != sample.key:
+                    yield sample
+                    sample = None
+                whole = False
+                sample = sample or _Sample(key)
+                stream = archive.extractfile(member)
+                sample.add(extension.lower(), stream.read() if stream else b"")
+                whole = True
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if sample is not None and whole:
+            yield sample
+        yield _Damage(f"{path.name}: {error}")
+        return
+    if sample is not None:
+        yield sample
 
 
 def _count_samples(path: Path, *, stop: int) -> int:
@@ -151,20 +200,22 @@ def _count_samples(path: Path, *, stop: int) -> int:
     return count
 
 
-def _record(row: int, sample: dict[str, Any]) -> ImageRecord | Reject:
-    key = str(sample["__key__"])
-    fields = _json_object(sample.get("json"))
+def _record(row: int, sample: _Sample) -> ImageRecord | Reject:
+    fields = _json_object(sample.files.get("json"))
     url = _text(fields.pop("url", None))
-    data = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+    if sample.twice is not None:
+        detail = f"the sample holds two files .{sample.twice}"
+        return Reject(row, sample.key, "read", "name-twice", detail, url)
+    data = next((sample.files[s] for s in IMAGE_SUFFIXES if s in sample.files), None)
     if data is None:
-        held = ", ".join(part for part in sample if not part.startswith("__"))
-        return Reject(row, key, "read", "no-image", f"the sample holds {held}", url)
+        detail = f"the sample holds {', '.join(sample.files)}"
+        return Reject(row, sample.key, "read", "no-image", detail, url)
     caption = _text(fields.pop("caption", None))
-    if "txt" in sample:
-        caption = _text(sample["txt"].decode("utf-8", errors="replace")) or caption
+    if "txt" in sample.files:
+        caption = _text(sample.files["txt"].decode("utf-8", errors="replace")) or caption
     licence = _text(fields.pop("licence", None)) or _text(fields.pop("license", None))
     rest = json.dumps(fields, ensure_ascii=False) if fields else None
-    return ImageRecord(row, key, data, caption, url, licence, rest)
+    return ImageRecord(row, sample.key, data, caption, url, licence, rest)
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:

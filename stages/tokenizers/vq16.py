@@ -11,6 +11,7 @@ checkpoint (folder or hub id, deepseek-ai's layout or transformers'). The archit
 read off the weights, so narrow models load the same way.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.errors import BadInputError
+from schemas.errors import ArragError, BadInputError
 from schemas.neighborhood import MISSING
 from schemas.specs import Floats, TokenizerSpec, normalised
 from schemas.tables import require_grid_fits
@@ -45,15 +46,16 @@ class VQTokenizer:
     def __init__(
         self, name: str, state: Mapping[str, torch.Tensor], weights: str | None, sha: str
     ) -> None:
-        model = _build(state)
-        self._model: Any = model
-        self._codes = normalised(model.quantize.embedding.weight.detach().float().numpy())
+        # The exact model stays in float32, so that no precision leaves its rounding behind.
+        self._exact: Any = _build(state)
+        self._model: Any = self._exact
+        self._encoder: Any = self._exact.encoder
+        self._codes = normalised(self._exact.quantize.embedding.weight.detach().float().numpy())
         self._device = torch.device("cpu")
         self._search = torch.from_numpy(self._codes)
-        self._reference: Any = None
         self.precision = "float32"
         self.weights = weights
-        stride = 2 ** (len(model.config.channel_multiplier) - 1)
+        stride = 2 ** (len(self._exact.config.channel_multiplier) - 1)
         self.spec = TokenizerSpec(
             name=name,
             image_size=GRID * stride,
@@ -89,18 +91,17 @@ class VQTokenizer:
         self._device = torch.device(device)
         self.precision = chosen
         layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
-        self._reference = None
+        self._exact = self._exact.to(self._device, memory_format=layout)
+        self._model = self._exact
         if chosen != "float32":
-            self._reference = _copy(self._model).to(self._device)
-        self._model = self._model.to(self._device, PRECISIONS[chosen], memory_format=layout)
+            self._model = copy.deepcopy(self._exact).to(PRECISIONS[chosen])
         self._search = torch.from_numpy(self._codes).to(self._device)
-        if compile:
-            self._model.encoder = torch.compile(self._model.encoder)
+        self._encoder = torch.compile(self._model.encoder) if compile else self._model.encoder
 
     @torch.inference_mode()
     def encode(self, images: Pixels, *, latents: bool = False) -> Encoded:
         """See `Tokenizer.encode`. The nearest code is searched in float32 at any precision."""
-        z = self._latents(self._model, images)
+        z = self._latents(self._model, self._encoder, images)
         tokens = self._nearest(z)
         return Encoded(
             tokens.cpu().numpy().astype(np.uint16),
@@ -110,19 +111,18 @@ class VQTokenizer:
     @torch.inference_mode()
     def agreement(self, images: Pixels) -> float:
         """See `Tokenizer.agreement`; 1.0 when the model already runs in float32."""
-        if self._reference is None:
+        if self._model is self._exact:
             return 1.0
-        ours = self._nearest(self._latents(self._model, images))
-        exact = self._nearest(self._latents(self._reference, images))
+        ours = self._nearest(self._latents(self._model, self._encoder, images))
+        exact = self._nearest(self._latents(self._exact, self._exact.encoder, images))
         return float((ours == exact).float().mean())
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Pixels:
         """See `Tokenizer.decode`: normalised codes through LlamaGen's decoder, in float32."""
-        model = self._reference or self._model
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
-        codes = self._search[ids].permute(0, 3, 1, 2).to(_dtype(model))
-        pixels = model.decoder(model.post_quant_conv(codes)).float()
+        codes = self._search[ids].permute(0, 3, 1, 2)
+        pixels = self._exact.decoder(self._exact.post_quant_conv(codes))
         shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         pictures: Pixels = shown.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return pictures
@@ -131,29 +131,18 @@ class VQTokenizer:
         """See `Tokenizer.codebook`."""
         return self._codes
 
-    def _latents(self, model: Any, images: Pixels) -> torch.Tensor:
+    def _latents(self, model: Any, encoder: Any, images: Pixels) -> torch.Tensor:
         """L2-normalised encoder outputs, float32 [B, h, w, d]."""
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
-        pixels = pixels.permute(0, 3, 1, 2).to(_dtype(model)) / 127.5 - 1
+        pixels = pixels.permute(0, 3, 1, 2).to(model.quant_conv.weight.dtype) / 127.5 - 1
         if self._device.type == "cpu":
             pixels = pixels.contiguous()
-        z = model.quant_conv(model.encoder(pixels))
+        z = model.quant_conv(encoder(pixels))
         return torch.nn.functional.normalize(z.float().permute(0, 2, 3, 1), dim=-1)
 
     def _nearest(self, z: torch.Tensor) -> torch.Tensor:
         """The ids of the nearest codes; among unit vectors that is the largest cosine."""
         return (z @ self._search.T).argmax(dim=-1)
-
-
-def _dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = model.quant_conv.weight.dtype
-    return dtype
-
-
-def _copy(model: Any) -> Any:
-    other = type(model)(model.config)
-    other.load_state_dict(model.state_dict())
-    return other.eval()
 
 
 def _build(state: Mapping[str, torch.Tensor]) -> Any:
@@ -205,18 +194,21 @@ def load_vq16(weights: str | None) -> VQTokenizer:
 
 def load_vq(name: str, path: Path, origin: str | None) -> VQTokenizer:
     """A VQ tokenizer from a local file or checkpoint folder; `origin` is what loads it again."""
-    files = _weight_files(path)
-    state = to_transformers_names(_read_tokenizer(files))
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
     try:
+        files = _weight_files(path)
+        state = to_transformers_names(_read_tokenizer(files))
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
         return VQTokenizer(name, state, origin, digest.hexdigest())
-    except (KeyError, RuntimeError, IndexError) as error:
+    except ArragError:
+        raise
+    # What is wrong with a file of weights shows as nearly any exception of its reader or of torch.
+    except Exception as error:
         raise BadInputError(
             f"'{path}' holds no VQ tokenizer of LlamaGen's or Janus-Pro's shape:"
-            f" {str(error).splitlines()[0]}"
+            f" {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
 
 
@@ -286,6 +278,8 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
+    if not isinstance(loaded, dict):
+        raise BadInputError(f"'{file}' holds a {type(loaded).__name__}, not a model's weights")
     return {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
 
 

@@ -1,0 +1,93 @@
+"""Shared fixtures: pictures made from a seed, and a narrow tokenizer with random weights."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# One thread each for torch and faiss: on a busy machine their threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")
+settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("suite")
+
+
+def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """An RGB picture of soft colours with a little noise; another one for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
+    noisy = soft + rng.integers(-20, 21, soft.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of a picture file of this format."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def jpeg(seed: int, width: int = 96, height: int = 80) -> bytes:
+    """The bytes of a small JPEG; other bytes for every seed."""
+    return encoded(picture(seed, width, height), "JPEG")
+
+
+def pixels(seed: int, size: int = 384) -> npt.NDArray[np.uint8]:
+    """A prepared picture uint8 [size, size, 3]."""
+    return np.array(picture(seed, size, size))
+
+
+def narrow_model(
+    multiplier: Sequence[int] = (1, 1, 1, 1, 1), blocks: int = 1, seed: int = 0
+) -> Any:
+    """A JanusVQVAE of VQ-16's architecture, narrow, with random weights and a raw codebook."""
+    import torch
+    from transformers import JanusVQVAE, JanusVQVAEConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return JanusVQVAE(
+            JanusVQVAEConfig(
+                embed_dim=8,
+                num_embeddings=256,
+                latent_channels=32,
+                base_channels=32,
+                channel_multiplier=list(multiplier),
+                num_res_blocks=blocks,
+                num_patches=24,
+            )
+        ).eval()
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """The narrow model whose weights `narrow_weights` holds."""
+    return narrow_model()
+
+
+@pytest.fixture(scope="session")
+def narrow_weights(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A safetensors file of a narrow VQ-16, in transformers' names."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "narrow.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(narrow_weights: Path) -> Any:
+    """The narrow tokenizer on the CPU in float32; nobody may set it up otherwise."""
+    from stages.tokenizers import load_tokenizer
+
+    loaded = load_tokenizer("vq16", str(narrow_weights))
+    loaded.setup("cpu", precision="float32")
+    return loaded

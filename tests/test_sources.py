@@ -1,0 +1,124 @@
+"""One contract for all sources, and what the bundled pictures promise."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from schemas.errors import BadInputError
+from schemas.records import (
+    MAX_ROWS_PER_SHARD,
+    RecordedShard,
+    SourceSettings,
+    pack_records,
+    unpack_records,
+)
+from stages.sources import SOURCES, open_source
+from stages.sources.content import fingerprint, make_shard
+from stages.sources.sample import PICTURES
+from tests.source_cases import CASES, open_case, open_folder, read_all, records, tar_of
+
+
+def test_every_source_has_a_case() -> None:
+    """A new source joins the contract below."""
+    assert set(CASES) == set(SOURCES)
+    with pytest.raises(BadInputError, match=r"'imagenet'.*sample, folder, webdataset"):
+        open_source(SourceSettings("imagenet"))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_contract_of_a_source(name: str, tmp_path: Path) -> None:
+    """Rows count from 0; reading again gives the same; ids come from content; packing keeps all."""
+    first, again = (open_case(name, tmp_path, shard_size=3) for _ in range(2))
+    found = read_all(first)
+    assert found == read_all(again)
+    assert len(found) > 1
+    for shard, items in found.items():
+        assert list(first.read(shard)) == items
+        assert [item.row for item in items] == list(range(len(items)))
+        assert len(items) <= 3
+        assert re.fullmatch("[0-9a-f]{16}", shard.id)
+        assert shard.source == name
+        assert list(unpack_records(pack_records(items))) == items
+    assert len({shard.id for shard in found}) == len(found)
+    keys = [item.key for items in found.values() for item in items]
+    assert len(set(keys)) == len(keys) == (48 if name == "sample" else 7)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_done_is_not_listed_and_what_is_planned_comes_back(
+    name: str, tmp_path: Path
+) -> None:
+    """A shard planned earlier is offered again as it was, whatever the shard size is now."""
+    source = open_case(name, tmp_path, shard_size=3)
+    everything = read_all(source)
+    done = tuple(RecordedShard(shard, len(items)) for shard, items in everything.items())
+    assert not source.listing(done).shards
+    planned = tuple(source.listing(()).shards)
+    other = open_case(name, tmp_path, shard_size=5)
+    assert (
+        tuple(other.listing([RecordedShard(s) for s in planned]).shards)[: len(planned)] == planned
+    )
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("limit", [1, 4])
+def test_a_limit_takes_the_first_inputs(name: str, limit: int, tmp_path: Path) -> None:
+    """--limit N gives the first N inputs, over all shards together."""
+    whole = list(records(open_case(name, tmp_path)).values())
+    limited = records(open_case(name, tmp_path, shard_size=3, limit=limit)).values()
+    assert [item.data for item in limited] == [item.data for item in whole[:limit]]
+
+
+@pytest.mark.parametrize("name", ["folder", "webdataset"])
+def test_the_input_has_to_be_given_and_the_size_to_fit(name: str, tmp_path: Path) -> None:
+    """Missing --input, and shard sizes that the ids of a shard's rows could not count."""
+    with pytest.raises(BadInputError, match="--input"):
+        open_source(SourceSettings(name))
+    for size in (-1, MAX_ROWS_PER_SHARD + 1):
+        with pytest.raises(BadInputError, match=f"--shard-size {size}"):
+            open_case(name, tmp_path, shard_size=size)
+
+
+def test_ids_stay_what_they_are_in_every_database(tmp_path: Path) -> None:
+    """Ledgers hold these: another way to make them would read every picture again as new."""
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 400)
+    assert fingerprint(tmp_path / "file") == "00f07b6115ccaed8"
+    assert make_shard("folder", ["0123456789abcdef a.jpg", "b"]).id == "8cd1ada15b16bc77"
+
+
+def test_a_picture_is_the_same_through_every_source(tmp_path: Path) -> None:
+    """Bytes, and hence the picture's hash and tokens, do not depend on the way in."""
+    names = sorted(path.name for path in PICTURES.glob("*.jpg"))[:3]
+    for name in names:
+        shutil.copy(PICTURES / name, tmp_path / name)
+    tar_of(tmp_path, tmp_path / "a.tar")
+    tars = open_source(SourceSettings("webdataset", (str(tmp_path / "a.tar"),)))
+    sample = records(open_source(SourceSettings("sample")))
+    copies, archived = records(open_folder(tmp_path)), records(tars)
+    for name in names:
+        data = (PICTURES / name).read_bytes()
+        assert sample[name].data == copies[name].data == archived[Path(name).stem].data == data
+
+
+def test_the_bundled_pictures_are_described_small_and_free() -> None:
+    """Caption, address and free licence for each; 2.5 MB and 384 pixels at most; attributed."""
+    found = records(open_source(SourceSettings("sample")))
+    attribution = (PICTURES / "ATTRIBUTION.md").read_text()
+    assert {path.name for path in PICTURES.iterdir()} == {
+        *found,
+        "ATTRIBUTION.md",
+        "metadata.jsonl",
+    }
+    for key, item in found.items():
+        assert item.caption
+        assert (item.url or "").startswith("https://")
+        assert item.licence in {"CC0-1.0", "MIT", "CC-BY-4.0"}
+        assert f"`{key}`" in attribution
+        with Image.open(PICTURES / key) as image:
+            assert min(image.size) <= 384
+    assert sum(path.stat().st_size for path in PICTURES.iterdir()) <= 2_500_000
+    with pytest.raises(BadInputError, match=r"/mine.*--source folder"):
+        open_source(SourceSettings("sample", ("/mine",)))
