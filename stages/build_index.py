@@ -91,6 +91,8 @@ def train_and_fill(
     dimension = key_vectors(table.take([0]).keys, codes).shape[1]
     kind = choose_kind(settings, table.count)
     metrics: dict[str, Any] = {}
+    if settings.index_key is not None and kind != "ivfpq":
+        raise BadInputError(f"--index-key {settings.index_key} is for --kind ivfpq, not {kind}")
     if kind == "flat":
         key, trained_on = "Flat", 0
         _require_memory(table.count * dimension * 4, settings, key)
@@ -119,7 +121,9 @@ def _train(
             " use --kind flat, or an --index-key with fewer lists"
         )
     memory = _available_bytes()
-    _require_memory(_estimated_size(key, table.count, dimension), settings, key)
+    empty = _make(key, dimension, table.count)
+    _require_nprobe(empty, settings)
+    _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
     sample = table.sample(wanted, seed=settings.seed)
     vectors = key_vectors(sample.keys, codes)
     np.random.default_rng(settings.seed).shuffle(vectors)
@@ -131,17 +135,20 @@ def _train(
         )
     # autofaiss draws a bar a step; the caller shows its own.
     with _ErrorLines() as errors, contextlib.redirect_stderr(io.StringIO()):
-        index, metrics = autofaiss_build_index(
-            vectors,
-            save_on_disk=False,
-            index_key=key,
-            index_param="nprobe=1" if "IVF" in key else None,
-            metric_type="l2",
-            max_index_memory_usage=cast_bytes_to_memory_string(int(memory * 0.8)),
-            current_memory_available=cast_bytes_to_memory_string(memory),
-            use_gpu=has_gpu(),
-            verbose=logging.ERROR,
-        )
+        try:
+            index, metrics = autofaiss_build_index(
+                vectors,
+                save_on_disk=False,
+                index_key=key,
+                index_param="nprobe=1" if "IVF" in key else None,
+                metric_type="l2",
+                max_index_memory_usage=cast_bytes_to_memory_string(int(memory * 0.8)),
+                current_memory_available=cast_bytes_to_memory_string(memory),
+                use_gpu=has_gpu(),
+                verbose=logging.ERROR,
+            )
+        except RuntimeError as error:
+            index, metrics, errors.text = None, None, str(error).splitlines()[0]
     if index is None:
         raise BadInputError(f"autofaiss could not build {key}: {errors.text or 'no reason given'}")
     index.reset()
@@ -179,13 +186,10 @@ def _mapped(path: Path, dtype: type, count: int) -> Any:
 
 def _tune(index: Any, key: str, settings: IndexSettings) -> int | None:
     """Set nprobe on the inner IVF and read it back from there; None for an index without lists."""
-    try:
-        ivf = faiss.extract_index_ivf(index)
-    except RuntimeError:
+    ivf = _inner_ivf(index)
+    if ivf is None:
         return None
     if settings.nprobe is not None:
-        if not 1 <= settings.nprobe <= ivf.nlist:
-            raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{ivf.nlist} lists")
         ivf.nprobe = settings.nprobe
     else:
         try:
@@ -199,7 +203,7 @@ def _tune(index: Any, key: str, settings: IndexSettings) -> int | None:
                 )
         except (NotImplementedError, ValueError):
             ivf.nprobe = min(16, ivf.nlist)
-    return int(faiss.extract_index_ivf(index).nprobe)
+    return int(_inner_ivf(index).nprobe)
 
 
 def has_gpu() -> bool:
@@ -207,19 +211,38 @@ def has_gpu() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def _estimated_size(key: str, keys: int, dimension: int) -> int:
-    """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
+def _make(key: str, dimension: int, keys: int) -> Any:
+    """An empty index. Raises BadInputError for a factory string that faiss does not take."""
     try:
-        empty = faiss.index_factory(dimension, key)
+        return faiss.index_factory(dimension, key)
     except RuntimeError as error:
         reason = str(error).rsplit(": ", 1)[-1].strip()
         raise BadInputError(
             f"faiss cannot make an index '{key}' of {dimension} dimensions ({reason}); give a"
             f" factory string such as {default_index_key(keys, dimension)}"
         ) from error
+
+
+def _estimated_size(key: str, keys: int, dimension: int, empty: Any) -> int:
+    """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
     estimated = int(IndexMetadata(key, keys, dimension, False).estimated_index_size_in_bytes())
     # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id a key.
     return estimated if estimated >= 0 else keys * (empty.sa_code_size() + 8)
+
+
+def _require_nprobe(index: Any, settings: IndexSettings) -> None:
+    ivf = _inner_ivf(index)
+    lists = 0 if ivf is None else ivf.nlist
+    if settings.nprobe is not None and not 1 <= settings.nprobe <= lists:
+        raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{lists} lists")
+
+
+def _inner_ivf(index: Any) -> Any:
+    """The IVF inside an index and its pre-transforms, where nprobe takes effect; or None."""
+    try:
+        return faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
 
 
 def _require_memory(size: int, settings: IndexSettings, key: str) -> None:

@@ -24,6 +24,7 @@ from tests.patch_world import (
     build_index,
     check_neighbors,
     make_world,
+    manifest_of,
 )
 
 logging.getLogger("autofaiss").setLevel(logging.CRITICAL)
@@ -119,6 +120,23 @@ def test_settings_that_cannot_work_are_refused(
     with pytest.raises(BadInputError, match=message) as caught:
         train_and_fill(world.table, CODES, tmp_path, IndexSettings(**settings))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["PQ4x4", "IVF4,Flat", "OPQ2_8,PQ2x4"])
+def test_other_layouts_of_faiss_work_or_are_refused(world: World, tmp_path: Path, key: str) -> None:
+    """Whatever --index-key asks for ends in an index that finds keys, or in one line."""
+    settings = IndexSettings(kind="ivfpq", index_key=key)
+    try:
+        filled = train_and_fill(world.table, CODES, tmp_path, settings)
+    except BadInputError as error:
+        assert key in str(error)  # noqa: PT017
+        return
+    opened = PatchIndex(
+        manifest_of("other", filled, world), filled.index, world.ids, world.tokens, CODES
+    )
+    found = opened.search(world.keys[::50], 10)
+    check_neighbors(found, world, 10)
+    assert (found.count > 0).all()
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_numbers_and_lists_in_metadata_stay_what_they_are(tmp_path: Path) -> Non
     assert json.loads(metadata or "") == kept
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_metadata_lines_end_with_the_line(tmp_path: Path, encoding: str) -> None:
+    """Captions from the web hold other separators, and some editors begin a file with a mark."""
+    caption = "one\u2028two\x85three"
+    line = json.dumps({"file_name": "p1.jpg", "caption": caption}, ensure_ascii=False)
+    (folder_of(tmp_path) / "metadata.jsonl").write_text(line + "\n", encoding=encoding)
+    assert records(open_folder(tmp_path))["p1.jpg"].caption == caption
+
+
 def test_a_moved_folder_and_a_new_file_rename_no_shard(tmp_path: Path) -> None:
     """A shard keeps its id when the folder moves; one file more makes one shard more."""
     root = folder_of(tmp_path / "here")
@@ -130,6 +139,12 @@ def test_several_folders_are_one_source(tmp_path: Path) -> None:
     """A copy under the same relative path counts once."""
     one, two = folder_of(tmp_path / "one", 2), folder_of(tmp_path / "two", 5)
     assert len(records(open_folder(one, two))) == 5
+
+
+def test_a_file_name_that_looks_escaped_is_read(tmp_path: Path) -> None:
+    """A backslash is an ordinary letter of a name on Linux."""
+    (tmp_path / "caf\\xe9.jpg").write_bytes(jpeg(9))
+    assert len(records(open_folder(tmp_path))) == 1
 
 
 @pytest.mark.parametrize(

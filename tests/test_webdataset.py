@@ -3,9 +3,11 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from schemas.records import (
     ImageRecord,
     RecordedShard,
     Reject,
+    Shard,
     SourceSettings,
     pack_records,
     unpack_records,
@@ -173,6 +176,34 @@ def test_a_truncated_tar_gives_what_came_before_and_one_reject(
     assert pictures == ["s0", "s1", "s2", "s3"]
 
 
+def test_a_tar_cut_within_a_header_is_reported(tmp_path: Path) -> None:
+    """Python's reader ends there without a word; the samples after it would be lost unseen."""
+    path = write_tar(tmp_path / "a.tar", samples(0, 6))
+    with tarfile.open(path) as archive:
+        cut = archive.getmember("s4.jpg").offset + 100
+    path.write_bytes(path.read_bytes()[:cut])
+    *complete, broken = items_of(open_tars(path))
+    assert [item.key for item in complete] == ["s0", "s1", "s2", "s3"]
+    assert isinstance(broken, Reject)
+    assert broken.reason == "broken-archive"
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_header_that_makes_no_sense_is_a_reject(tmp_path: Path, limit: int | None) -> None:
+    """Extended headers hold numbers that Python's reader trusts; a wrong one does not escape."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in samples(0, 1):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        archive.addfile(tarfile.TarInfo("s1.jpg"))
+        member.pax_headers = {"GNU.sparse.map": "no,numbers"}
+        archive.addfile(member, io.BytesIO(data))
+    items = items_of(open_tars(tmp_path / "a.tar", limit=limit))
+    assert items[0].key == "s0"
+    assert {item.reason for item in items if isinstance(item, Reject)} <= set(REASONS)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"no tar at all" * 1000, gzip.compress(bytes(20480))[:12], b"\x1f\x8b\x08" + bytes(99)],
@@ -211,6 +242,17 @@ def test_text_that_is_no_unicode_can_be_packed(
     assert len(list(unpack_records(pack_records(items)))) == 2
 
 
+def test_a_tar_whose_name_is_no_utf8_can_be_recorded(tmp_path: Path) -> None:
+    """The ledger keeps a shard's members as text, so they must be text."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar"))
+    source = open_tars(write_tar(odd, samples(0, 1)))
+    (shard,) = source.listing(()).shards
+    stored = pa.array(shard.members, pa.string()).to_pylist()
+    assert [item.key for item in source.read(Shard(shard.source, shard.id, tuple(stored)))] == [
+        "s0"
+    ]
+
+
 def test_a_tar_that_moved_keeps_its_shards(tmp_path: Path) -> None:
     """A shard follows the tar's content; one that is gone is noted, and refused when read."""
     path = write_tar(tmp_path / "here" / "a.tar", samples(0, 3))
@@ -238,5 +280,6 @@ def test_a_damaged_tar_never_raises(tmp_path: Path, flips: list[tuple[int, int]]
         data[at % (len(data) if number % 2 else 300)] ^= change
     path.write_bytes(data)
     items = items_of(open_tars(path))
+    assert len(items_of(open_tars(path, limit=2))) <= 2
     assert [item.row for item in items] == list(range(len(items)))
     assert {item.reason for item in items if isinstance(item, Reject)} <= set(REASONS)

@@ -61,6 +61,8 @@ class FolderSource:
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`."""
+        for root in self._roots:
+            read_metadata(root)  # A file that is broken ends the listing, not every shard.
         here = self._members()
         known = {member for r in recorded for member in r.shard.members}
         pending = [r.shard for r in recorded if r.inputs is None]
@@ -80,18 +82,18 @@ class FolderSource:
         """See `Source.read`."""
         for row, member in enumerate(shard.members):
             listed, _, name = member.partition(" ")
-            relative = _from_text(name)
             try:
-                root = self._root_of(relative, listed)
-                if root is None:
+                found = self._find(name, listed)
+                if found is None:
                     detail = "gone or changed since it was listed"
                     yield Reject(row, name, "read", "missing", detail)
                 else:
-                    yield self._record(row, relative, (root / relative).read_bytes(), root)
+                    yield self._record(row, name, *found)
             except OSError as error:
                 yield Reject(row, name, "read", "unreadable", str(error))
 
-    def _record(self, row: int, relative: str, data: bytes, root: Path) -> ImageRecord:
+    def _record(self, row: int, name: str, root: Path, relative: str) -> ImageRecord:
+        data = (root / relative).read_bytes()
         fields = dict(read_metadata(root).get(relative, {}))
         caption = _take(fields, CAPTION_COLUMNS)
         beside = (root / relative).with_suffix(".txt")
@@ -99,7 +101,7 @@ class FolderSource:
             caption = beside.read_text(encoding="utf-8", errors="replace").strip() or None
         url, licence = _take(fields, ("url",)), _take(fields, LICENCE_COLUMNS)
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
-        return ImageRecord(row, _to_text(relative), data, caption, url, licence, rest)
+        return ImageRecord(row, name, data, caption, url, licence, rest)
 
     def _members(self) -> dict[str, None]:
         """Every picture as a member, in the order of their paths; copies of one appear once."""
@@ -118,11 +120,13 @@ class FolderSource:
             self._listed = members
         return self._listed
 
-    def _root_of(self, relative: str, listed: str) -> Path | None:
-        """The root below which this file stands with the fingerprint it was listed with."""
+    def _find(self, name: str, listed: str) -> tuple[Path, str] | None:
+        """The root and relative path of a member that still has the fingerprint it was listed with."""
         for root in self._roots:
-            if (root / relative).is_file() and listed in (fingerprint(root / relative), UNREADABLE):
-                return root
+            for relative in dict.fromkeys((name, _from_text(name))):
+                path = root / relative
+                if path.is_file() and listed in (fingerprint(path), UNREADABLE):
+                    return root, relative
         return None
 
 
@@ -140,9 +144,8 @@ def _to_text(relative: str) -> str:
 
 
 def _from_text(name: str) -> str:
-    """The file name that `_to_text` wrote; one that really holds \\xNN keeps it."""
-    escaped = re.sub(r"\\x([89a-f][0-9a-f])", lambda m: os.fsdecode(bytes([int(m[1], 16)])), name)
-    return escaped if _to_text(escaped) == name and escaped != name else name
+    """The file name that `_to_text` wrote, its \\xNN being bytes again."""
+    return re.sub(r"\\x([89a-f][0-9a-f])", lambda m: os.fsdecode(bytes([int(m[1], 16)])), name)
 
 
 def _pictures(root: Path) -> Iterator[str]:
@@ -178,7 +181,7 @@ def _read_metadata(path: Path, _changed: int) -> Mapping[str, dict[str, Any]]:
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             rows = table.to_dict(orient="records")
         elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             rows = [dict(json.loads(line)) for line in lines if line.strip()]
         else:
             rows = pq.read_table(path).to_pylist()

@@ -8,6 +8,7 @@ json, `caption`, `url` and `licence` are taken and the rest is kept as metadata.
 
 import glob
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from schemas.records import (
 )
 from stages.sources.content import fingerprint, make_shard, require_input
 
+BLOCK = 512
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -87,7 +90,7 @@ class WebdatasetSource:
                 held = _count_samples(path, stop=left)
                 stop, left = min(stop, held), left - held
             if print_ not in ended and print_ not in waiting and start < stop:
-                shards.append(make_shard(self.name, [f"{print_} {start} {stop} {path.name}"]))
+                shards.append(make_shard(self.name, [f"{print_} {start} {stop} {_name(path)}"]))
         notes = []
         if lost := len(pending) - len(reachable):
             notes.append(f"{lost} shards planned earlier are not in this --input")
@@ -96,7 +99,7 @@ class WebdatasetSource:
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
         """See `Source.read`. A damaged tar gives what came before the damage, and one reject."""
         print_, start, stop, name = _parse(shard.members[0])
-        path = next((p for p in self._paths if p.name == name and fingerprint(p) == print_), None)
+        path = next((p for p in self._paths if _name(p) == name and fingerprint(p) == print_), None)
         path = path or self._tars().get(print_)
         if path is None:
             raise BadInputError(f"the tar {name} of shard {shard.id} is not in --input any more")
@@ -145,6 +148,11 @@ def _expand_braces(given: str) -> list[str]:
         ) from error
 
 
+def _name(path: Path) -> str:
+    """A tar's name as text that tables can hold."""
+    return path.name.encode("utf-8", "replace").decode()
+
+
 def _parse(member: str) -> tuple[str, int, int, str]:
     print_, start, stop, name = member.split(" ", 3)
     return print_, int(start), int(stop), name
@@ -173,13 +181,24 @@ def _samples(path: Path) -> Iterator["_Sample | _Damage"]:
                 stream = archive.extractfile(member)
                 sample.add(extension.lower(), stream.read() if stream else b"")
                 whole = True
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if sample is not None and whole:
-            yield sample
-        yield _Damage(f"{path.name}: {error}")
-        return
-    if sample is not None:
+        damage = "ends without the mark of a tar's end" if _ends_early(path) else None
+    # A damaged tar makes tarfile raise nearly anything: what comes after is lost, not the shard.
+    except Exception as error:
+        damage = f"{type(error).__name__}: {error}"
+    if sample is not None and whole:
         yield sample
+    if damage is not None:
+        yield _Damage(damage)
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether an uncompressed tar lacks the zero blocks at its end, as one that was cut off does."""
+    with path.open("rb") as stream:
+        if stream.read(6).startswith(COMPRESSED):
+            return False
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - BLOCK))
+        return size % BLOCK != 0 or any(stream.read())
 
 
 def _count_samples(path: Path, *, stop: int) -> int:
@@ -195,7 +214,7 @@ def _count_samples(path: Path, *, stop: int) -> int:
                     last, count = key, count + 1
                     if count >= stop:
                         break
-    except (tarfile.TarError, EOFError, OSError):
+    except Exception:  # The damage counts as one more input, as it does when reading.
         return count + 1
     return count
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -270,7 +271,7 @@ def _read_tokenizer(files: list[Path]) -> dict[str, torch.Tensor]:
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     """A .pt or .bin state dict, read without running code from it."""
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:
         raise BadInputError(
             f"'{file}' is not a weights file that can be read safely: {str(error).splitlines()[0]}"

@@ -30,7 +30,7 @@ def own_picture(indexed: Path, pictures: Path) -> Path:
     """A picture that is in the database with patches."""
     images = lance.dataset(Layout(indexed).images)
     held = images.to_table(columns=["key"], filter="split = 'database'")["key"].to_pylist()
-    return pictures / min(held)
+    return pictures / str(min(held))
 
 
 @pytest.fixture(scope="module")
