@@ -19,11 +19,11 @@ from pipeline.plan import Plan, plan
 from pipeline.ray_run import (
     RayResources,
     ShardFailure,
-    WorkerSettings,
     ray_cluster,
     run_shards,
     worker_count,
 )
+from pipeline.shard_worker import WorkerSettings
 from schemas.errors import BadInputError, IncompatibleError
 from schemas.manifest import (
     DatabaseManifest,
