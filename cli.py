@@ -102,8 +102,8 @@ def build(
 
     A build that was interrupted goes on where it stopped when the same command is given again.
     """
-    from pipeline.build import BuildSettings
     from pipeline.build import build as run_build
+    from pipeline.database import BuildSettings
     from pipeline.ray_run import RayResources
     from schemas.records import SourceSettings
 
@@ -131,7 +131,7 @@ def build(
             bar.update(task, description=state, total=total, completed=report.shards_done)
 
         report = run_build(settings, show)
-    if index and not report.failed and (report.shards_done or not _has_index(db)):
+    if index:
         _index_after_build(db, quiet or as_json)
     from pipeline.info import info as read_info
 
@@ -203,6 +203,9 @@ def query(
     exclude_self: Annotated[
         bool, typer.Option("--exclude-self", help="Leave out what comes from the image itself.")
     ] = False,
+    tokenizer_weights: Annotated[
+        str | None, typer.Option(help="Where the database's tokenizer weights are, if they moved.")
+    ] = None,
     table: Annotated[bool, typer.Option(help="Print the table.")] = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -211,14 +214,17 @@ def query(
     from pipeline.query import QuerySettings
     from pipeline.query import query as run_query
 
-    settings = QuerySettings(db, image, row, col, _parse_tokens(tokens), k, index, exclude_self)
+    settings = QuerySettings(
+        db, image, row, col, _parse_tokens(tokens), k, index, exclude_self, tokenizer_weights
+    )
     answer = run_query(settings)
     if as_json:
         typer.echo(json.dumps(answer.to_json()))
     elif table:
         _print_results(answer)
     if sheet is not None:
-        _draw(answer, db, f"Query {image.name if image else tokens}", sheet, quiet or as_json)
+        title = f"Query {image.name if image else tokens}"
+        _draw(answer, db, title, sheet, tokenizer_weights, quiet or as_json)
 
 
 @app.command()
@@ -273,21 +279,14 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
-def _has_index(db: Path) -> bool:
-    from arrag_runtime.patch_index import index_folders
-    from schemas.manifest import Layout
-
-    return bool(index_folders(Layout(db.expanduser())))
-
-
 def _index_after_build(db: Path, quiet: bool) -> None:
-    from pipeline.info import info as read_info
-    from stages.build_index import IndexSettings
+    """Bring the newest index up to date as it was made, or make a first one."""
+    from pipeline.index import stale_index
 
-    if not read_info(db)["patches"]:
-        typer.echo("no patches, so no index was built", err=True)
+    stale = stale_index(db)
+    if stale is None:
         return
-    made = _run_index(db, IndexSettings(), None, quiet)
+    made = _run_index(db, stale.settings, stale.name, quiet)
     if not quiet:
         _print_index(made)
 
@@ -305,13 +304,15 @@ def _run_index(db: Path, settings: Any, name: str | None, quiet: bool) -> "Index
         return index_database(db, settings, name=name, progress=show)
 
 
-def _draw(answer: "QueryAnswer", db: Path, title: str, sheet: Path, quiet: bool) -> None:
+def _draw(
+    answer: "QueryAnswer", db: Path, title: str, sheet: Path, weights: str | None, quiet: bool
+) -> None:
     from pipeline.query import load_database_tokenizer
     from pipeline.sheet import draw_sheet, save_sheet
     from schemas.manifest import Layout
 
     layout = Layout(db.expanduser())
-    tokenizer = load_database_tokenizer(layout, answer.manifest)
+    tokenizer = load_database_tokenizer(layout, answer.manifest, weights)
     with _bar(quiet, "pictures") as bar:
         task = bar.add_task("reconstructing")
         drawn = draw_sheet(
@@ -403,6 +404,9 @@ def main() -> None:
         app()
     except ArragError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        typer.echo(f"error: {error}; check the path, its rights and the space left", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)

@@ -129,8 +129,8 @@ class PatchIndex:
     def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Neighbors:
         """The k nearest entries of token keys uint16 [N, n].
 
-        exclude: int64 [N], for each query the picture whose entries must not be returned; as many
-        more entries are fetched as one picture can have, and its own dropped.
+        exclude: int64 [N] or [N, M], for each query the pictures whose entries must not be returned
+        (-1 for none); as many more entries are fetched as they can have, and theirs dropped.
         """
         return self.search_vectors(self.vectors(keys), k, exclude=exclude)
 
@@ -138,13 +138,18 @@ class PatchIndex:
         """`search` for search vectors float32 [N, n · d]."""
         if k < 1:
             raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
-        spare = 0 if exclude is None else self.manifest.settings["patches_per_image"]
+        spare = 0
+        if exclude is not None:
+            exclude = exclude.reshape(len(vectors), -1)
+            spare = exclude.shape[1] * int(self.manifest.settings["patches_per_image"])
         fetched = min(k + spare, max(self.count, 1))
         distances, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), fetched)
         real = rows >= 0
         ids = np.where(real, self._ids[np.maximum(rows, 0)], -1) if self.count else rows
         if exclude is not None:
-            real &= split_patch_ids(ids)[0] != exclude[:, None]
+            images = split_patch_ids(ids)[0]
+            for column in exclude.T:
+                real &= images != column[:, None]
         order = np.argsort(~real, axis=1, kind="stable")[:, :k]
         return self._gather(rows, distances, ids, real, order, k)
 
@@ -190,4 +195,5 @@ def newest_index(layout: Layout) -> Path:
 
 def index_folders(layout: Layout) -> Sequence[Path]:
     """The folders of complete indexes, by name."""
-    return sorted(path.parent for path in layout.indexes.glob("*/manifest.json"))
+    found = (path.parent for path in layout.indexes.glob("*/manifest.json"))
+    return sorted(folder for folder in found if not folder.name.startswith("."))

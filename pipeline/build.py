@@ -14,60 +14,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.database import BuildSettings, create_database, resolve_database
 from pipeline.lease import lease
 from pipeline.plan import Plan, plan
 from pipeline.ray_run import (
-    RayResources,
     ShardFailure,
     ray_cluster,
     run_shards,
     worker_count,
 )
 from pipeline.shard_worker import WorkerSettings
-from schemas.errors import BadInputError, IncompatibleError
 from schemas.manifest import (
     DatabaseManifest,
-    EncoderSettings,
     Layout,
-    read_codebook,
-    write_codebook,
 )
-from schemas.records import Shard, SourceSettings
-from schemas.specs import KeySpec, key_spec, require_same_tokenizer
-from schemas.tables import require_grid_fits
+from schemas.records import Shard
 from stages.decode import DecodeSettings
 from stages.encode_images import EncodeSettings
-from stages.patch_table import Committer, ShardResult, create_tables, read_ledger
+from stages.patch_table import Committer, ShardResult, read_ledger
 from stages.sources import open_source
-from stages.tokenizers import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """A failed shard is tried this often in one build."""
-
-DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
-"""On a CPU single pictures were the fastest (docs/log.md); a GPU wants to be filled."""
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """None where a setting is the database's own, or, for a new one, the default."""
-
-    database: Path
-    source: SourceSettings
-    tokenizer: str | None = None
-    tokenizer_weights: str | None = None
-    neighborhood: str | None = None
-    border: str | None = None
-    key_space: str | None = None
-    hold_out: float | None = None
-    precision: str | None = None
-    batch_size: int | None = None
-    compile: bool = False
-    min_side: int = 32
-    max_pixels: int = 80_000_000
-    resources: RayResources = field(default_factory=RayResources)
 
 
 @dataclass
@@ -102,7 +72,7 @@ class BuildReport:
         self.patches += result.patches
         self.rejects.update(result.rejects)
         self.stage_seconds.update(result.seconds)
-        if result.agreement < 1.0:
+        if result.agreement is not None:
             self.agreement = min(self.agreement or 1.0, result.agreement)
 
 
@@ -123,19 +93,21 @@ def build(
     source = open_source(settings.source)
     report = BuildReport()
     with lease(layout, "arrag-db build"):
-        manifest, tokenizer = open_database(layout, settings)
+        # Everything that can refuse the build comes before the first thing it creates.
+        manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
-        committer = Committer(layout, manifest.keys)
-        if dropped := committer.recover(state):
-            report.notes.append(f"dropped {dropped} rows of shards that a killed build left")
         work = plan(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
         if work.todo:
             with ray_cluster(settings.resources):
                 workers = worker_count(settings.resources)
+                if not layout.manifest.exists():
+                    create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
-                del tokenizer
+                committer = Committer(layout, manifest.keys)
+                if dropped := committer.recover(state):
+                    report.notes.append(f"dropped {dropped} rows that a killed build left")
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)
@@ -144,86 +116,9 @@ def build(
                     # A tar that proved longer than one shard has more to list now.
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
-        _describe_run(layout, manifest, settings, report)
+        if layout.manifest.exists():
+            _describe_run(layout, manifest, settings, report)
     return report
-
-
-def open_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseManifest, Tokenizer]:
-    """The database at `layout`, created where there is none, and its tokenizer.
-
-    Raises IncompatibleError, with both sides named, when the settings differ from its own.
-    """
-    if layout.manifest.exists():
-        manifest = DatabaseManifest.read(layout)
-        tokenizer = load_tokenizer(
-            settings.tokenizer or manifest.tokenizer.name,
-            settings.tokenizer_weights or manifest.tokenizer_weights,
-        )
-        require_same_tokenizer(
-            manifest.tokenizer, read_codebook(layout), tokenizer.spec, tokenizer.codebook()
-        )
-        _require_same(manifest, settings)
-        return manifest, tokenizer
-    if any(path.name != layout.lease.name for path in layout.root.iterdir()):
-        _require_unfinished(layout)
-    tokenizer = load_tokenizer(settings.tokenizer or "sample", settings.tokenizer_weights)
-    require_grid_fits(tokenizer.spec)
-    device = "cuda" if settings.resources.gpus else "cpu"
-    manifest = DatabaseManifest(
-        tokenizer=tokenizer.spec,
-        tokenizer_weights=tokenizer.weights,
-        encoder=EncoderSettings(
-            device,
-            settings.precision or ("bfloat16" if device == "cuda" else "float32"),
-            settings.batch_size or DEFAULT_BATCH[device],
-        ),
-        keys=_key_spec(settings),
-        hold_out=settings.hold_out or 0.0,
-    )
-    create_tables(layout, manifest.tokenizer, manifest.keys)
-    write_codebook(layout, tokenizer.codebook())
-    manifest.write(layout)
-    return manifest, tokenizer
-
-
-def _require_unfinished(layout: Layout) -> None:
-    """A folder without a manifest may only hold what a killed creation leaves."""
-    ours = {p.name for p in (layout.lease, layout.ledger, layout.images, layout.rejects)}
-    ours |= {"patches", layout.codebook.name}
-    others = [p.name for p in layout.root.iterdir() if p.name not in ours and p.name[0] != "."]
-    if others:
-        raise BadInputError(
-            f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"
-            " empty or new folder with --db"
-        )
-
-
-def _key_spec(settings: BuildSettings) -> KeySpec:
-    return key_spec(
-        settings.neighborhood or "causal-1",
-        settings.border or "skip",
-        settings.key_space or "codebook",
-    )
-
-
-def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:
-    """Raise IncompatibleError for the first setting that is given and differs."""
-    keys, encoder = manifest.keys, manifest.encoder
-    device = "cuda" if settings.resources.gpus else "cpu"
-    for option, given, own in (
-        ("--neighborhood", settings.neighborhood, keys.neighborhood.name),
-        ("--border", settings.border, keys.neighborhood.border),
-        ("--key-space", settings.key_space, keys.space),
-        ("--hold-out", settings.hold_out, manifest.hold_out),
-        ("--precision", settings.precision, encoder.precision),
-        ("--batch-size", settings.batch_size, encoder.batch_size),
-        ("device", device, encoder.device),
-    ):
-        if given is not None and given != own:
-            raise IncompatibleError(
-                f"this database was built with {option} {own}, not {given}; leave it out, or name"
-                " another folder with --db"
-            )
 
 
 def _worker_settings(
@@ -300,6 +195,8 @@ def _describe_run(
         "source": settings.source.name,
         "input": list(settings.source.input),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "min_side": settings.min_side,
+        "max_pixels": settings.max_pixels,
         "shards": report.shards_done,
         "failed": len(report.failed),
         "images": report.images,

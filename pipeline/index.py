@@ -1,20 +1,22 @@
 """Index a database: train and fill in a temporary folder, measure, then move it into place."""
 
-import os
+import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from arrag_runtime.patch_index import PatchIndex
+from arrag_runtime.patch_index import PatchIndex, index_folders, newest_index
 from pipeline.lease import lease
+from schemas.errors import BadInputError
 from schemas.manifest import (
     IDS_FILE,
+    INDEX_FILE,
     TOKENS_FILE,
     DatabaseManifest,
     IndexManifest,
@@ -22,8 +24,10 @@ from schemas.manifest import (
     read_codebook,
 )
 from schemas.specs import Floats, key_vectors
+from schemas.tables import Ids
 from stages.build_index import FilledIndex, IndexSettings, train_and_fill
 from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
+from stages.patch_table import Committer, read_ledger
 from stages.read_images import ImageTable
 from stages.read_patches import PatchTable
 
@@ -44,13 +48,19 @@ def index_database(
     """
     layout = Layout(database.expanduser().resolve())
     manifest = DatabaseManifest.read(layout)
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise BadInputError(
+            f"--name '{name}' is no name for a folder; use letters, digits, - and _"
+        )
     with lease(layout, "arrag-db index"):
         started = time.perf_counter()
+        # Rows of shards that a killed build left unfinished must not be indexed.
+        Committer(layout, manifest.keys).recover(read_ledger(layout))
+        _clean(layout)
         table = PatchTable(layout.patches(manifest.keys))
         codes = read_codebook(layout)
         layout.indexes.mkdir(exist_ok=True)
-        draft = layout.indexes / f".draft-{os.getpid()}"
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = layout.indexes / DRAFT
         draft.mkdir()
         try:
             filled = train_and_fill(table, codes, draft, settings, progress)
@@ -80,13 +90,22 @@ def recall_queries(layout: Layout, manifest: DatabaseManifest, codes: Floats) ->
     rng = np.random.default_rng(0)
     total = len(ids) * per_image
     chosen = np.sort(rng.choice(total, min(QUERIES, total), replace=False))
-    own = ids[chosen // per_image]
-    return RecallQueries(
-        key_vectors(keys.reshape(total, -1)[chosen], codes),
-        np.full(len(chosen), NO_IMAGE) if held_out else own,
-        f"{len(chosen)} queries from {len(ids)} "
-        + ("held-out pictures" if held_out else "pictures of the database, their own excluded"),
-    )
+    vectors = key_vectors(keys.reshape(total, -1)[chosen], codes)
+    asked = f"{len(chosen)} queries from {len(ids)}"
+    if held_out:
+        none = np.full((len(chosen), 1), NO_IMAGE)
+        return RecallQueries(vectors, none, f"{asked} held-out pictures")
+    exclude = _with_copies(images, ids)[chosen // per_image]
+    return RecallQueries(vectors, exclude, f"{asked} pictures of the database, their own excluded")
+
+
+def _with_copies(images: ImageTable, ids: Ids) -> Ids:
+    """Each picture's id and those of its copies, int64 [N, M], filled up with -1."""
+    rows = images.rows(ids.tolist())
+    copies = images.copies(row.sha256 for row in rows.values())
+    own = [copies[rows[int(image)].sha256] for image in ids]
+    width = max(len(group) for group in own)
+    return np.array([group + [NO_IMAGE] * (width - len(group)) for group in own], np.int64)
 
 
 def _measure(
@@ -103,20 +122,20 @@ def _measure(
     size = manifest.keys.neighborhood.positions(
         manifest.tokenizer.grid_height, manifest.tokenizer.grid_width
     ).size
-    fields: dict[str, Any] = {
+    described: dict[str, Any] = {
         "kind": filled.kind,
         "index_key": filled.index_key,
         "keys": manifest.keys,
         "table_version": table.version,
         "count": table.count,
         "nprobe": filled.nprobe,
-        "code_bytes_per_key": float(_code_size(filled.index)),
+        "code_bytes_per_key": _code_size(filled.index, draft),
         "settings": asdict(settings)
         | {"patches_per_image": int(size), "trained_on": filled.trained_on},
         "metrics": filled.metrics,
     }
     unmeasured = IndexManifest(
-        name="draft", ms_per_query=0.0, recall_at_10=0.0, recall_protocol={}, **fields
+        name="draft", ms_per_query=0.0, recall_at_10=0.0, recall_protocol={}, **described
     )
     opened = PatchIndex(
         unmeasured,
@@ -139,21 +158,61 @@ def _measure(
         "threads": faiss.omp_get_max_threads(),
         "build_seconds": built_seconds,
     }
-    fields |= {"ms_per_query": 1000 * spent / len(recall), "recall_at_10": float(recall.mean())}
-    return lambda name: IndexManifest(name=name, recall_protocol=protocol, **fields)
+    described |= {"ms_per_query": 1000 * spent / len(recall), "recall_at_10": float(recall.mean())}
+    return lambda name: IndexManifest(name=name, recall_protocol=protocol, **described)
 
 
-def _code_size(index: Any) -> int:
-    """Bytes of code an entry takes in the index."""
+def _code_size(index: Any, draft: Path) -> float:
+    """Bytes of code an entry takes in the index; of a graph, what its file takes an entry."""
     inner: Any = (
         faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     )
-    return int(inner.code_size)
+    size = getattr(inner, "code_size", None)
+    return float(size or (draft / INDEX_FILE).stat().st_size / index.ntotal)
+
+
+@dataclass(frozen=True)
+class StaleIndex:
+    """An index to be built: its name, None for that of its kind, and how."""
+
+    name: str | None
+    settings: IndexSettings
+
+
+def stale_index(database: Path) -> StaleIndex | None:
+    """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
+    layout = Layout(database.expanduser())
+    keys = DatabaseManifest.read(layout).keys
+    count = PatchTable(layout.patches(keys)).count
+    if not count:
+        return None
+    if not index_folders(layout):
+        return StaleIndex(None, IndexSettings())
+    newest = IndexManifest.read(newest_index(layout))
+    if newest.count == count:
+        return None
+    known = {field.name for field in fields(IndexSettings)}
+    settings = IndexSettings(**{k: v for k, v in newest.settings.items() if k in known})
+    return StaleIndex(newest.name if settings.kind else None, settings)
+
+
+DRAFT, OLD = ".draft", ".old-"
+
+
+def _clean(layout: Layout) -> None:
+    """Take away what a killed indexing left; the lease says that nobody is at it now."""
+    shutil.rmtree(layout.indexes / DRAFT, ignore_errors=True)
+    for old in layout.indexes.glob(f"{OLD}*"):
+        final = layout.index(old.name.removeprefix(OLD))
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
 
 
 def _replace(folder: Path, draft: Path) -> None:
     """Put a finished index in place of an older one of its name."""
-    old = folder.with_name(f".old-{os.getpid()}")
+    old = folder.with_name(f"{OLD}{folder.name}")
     if folder.exists():
         folder.rename(old)
     draft.rename(folder)

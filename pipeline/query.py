@@ -23,7 +23,8 @@ from stages.tokenizers import Tokenizer, load_tokenizer
 class QuerySettings:
     """Either `image`, with or without a position, or `tokens`. `k` neighbours each.
 
-    exclude_self leaves out what comes from the image itself, known by the hash of its bytes.
+    exclude_self leaves out what comes from the image itself and its copies, known by the hash of
+    their bytes. tokenizer_weights says where the database's weights are now, if they have moved.
     """
 
     database: Path
@@ -34,6 +35,7 @@ class QuerySettings:
     k: int = 10
     index: str | None = None
     exclude_self: bool = False
+    tokenizer_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,14 @@ def query(settings: QuerySettings) -> QueryAnswer:
         keys = _typed_key(settings.tokens, manifest)
     else:
         assert settings.image is not None
-        grid = tokenize_file(settings.image, load_database_tokenizer(layout, manifest), manifest)
+        grid = tokenize_file(
+            settings.image,
+            load_database_tokenizer(layout, manifest, settings.tokenizer_weights),
+            manifest,
+        )
         positions, keys = _picture_keys(grid, settings, manifest)
-    own = _own_image(layout, settings)
-    exclude = None if own is None else np.full(len(keys), own)
+    own = _own_images(layout, settings)
+    exclude = np.tile(np.array(own, np.int64), (len(keys), 1)) if own else None
     found = index.search(keys, settings.k, exclude=exclude)
     rows = _image_rows(layout, found)
     results = tuple(
@@ -130,23 +136,27 @@ def query(settings: QuerySettings) -> QueryAnswer:
     return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid)
 
 
-def _own_image(layout: Layout, settings: QuerySettings) -> int | None:
-    """The id of the query's own picture in the database, where it is to be left out."""
+def _own_images(layout: Layout, settings: QuerySettings) -> list[int]:
+    """The ids of the query's own picture and its copies, where they are to be left out."""
     if not settings.exclude_self:
-        return None
+        return []
     if settings.image is None:
         raise BadInputError("--exclude-self leaves out the --image itself; --tokens names none")
     sha256 = hashlib.sha256(_read(settings.image)).hexdigest()
-    return ImageTable(layout.images).find(sha256)
+    return ImageTable(layout.images).copies([sha256]).get(sha256, [])
 
 
-def load_database_tokenizer(layout: Layout, manifest: DatabaseManifest) -> Tokenizer:
+def load_database_tokenizer(
+    layout: Layout, manifest: DatabaseManifest, weights: str | None = None
+) -> Tokenizer:
     """The tokenizer a database was built with, on the CPU. Raises IncompatibleError if changed."""
-    tokenizer = load_tokenizer(manifest.tokenizer.name, manifest.tokenizer_weights)
+    tokenizer = load_tokenizer(manifest.tokenizer.name, weights or manifest.tokenizer_weights)
     require_same_tokenizer(
         manifest.tokenizer, read_codebook(layout), tokenizer.spec, tokenizer.codebook()
     )
-    tokenizer.setup("cpu", precision="float32")
+    # On a CPU as it was encoded; what a GPU encoded is asked for in float32, the nearest to it.
+    on_cpu = manifest.encoder.device == "cpu"
+    tokenizer.setup("cpu", precision=manifest.encoder.precision if on_cpu else "float32")
     return tokenizer
 
 
@@ -161,7 +171,7 @@ def tokenize_file(
     data = _read(path)
     size = manifest.tokenizer.image_size
     try:
-        pixels = decode(data, DecodeSettings(size=size)).pixels
+        pixels = decode(data, DecodeSettings(size=size, min_side=1)).pixels
     except UndecodableError as error:
         raise BadInputError(
             f"--image '{path}' cannot be used: {error}; give a JPEG, PNG or WebP picture"

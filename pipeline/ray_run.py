@@ -126,13 +126,13 @@ def worker_count(resources: RayResources) -> int:
             f"--gpus {resources.gpus}, but the Ray cluster declares {gpus}; start it with more, or"
             " pass a smaller --gpus"
         )
-    if resources.gpus:
-        return resources.gpus
-    wanted = resources.workers or max(1, cpus // resources.threads)
-    if wanted * resources.threads > cpus:
+    wanted = resources.gpus or resources.workers or max(1, cpus // resources.threads)
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    largest = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
+    if wanted * resources.threads > cpus or resources.threads > largest:
         raise BadInputError(
             f"{wanted} workers of {resources.threads} threads need more than the cluster's {cpus}"
-            " CPUs; pass fewer --workers or --threads"
+            f" CPUs ({int(largest)} on its largest node); pass fewer --workers or --threads"
         )
     return wanted
 
@@ -176,6 +176,8 @@ def run_shards(
             compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             num_cpus=encode_cpus,
             num_gpus=1 if resources.gpus else 0,
+            # Ray would run a shard that kills its worker again without end.
+            max_task_retries=0,
         )
     )
     missing = {shard.id for shard in shards}
@@ -186,6 +188,8 @@ def run_shards(
         )
         for answer in answers:
             for row in answer.to_pylist():
+                if row["shard"] not in missing:
+                    continue
                 missing.discard(row["shard"])
                 if row["error"] is None:
                     yield ShardResult.from_json(row["result"])

@@ -38,8 +38,10 @@ class WorkerSettings:
     keys: KeySpec
     encode: EncodeSettings
     threads: int
-    attempt: int = 1
 
+
+FIRST_ATTEMPT = 1
+"""A shard that is tried again because it failed left nothing, so this is still its first."""
 
 SHARD_ROW = pa.schema(
     [("shard", pa.string()), ("source", pa.string()), ("members", pa.list_(pa.string()))]
@@ -48,27 +50,27 @@ SHARD_ROW = pa.schema(
 
 def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     """Shard rows with their inputs packed into one binary value each."""
-    rows = []
+    inputs, errors, seconds = [], [], []
     for row in table.to_pylist():
         shard = Shard(row["source"], row["shard"], tuple(row["members"]))
         started = time.perf_counter()
+        packed, error = pa.py_buffer(b""), None
         try:
-            row["inputs"], row["error"] = (
-                pack_records(open_source(settings.source).read(shard)),
-                None,
-            )
-        except Exception as error:
-            row["inputs"], row["error"] = None, _describe(error)
-        row["read_seconds"] = time.perf_counter() - started
-        rows.append(row)
-    schema = SHARD_ROW
-    for name, kind in (
-        ("inputs", pa.large_binary()),
-        ("error", pa.string()),
-        ("read_seconds", pa.float64()),
-    ):
-        schema = schema.append(pa.field(name, kind))
-    return pa.Table.from_pylist(rows, schema=schema)
+            packed = pack_records(open_source(settings.source).read(shard))
+        except Exception as raised:
+            error = _describe(raised)
+        inputs.append(_one_binary(packed))
+        errors.append(error)
+        seconds.append(time.perf_counter() - started)
+    table = table.append_column("inputs", pa.chunked_array(inputs, pa.large_binary()))
+    table = table.append_column("error", pa.array(errors, pa.string()))
+    return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
+
+
+def _one_binary(buffer: pa.Buffer) -> pa.LargeBinaryArray:
+    """An array of one value that is this buffer, without copying it."""
+    offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
 
 
 class EncodeWorker:
@@ -79,6 +81,7 @@ class EncodeWorker:
 
         torch.set_num_threads(settings.threads)
         self._settings = settings
+        self._measured = False
         self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
         self._tokenizer.setup(
             settings.device, precision=settings.precision, compile=settings.compile
@@ -103,7 +106,13 @@ class EncodeWorker:
         members = tuple(row["members"][0].as_py())
         shard = Shard(row["source"][0].as_py(), row["shard"][0].as_py(), members)
         inputs = unpack_records(row["inputs"][0].as_buffer())
-        encoded = encode_shard(self._tokenizer, inputs, settings.encode)
+        encoded = encode_shard(
+            self._tokenizer,
+            inputs,
+            settings.encode,
+            measure_agreement=not self._measured and settings.precision != "float32",
+        )
+        self._measured |= encoded.agreement is not None
         started = time.perf_counter()
         kept = encoded.in_database()
         patches = extract_patches(
@@ -115,7 +124,7 @@ class EncodeWorker:
         )
         rejects = pa.Table.from_pylist(
             [
-                {"shard": shard.id, "attempt": settings.attempt, "row": r.row, "key": r.key}
+                {"shard": shard.id, "attempt": FIRST_ATTEMPT, "row": r.row, "key": r.key}
                 | {"url": r.url, "stage": r.stage, "reason": r.reason, "detail": r.detail}
                 for r in encoded.rejects
             ],
@@ -131,7 +140,7 @@ class EncodeWorker:
         return ShardResult(
             shard=shard.id,
             source=shard.source,
-            attempt=settings.attempt,
+            attempt=FIRST_ATTEMPT,
             inputs=encoded.inputs,
             images=len(encoded.images),
             heldout=int(np.count_nonzero(~kept)),

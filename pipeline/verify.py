@@ -12,16 +12,15 @@ from typing import Any
 
 import lance
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from arrag_runtime.patch_index import PatchIndex, index_folders
 from schemas.errors import ArragError
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
+from schemas.split import is_held_out
 from schemas.tables import (
     POSITION_BITS,
     ROW_BITS,
-    image_id_range,
     images_schema,
     list_values,
     patches_schema,
@@ -29,7 +28,6 @@ from schemas.tables import (
     split_patch_ids,
 )
 from stages.extract_patches import extract_patches
-from stages.patch_table import LedgerState, read_ledger
 
 IMAGES_PER_SHARD = 64
 SHOWN = 3
@@ -54,21 +52,53 @@ def verify(
     """All checks of a database. Raises BadInputError where there is none."""
     layout = Layout(database.expanduser())
     manifest = DatabaseManifest.read(layout)
-    state = read_ledger(layout)
-    rows = lance.dataset(layout.ledger).to_table(filter="state = 'done'").to_pylist()
-    patches = lance.dataset(layout.patches(manifest.keys))
-    images = lance.dataset(layout.images)
-    checks = [
-        _codebook(layout, manifest),
-        _schemas(manifest, images, patches),
-        _ledger_once(rows),
-        *_counts(layout, rows, images, patches),
-        _unique("image ids unique", _ids(images, "image_id")),
-        _unique("patch ids unique", _ids(patches, "patch_id")),
-        _held_out(images, patches),
-        _contents(manifest, state, images, patches, full, progress),
-    ]
+    try:
+        tables = _Tables(layout, manifest)
+        checks = [
+            _codebook(layout, manifest),
+            _schemas(tables),
+            _ledger_once(tables.done),
+            *_counts(tables),
+            _unique("image ids unique", tables.images, "image_id"),
+            _unique("patch ids unique", tables.patches, "patch_id"),
+            _splits(tables),
+            _owners(tables),
+            _contents(tables, full, progress),
+        ]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        # A table or one of its files is gone or damaged; the first line names it.
+        return [Check("tables can be read", False, str(error).splitlines()[0])]
     return checks + [_index(layout, folder) for folder in index_folders(layout)]
+
+
+class _Tables:
+    """The tables of a database, and which fragments hold which shards (by number)."""
+
+    def __init__(self, layout: Layout, manifest: DatabaseManifest) -> None:
+        self.manifest = manifest
+        self.images = lance.dataset(layout.images)
+        self.patches = lance.dataset(layout.patches(manifest.keys))
+        self.rejects = lance.dataset(layout.rejects)
+        self.done = lance.dataset(layout.ledger).to_table(filter="state = 'done'").to_pylist()
+        self.patch_counts, self.patch_fragments = _by_shard(
+            self.patches, "patch_id", ROW_BITS + POSITION_BITS
+        )
+        self.image_counts, self.image_fragments = _by_shard(self.images, "image_id", ROW_BITS)
+
+
+def _by_shard(
+    table: lance.LanceDataset, column: str, shift: int
+) -> tuple[Counter[int], dict[int, list[Any]]]:
+    """Rows a shard, and the fragments its rows are in, by the shard's number."""
+    counts: Counter[int] = Counter()
+    fragments: dict[int, list[Any]] = defaultdict(list)
+    for fragment in table.get_fragments():
+        ids = fragment.to_table(columns=[column])[column].to_numpy()
+        numbers, rows = np.unique(ids >> shift, return_counts=True)
+        for number, count in zip(numbers.tolist(), rows.tolist(), strict=True):
+            counts[number] += count
+            fragments[number].append(fragment)
+    return counts, fragments
 
 
 def _codebook(layout: Layout, manifest: DatabaseManifest) -> Check:
@@ -82,14 +112,12 @@ def _codebook(layout: Layout, manifest: DatabaseManifest) -> Check:
     return Check(name, codes.shape == wanted and unit, f"{codes.shape}, manifest {wanted}")
 
 
-def _schemas(
-    manifest: DatabaseManifest, images: lance.LanceDataset, patches: lance.LanceDataset
-) -> Check:
+def _schemas(tables: _Tables) -> Check:
     """The tables have the columns that the manifest's tokenizer and keys ask for."""
-    spec, keys = manifest.tokenizer, manifest.keys
+    spec, keys = tables.manifest.tokenizer, tables.manifest.keys
     wanted = {
-        "images": (images.schema, images_schema(spec, latents=keys.space == "latent")),
-        "patches": (patches.schema, patches_schema(spec, keys)),
+        "images": (tables.images.schema, images_schema(spec, latents=keys.space == "latent")),
+        "patches": (tables.patches.schema, patches_schema(spec, keys)),
     }
     wrong = [name for name, (held, schema) in wanted.items() if not held.equals(schema)]
     return Check("tables agree with the manifest", not wrong, _named(keys.name, wrong))
@@ -101,114 +129,122 @@ def _ledger_once(rows: list[dict[str, Any]]) -> Check:
     return Check("every shard recorded once", not twice, _named(f"{len(rows)} rows", twice))
 
 
-def _counts(
-    layout: Layout,
-    rows: list[dict[str, Any]],
-    images: lance.LanceDataset,
-    patches: lance.LanceDataset,
-) -> Iterator[Check]:
+def _counts(tables: _Tables) -> Iterator[Check]:
     """The rows of each shard in each table against what its ledger row says."""
-    shard_images = _per_shard(images)
-    shard_rejects = _per_shard(lance.dataset(layout.rejects))
-    shard_patches: Counter[int] = Counter()
-    for ids in _ids(patches, "patch_id"):
-        numbers, counts = np.unique(ids >> (ROW_BITS + POSITION_BITS), return_counts=True)
-        shard_patches.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
-    totals: Counter[str] = Counter()
-    ledger: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
+    ledger: dict[int, Counter[str]] = defaultdict(Counter)
+    names: dict[int, str] = {}
+    for row in tables.done:
+        number = shard_number(row["shard"])
+        names[number] = row["shard"]
         for field in ("inputs", "images", "patches", "rejects"):
-            ledger[row["shard"]][field] += row[field]
-            totals[field] += row[field]
-    unbalanced = [s for s, c in ledger.items() if c["inputs"] != c["images"] + c["rejects"]]
-    detail = "{inputs} inputs = {images} images + {rejects} rejects".format(**totals)
+            ledger[number][field] += row[field]
+    totals: Counter[str] = Counter()
+    for counts in ledger.values():
+        totals.update(counts)
+    unbalanced = [names[n] for n, c in ledger.items() if c["inputs"] != c["images"] + c["rejects"]]
+    detail = "{inputs} inputs = {images} images + {rejects} rejects".format_map(totals)
     yield Check("inputs = images + rejects", not unbalanced, _named(detail, unbalanced))
-    numbered = {shard_number(shard): shard for shard in ledger}
-    tables: tuple[tuple[str, Counter[Any], dict[Any, int]], ...] = (
-        ("images", shard_images, {s: c["images"] for s, c in ledger.items()}),
-        ("rejects", shard_rejects, {s: c["rejects"] for s, c in ledger.items()}),
-        ("patches", shard_patches, {n: ledger[s]["patches"] for n, s in numbered.items()}),
+    rejected = tables.rejects.to_table(columns=["shard"])["shard"].to_pylist()
+    for name, held in (
+        ("images", tables.image_counts),
+        ("rejects", Counter(shard_number(shard) for shard in rejected)),
+        ("patches", tables.patch_counts),
+    ):
+        wrong = []
+        for number in sorted(ledger.keys() | held.keys()):
+            if number not in ledger:
+                wrong.append(f"{held[number]} rows of a shard that is not done (build again)")
+            elif held[number] != ledger[number][name]:
+                known = ledger[number][name]
+                wrong.append(f"{names[number]} has {held[number]} of {known}")
+        yield Check(f"{name} per shard", not wrong, _named(f"{held.total()} rows", wrong))
+
+
+def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
+    """No id twice: none within a fragment, nor between fragments whose ranges overlap.
+
+    A shard's ids form a range of their own, so seldom more than one fragment is looked at.
+    """
+    twice: set[int] = set()
+    total, reach, open_ids = 0, -1, np.empty(0, np.int64)
+    ranges = []
+    for fragment in table.get_fragments():
+        ids = fragment.to_table(columns=[column])[column].to_numpy()
+        if len(ids):
+            ranges.append((int(ids.min()), int(ids.max()), fragment))
+    for low, high, fragment in sorted(ranges, key=lambda entry: entry[:2]):
+        ids = fragment.to_table(columns=[column])[column].to_numpy()
+        total += len(ids)
+        open_ids = np.concatenate([open_ids, ids]) if low <= reach else ids.copy()
+        open_ids.sort()
+        twice.update(open_ids[1:][open_ids[1:] == open_ids[:-1]].tolist())
+        reach = max(reach, high)
+    return Check(name, not twice, _named(f"{total} ids", twice))
+
+
+def _splits(tables: _Tables) -> Check:
+    """Which pictures are held out is what their hashes say."""
+    share = tables.manifest.hold_out
+    wrong, held = [], 0
+    for batch in tables.images.scanner(columns=["key", "sha256", "split"]).to_batches():
+        for row in batch.to_pylist():
+            held_out = is_held_out(row["sha256"], share)
+            held += held_out
+            if (row["split"] == "heldout") != held_out:
+                wrong.append(row["key"])
+    return Check(
+        "held-out pictures are those of the hash", not wrong, _named(f"{held} held", wrong)
     )
-    for name, held, known in tables:
-        wrong = [s for s in known.keys() | held.keys() if known.get(s, 0) != held.get(s, 0)]
-        named = [f"{numbered.get(s, s)} has {held.get(s, 0)} of {known.get(s, 0)}" for s in wrong]
-        yield Check(f"{name} per shard", not wrong, _named(f"{sum(held.values())} rows", named))
 
 
-def _per_shard(table: lance.LanceDataset) -> Counter[Any]:
-    counts: Counter[Any] = Counter()
-    for batch in table.scanner(columns=["shard"]).to_batches():
-        for entry in batch.column("shard").value_counts().to_pylist():
-            counts[entry["values"]] += entry["counts"]
-    return counts
-
-
-def _ids(table: lance.LanceDataset, column: str) -> Iterator[npt.NDArray[np.int64]]:
-    for batch in table.scanner(columns=[column], batch_size=1 << 20).to_batches():
-        yield batch.column(column).to_numpy()
-
-
-def _unique(name: str, blocks: Iterator[npt.NDArray[np.int64]]) -> Check:
-    """No id twice. Ids of one shard stand together in a fragment, so ranges seldom overlap."""
-    ids = np.concatenate([np.empty(0, np.int64), *blocks])
-    ids.sort()
-    twice = ids[1:][ids[1:] == ids[:-1]]
-    return Check(name, not len(twice), _named(f"{len(ids)} ids", np.unique(twice).tolist()))
-
-
-def _held_out(images: lance.LanceDataset, patches: lance.LanceDataset) -> Check:
+def _owners(tables: _Tables) -> Check:
     """No patch belongs to a held-out picture or to none."""
-    table = images.to_table(columns=["image_id"], filter="split = 'database'")
+    table = tables.images.to_table(columns=["image_id"], filter="split = 'database'")
     allowed = np.sort(table["image_id"].to_numpy())
     strays: set[int] = set()
-    for ids in _ids(patches, "patch_id"):
-        owners = np.unique(split_patch_ids(ids)[0])
+    for batch in tables.patches.scanner(columns=["patch_id"], batch_size=1 << 20).to_batches():
+        owners = np.unique(split_patch_ids(batch.column("patch_id").to_numpy())[0])
         strays.update(owners[~np.isin(owners, allowed, assume_unique=True)].tolist())
     detail = f"{len(allowed)} pictures have patches"
     return Check("patches belong to pictures in the database", not strays, _named(detail, strays))
 
 
-def _contents(
-    manifest: DatabaseManifest,
-    state: LedgerState,
-    images: lance.LanceDataset,
-    patches: lance.LanceDataset,
-    full: bool,
-    progress: Callable[[int, int], None],
-) -> Check:
+def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None]) -> Check:
     """Keys and next tokens are what the grids say."""
-    done = sorted(state.done)
+    shards = sorted({row["shard"] for row in tables.done})
     checked, wrong = 0, []
-    for number, shard in enumerate(done, start=1):
-        table = images.to_table(
-            filter=f"shard = '{shard}' AND split = 'database'",
-            limit=None if full else IMAGES_PER_SHARD,
-        ).sort_by("image_id")
-        checked += table.num_rows
-        if table.num_rows and not _same_patches(manifest, shard, table, patches):
-            wrong.append(shard)
-        progress(number, len(done))
-    detail = f"{checked} pictures of {len(done)} shards recomputed"
+    for done, shard in enumerate(shards, start=1):
+        number = shard_number(shard)
+        if number in tables.image_fragments:
+            images = tables.images.scanner(
+                fragments=tables.image_fragments[number],
+                filter=f"shard = '{shard}' AND split = 'database'",
+                limit=None if full else IMAGES_PER_SHARD,
+            ).to_table()
+            checked += images.num_rows
+            if images.num_rows and not _same_patches(tables, number, images.sort_by("image_id")):
+                wrong.append(shard)
+        progress(done, len(shards))
+    detail = f"{checked} pictures of {len(shards)} shards recomputed"
     return Check("keys and next tokens equal the grids", not wrong, _named(detail, wrong))
 
 
-def _same_patches(
-    manifest: DatabaseManifest, shard: str, table: pa.Table, patches: lance.LanceDataset
-) -> bool:
-    spec = manifest.tokenizer
-    shape = (table.num_rows, spec.grid_height, spec.grid_width)
+def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
+    spec = tables.manifest.tokenizer
+    shape = (images.num_rows, spec.grid_height, spec.grid_width)
     latents = None
-    if "latents" in table.column_names:
-        latents = list_values(table["latents"]).reshape(*shape, spec.dimension)
-    ids = table["image_id"].to_numpy()
-    expected = extract_patches(
-        spec, manifest.keys, ids, list_values(table["tokens"]).reshape(shape), latents
-    )
-    first, end = image_id_range(shard)
-    low, high = first << POSITION_BITS, end << POSITION_BITS
-    held = patches.to_table(filter=f"patch_id >= {low} AND patch_id < {high}").sort_by("patch_id")
+    if "latents" in images.column_names:
+        latents = list_values(images["latents"]).reshape(*shape, spec.dimension)
+    ids = images["image_id"].to_numpy()
+    tokens = list_values(images["tokens"]).reshape(shape)
+    expected = extract_patches(spec, tables.manifest.keys, ids, tokens, latents)
+    if number not in tables.patch_fragments:
+        return not len(expected)
+    held = tables.patches.scanner(fragments=tables.patch_fragments[number]).to_table()
     owners = split_patch_ids(held["patch_id"].to_numpy())[0]
-    return bool(held.filter(pa.array(np.isin(owners, ids))).equals(expected))
+    held = held.filter(pa.array(np.isin(owners, ids))).sort_by("patch_id")
+    same: bool = held.equals(expected)
+    return same
 
 
 def _index(layout: Layout, folder: Path) -> Check:

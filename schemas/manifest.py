@@ -18,6 +18,7 @@ from schemas.errors import BadInputError, IncompatibleError
 from schemas.specs import Floats, KeySpec, TokenizerSpec
 
 FORMAT = 1
+PRECISIONS = ("float32", "bfloat16")
 INDEX_FILE, IDS_FILE, TOKENS_FILE = "index.faiss", "patch_ids.npy", "next_tokens.npy"
 """The files of an index besides its manifest; ids and next tokens in the order of its entries."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow as pa
 
@@ -112,17 +113,18 @@ RECORDS_SCHEMA = pa.schema(
 """A shard's inputs on their way to the encoder: encoded pictures (data set) and rejects."""
 
 
-def pack_records(items: Iterable[ImageRecord | Reject]) -> bytes:
-    """A shard's inputs as one Arrow stream."""
-    rows = [
-        {name: _storable(getattr(item, name, None)) for name in RECORDS_SCHEMA.names}
-        for item in items
-    ]
+def pack_records(items: Iterable[ImageRecord | Reject]) -> pa.Buffer:
+    """A shard's inputs as one Arrow stream, written a few at a time."""
     sink = pa.BufferOutputStream()
+    waiting = iter(items)
     with pa.ipc.new_stream(sink, RECORDS_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
-    packed: bytes = sink.getvalue().to_pybytes()
-    return packed
+        while few := list(islice(waiting, 16)):
+            rows = [
+                {name: _storable(getattr(item, name, None)) for name in RECORDS_SCHEMA.names}
+                for item in few
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
+    return sink.getvalue()
 
 
 def _storable(value: object) -> object:

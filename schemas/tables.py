@@ -49,12 +49,6 @@ def split_patch_ids(ids: Ids) -> tuple[Ids, Ids]:
     return ids >> POSITION_BITS, ids & (MAX_POSITIONS - 1)
 
 
-def image_id_range(shard_id: str) -> tuple[int, int]:
-    """The first id of a shard's pictures and the first id after them."""
-    first = image_id(shard_id, 0)
-    return first, first + (1 << ROW_BITS)
-
-
 def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
     """A row a picture. tokens: the grid in raster order; latents: float16, same order."""
     fields = [

@@ -124,15 +124,17 @@ def _train(
     empty = _make(key, dimension, table.count)
     _require_nprobe(empty, settings)
     _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
-    sample = table.sample(wanted, seed=settings.seed)
-    vectors = key_vectors(sample.keys, codes)
-    np.random.default_rng(settings.seed).shuffle(vectors)
-    required, _ = estimate_memory_required_for_index_creation(len(vectors), dimension, key)
+    required, _ = estimate_memory_required_for_index_creation(
+        min(wanted, table.count), dimension, key
+    )
     if required > memory:
         raise BadInputError(
             f"training {key} needs {cast_bytes_to_memory_string(required)} and"
             f" {cast_bytes_to_memory_string(memory)} are free; use an --index-key with fewer lists"
         )
+    sample = table.sample(wanted, seed=settings.seed)
+    vectors = key_vectors(sample.keys, codes)
+    np.random.default_rng(settings.seed).shuffle(vectors)
     # autofaiss draws a bar a step; the caller shows its own.
     with _ErrorLines() as errors, contextlib.redirect_stderr(io.StringIO()):
         try:

@@ -91,7 +91,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UndecodableError("unsupported-mode", "32-bit float pixels have no agreed range")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+    if image.mode == "LAB":
+        raise UndecodableError("unsupported-mode", "LAB pixels need a colour profile")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")

@@ -51,7 +51,7 @@ class EncodedImage:
 class EncodedShard:
     """tokens: uint16 [N, h, w]; latents: float16 [N, h, w, d] or None; images: the N pictures.
 
-    `agreement` is the share of the first batch's ids that equal float32's (1.0 in float32).
+    `agreement` is the share of the first batch's ids that equal float32's, where it was measured.
     """
 
     images: tuple[EncodedImage, ...]
@@ -59,7 +59,7 @@ class EncodedShard:
     latents: npt.NDArray[np.float16] | None
     rejects: tuple[Reject, ...]
     seconds: float
-    agreement: float
+    agreement: float | None
 
     @property
     def inputs(self) -> int:
@@ -101,7 +101,11 @@ class EncodedShard:
 
 
 def encode_shard(
-    tokenizer: Tokenizer, inputs: Iterable[ImageRecord | Reject], settings: EncodeSettings
+    tokenizer: Tokenizer,
+    inputs: Iterable[ImageRecord | Reject],
+    settings: EncodeSettings,
+    *,
+    measure_agreement: bool = False,
 ) -> EncodedShard:
     """Encode one shard. Nothing that is wrong with a single picture raises."""
     started = time.perf_counter()
@@ -109,11 +113,11 @@ def encode_shard(
     images: list[EncodedImage] = []
     rejects: list[Reject] = []
     batches: list[Encoded] = []
-    agreement = 1.0
+    agreement: float | None = None
     with ThreadPoolExecutor(1, "encode") as model:
         waiting: deque[Future[Encoded]] = deque()
         for pixels in _batches(_decoded(inputs, settings, rejects), images, settings):
-            if tokenizer.precision != "float32" and not waiting and not batches:
+            if measure_agreement and agreement is None:
                 agreement = tokenizer.agreement(pixels[: len(images)])
             waiting.append(model.submit(tokenizer.encode, pixels, latents=settings.latents))
             if len(waiting) > 1:

@@ -21,7 +21,7 @@ NO_IMAGE = -1
 
 @dataclass(frozen=True)
 class RecallQueries:
-    """vectors: float32 [Q, n · d]; exclude: int64 [Q], the picture a query must not find, or -1."""
+    """vectors: float32 [Q, n · d]; exclude: int64 [Q, M], pictures a query must not find, or -1."""
 
     vectors: Floats
     exclude: Ids
@@ -63,13 +63,15 @@ def measure_recall(
 
 
 def _nearest(queries: RecallQueries, vectors: Floats, images: Ids, k: int) -> Floats:
-    """The k smallest squared distances of each query in a block, the excluded picture left out."""
-    _, counts = np.unique(images[np.isin(images, queries.exclude)], return_counts=True)
-    spare = int(counts.max()) if len(counts) else 0
+    """The k smallest squared distances of each query in a block, excluded pictures left out."""
+    exclude = queries.exclude.reshape(len(queries.vectors), -1)
+    _, counts = np.unique(images[np.isin(images, exclude)], return_counts=True)
+    spare = int(counts.max()) * exclude.shape[1] if len(counts) else 0
     fetched = min(k + spare, len(vectors))
     distances, rows = faiss.knn(queries.vectors, vectors, fetched)
     if spare:
-        distances[images[rows] == queries.exclude[:, None]] = np.inf
+        for column in exclude.T:
+            distances[images[rows] == column[:, None]] = np.inf
         distances.sort(axis=1)
     nearest: Floats = distances[:, :k]
     return nearest

@@ -31,6 +31,7 @@ from schemas.tables import (
 
 PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
 COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
+COUNTS = ("inputs", "images", "heldout", "patches", "rejects")
 CLEAN_EVERY = 200
 KEEP_VERSIONS = datetime.timedelta(minutes=10)
 
@@ -49,7 +50,7 @@ class ShardResult:
     rejects: Mapping[str, int]
     fragments: Mapping[str, Sequence[str]]
     seconds: Mapping[str, float] = field(default_factory=dict)
-    agreement: float = 1.0
+    agreement: float | None = None
 
     def to_json(self) -> str:
         """As it travels from the worker to the driver."""
@@ -90,7 +91,7 @@ def write_fragments(path: Path, table: pa.Table) -> list[str]:
 
 
 def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
-    """Create the empty tables of a new database; tables that exist stay as they are."""
+    """Create the empty tables of a new database, over those of a creation that was killed."""
     schemas = {
         layout.patches(keys): patches_schema(spec, keys),
         layout.rejects: REJECTS_SCHEMA,
@@ -98,17 +99,18 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
         layout.ledger: LEDGER_SCHEMA,
     }
     for path, schema in schemas.items():
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lance.write_dataset(schema.empty_table(), path, schema=schema)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lance.write_dataset(schema.empty_table(), path, schema=schema, mode="overwrite")
 
 
 def read_ledger(layout: Layout) -> LedgerState:
-    """The ledger as it stands."""
+    """The ledger as it stands; nothing where there is none yet."""
+    if not (layout.ledger / "_versions").exists():
+        return LedgerState((), {}, dict.fromkeys(COUNTS, 0))
     rows = lance.dataset(layout.ledger).to_table().to_pylist()
     shards: dict[str, RecordedShard] = {}
     marks: dict[str, int] = {}
-    totals = dict.fromkeys(("inputs", "images", "heldout", "patches", "rejects"), 0)
+    totals = dict.fromkeys(COUNTS, 0)
     for row in rows:
         if row["state"] == "planned":
             shard = Shard(row["source"], row["shard"], tuple(row["members"]))

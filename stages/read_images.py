@@ -52,12 +52,18 @@ class ImageTable:
             for image, grid in zip(table["image_id"].to_pylist(), tokens, strict=True)
         }
 
-    def find(self, sha256: str) -> int | None:
-        """The id of a picture whose original bytes have this hash; None where there is none."""
-        found = self._dataset.to_table(
-            columns=["image_id"], filter=f"sha256 = '{sha256}' AND split = 'database'", limit=1
+    def copies(self, hashes: Iterable[str]) -> dict[str, list[int]]:
+        """The ids of the pictures whose original bytes have these hashes, several for copies."""
+        wanted = ", ".join(f"'{sha256}'" for sha256 in sorted(set(hashes)))
+        if not wanted:
+            return {}
+        found: dict[str, list[int]] = {}
+        table = self._dataset.to_table(
+            columns=["sha256", "image_id"], filter=f"sha256 IN ({wanted})"
         )
-        return int(found["image_id"][0].as_py()) if found.num_rows else None
+        for row in table.to_pylist():
+            found.setdefault(row["sha256"], []).append(row["image_id"])
+        return found
 
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
         """Up to `count` pictures of a split: their ids [N], ascending, and flat grids [N, h · w]."""

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,8 +36,12 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 LICENCE_COLUMNS = ("licence", "license")
+BESIDE = frozenset((".txt", ".json", ".jsonl", ".csv", ".parquet", ".md"))
+"""What may stand beside pictures without a note about it."""
 UNREADABLE = "0" * 16
 SMALLEST_SHARD, LARGEST_SHARD, FEWEST_SHARDS = 16, 1000, 8
+SHARD_BYTES = 256 << 20
+"""A shard travels in memory, so large pictures make shards of fewer of them."""
 
 
 class FolderSource:
@@ -57,7 +62,8 @@ class FolderSource:
                 raise BadInputError(
                     f"--input '{root}' {what}; --source folder needs a folder of pictures"
                 )
-        self._listed: dict[str, None] | None = None
+        self._listed: dict[str, int] | None = None
+        self._notes: list[str] = []
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`."""
@@ -69,11 +75,11 @@ class FolderSource:
         reachable = [s for s in pending if any(m in here for m in s.members)]
         fresh = [member for member in here if member not in known]
         size = self._shard_size or _shard_size(len(fresh))
-        shards = [
-            make_shard(self.name, fresh[start : start + size])
-            for start in range(0, len(fresh), size)
-        ]
-        notes = []
+        shards = [make_shard(self.name, group) for group in _cut(fresh, here, size)]
+        notes = list(self._notes)
+        seen = {member.split(" ")[0] for member in known}
+        if again := sum(member.split(" ")[0] in seen for member in fresh):
+            notes.append(f"{again} new files equal recorded ones of other names or paths")
         if lost := len(pending) - len(reachable):
             notes.append(f"{lost} shards planned earlier are not below this --input")
         return Listing(reachable + shards, notes)
@@ -103,15 +109,19 @@ class FolderSource:
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
         return ImageRecord(row, name, data, caption, url, licence, rest)
 
-    def _members(self) -> dict[str, None]:
-        """Every picture as a member, in the order of their paths; copies of one appear once."""
+    def _members(self) -> dict[str, int]:
+        """Every picture as member → bytes, in the order of their paths.
+
+        The same relative path with the same content, below two roots, is one member.
+        """
         if self._listed is None:
-            members: dict[str, None] = {}
-            listed = ((root, relative) for root in self._roots for relative in _pictures(root))
+            members: dict[str, int] = {}
+            listed = ((root, name) for root in self._roots for name in self._pictures(root))
             for count, (root, relative) in enumerate(listed):
                 if self._limit is not None and count >= self._limit:
                     break
-                members.setdefault(f"{_fingerprint(root / relative)} {_to_text(relative)}")
+                content, size = _content(root / relative)
+                members.setdefault(f"{content} {_to_text(relative)}", size)
             if not members:
                 names = ", ".join(str(root) for root in self._roots)
                 raise BadInputError(
@@ -119,6 +129,28 @@ class FolderSource:
                 )
             self._listed = members
         return self._listed
+
+    def _pictures(self, root: Path) -> Iterator[str]:
+        """Relative paths of the pictures below `root`, sorted; hidden files are left out.
+
+        Folders that cannot be entered, and what else lies there, become notes.
+        """
+
+        def denied(error: OSError) -> None:
+            self._notes.append(f"left out: {error.filename} ({error.strerror})")
+
+        others: Counter[str] = Counter()
+        for folder, below, files in os.walk(root, onerror=denied):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in sorted(files):
+                suffix = Path(name).suffix.lower()
+                if suffix in SUFFIXES and not name.startswith("."):
+                    yield str((Path(folder) / name).relative_to(root))
+                elif suffix not in BESIDE and not name.startswith("."):
+                    others[suffix or "no ending"] += 1
+        if others:
+            listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+            self._notes.append(f"left out: {listed}")
 
     def _find(self, name: str, listed: str) -> tuple[Path, str] | None:
         """The root and relative path of a member that still has the fingerprint it was listed with."""
@@ -130,12 +162,26 @@ class FolderSource:
         return None
 
 
-def _fingerprint(path: Path) -> str:
-    """The file's fingerprint; a file that cannot be read now is listed, and rejected later."""
+def _content(path: Path) -> tuple[str, int]:
+    """A file's fingerprint and bytes; one that cannot be read now is listed, and rejected later."""
     try:
-        return fingerprint(path)
+        return fingerprint(path), path.stat().st_size
     except OSError:
-        return UNREADABLE
+        return UNREADABLE, 0
+
+
+def _cut(members: Sequence[str], sizes: Mapping[str, int], count: int) -> Iterator[list[str]]:
+    """Groups of up to `count` members and `SHARD_BYTES`, in order."""
+    group: list[str] = []
+    held = 0
+    for member in members:
+        if group and (len(group) == count or held + sizes[member] > SHARD_BYTES):
+            yield group
+            group, held = [], 0
+        group.append(member)
+        held += sizes[member]
+    if group:
+        yield group
 
 
 def _to_text(relative: str) -> str:
@@ -146,15 +192,6 @@ def _to_text(relative: str) -> str:
 def _from_text(name: str) -> str:
     """The file name that `_to_text` wrote, its \\xNN being bytes again."""
     return re.sub(r"\\x([89a-f][0-9a-f])", lambda m: os.fsdecode(bytes([int(m[1], 16)])), name)
-
-
-def _pictures(root: Path) -> Iterator[str]:
-    """Relative paths of the pictures below `root`, sorted; hidden files are left out."""
-    for folder, below, files in os.walk(root, followlinks=False):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield str((Path(folder) / name).relative_to(root))
 
 
 def _shard_size(pictures: int) -> int:

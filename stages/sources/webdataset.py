@@ -125,7 +125,7 @@ def _expand(inputs: Sequence[str]) -> list[Path]:
         for pattern in _expand_braces(given):
             path = Path(pattern)
             if path.is_dir():
-                found = sorted(path.rglob("*.tar"))
+                found = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
             elif any(mark in pattern for mark in "*?["):
                 found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
             else:

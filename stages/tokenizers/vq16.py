@@ -92,6 +92,9 @@ class VQTokenizer:
         self._device = torch.device(device)
         self.precision = chosen
         layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
+        if self._device.type == "cuda":
+            # Convolutions in TF32 would make "float32" something else than float32.
+            torch.backends.cudnn.allow_tf32 = False
         self._exact = self._exact.to(self._device, memory_format=layout)
         self._model = self._exact
         if chosen != "float32":

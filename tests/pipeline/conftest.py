@@ -9,7 +9,8 @@ import pytest
 import ray
 from PIL import Image
 
-from pipeline.build import BuildSettings, build
+from pipeline.build import build
+from pipeline.database import BuildSettings
 from pipeline.ray_run import RayResources
 from schemas.records import SourceSettings
 

@@ -1,0 +1,144 @@
+"""The database a build writes to: the one that exists, checked against the settings, or a new one."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.ray_run import RayResources
+from schemas.errors import BadInputError, IncompatibleError
+from schemas.manifest import (
+    PRECISIONS,
+    DatabaseManifest,
+    EncoderSettings,
+    Layout,
+    read_codebook,
+    write_codebook,
+)
+from schemas.records import SourceSettings
+from schemas.specs import Floats, KeySpec, key_spec, require_same_tokenizer
+from schemas.tables import require_grid_fits
+from stages.patch_table import create_tables, read_ledger
+from stages.tokenizers import load_tokenizer
+
+DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
+"""On a CPU single pictures were the fastest (docs/log.md); a GPU wants to be filled."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """None where a setting is the database's own, or, for a new one, the default."""
+
+    database: Path
+    source: SourceSettings
+    tokenizer: str | None = None
+    tokenizer_weights: str | None = None
+    neighborhood: str | None = None
+    border: str | None = None
+    key_space: str | None = None
+    hold_out: float | None = None
+    precision: str | None = None
+    batch_size: int | None = None
+    compile: bool = False
+    min_side: int = 32
+    max_pixels: int = 80_000_000
+    resources: RayResources = field(default_factory=RayResources)
+
+
+def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseManifest, Floats]:
+    """The manifest of the database at `layout`, or of the one to be created, and its codebook.
+
+    Writes nothing. Raises IncompatibleError, with both sides named, when the settings differ from
+    those of a database that exists.
+    """
+    if settings.precision not in (None, *PRECISIONS):
+        raise BadInputError(
+            f"unknown precision '{settings.precision}'; choose one of {', '.join(PRECISIONS)}"
+        )
+    if layout.manifest.exists():
+        manifest = DatabaseManifest.read(layout)
+        _require_same(manifest, settings)
+        tokenizer = load_tokenizer(
+            settings.tokenizer or manifest.tokenizer.name,
+            settings.tokenizer_weights or manifest.tokenizer_weights,
+        )
+        codes = read_codebook(layout)
+        require_same_tokenizer(manifest.tokenizer, codes, tokenizer.spec, tokenizer.codebook())
+        # The weights may have moved; where they were found now is where workers look.
+        return replace(manifest, tokenizer_weights=tokenizer.weights), codes
+    _require_room(layout)
+    keys = _key_spec(settings)
+    tokenizer = load_tokenizer(settings.tokenizer or "sample", settings.tokenizer_weights)
+    require_grid_fits(tokenizer.spec)
+    device = _device(settings)
+    encoder = EncoderSettings(
+        device,
+        settings.precision or ("bfloat16" if device == "cuda" else "float32"),
+        settings.batch_size or DEFAULT_BATCH[device],
+    )
+    manifest = DatabaseManifest(
+        tokenizer=tokenizer.spec,
+        tokenizer_weights=tokenizer.weights,
+        encoder=encoder,
+        keys=keys,
+        hold_out=settings.hold_out or 0.0,
+    )
+    return manifest, tokenizer.codebook()
+
+
+def create_database(layout: Layout, manifest: DatabaseManifest, codebook: Floats) -> None:
+    """Make the empty tables; the manifest comes last, so where it stands the rest is complete."""
+    create_tables(layout, manifest.tokenizer, manifest.keys)
+    write_codebook(layout, codebook)
+    manifest.write(layout)
+
+
+def _require_room(layout: Layout) -> None:
+    """A folder without a manifest may only hold what a killed creation leaves: empty tables."""
+    ours = {p.name for p in (layout.lease, layout.ledger, layout.images, layout.rejects)}
+    ours |= {"patches", layout.codebook.name}
+    others = [p.name for p in layout.root.iterdir() if p.name not in ours and p.name[0] != "."]
+    if others:
+        raise BadInputError(
+            f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"
+            " empty or new folder with --db"
+        )
+    if read_ledger(layout).recorded:
+        raise BadInputError(
+            f"{layout.root} has tables with rows but no manifest.json; restore it, or name another"
+            " folder with --db"
+        )
+
+
+def _device(settings: BuildSettings) -> str:
+    return "cuda" if settings.resources.gpus else "cpu"
+
+
+def _key_spec(settings: BuildSettings) -> KeySpec:
+    return key_spec(
+        settings.neighborhood or "causal-1",
+        settings.border or "skip",
+        settings.key_space or "codebook",
+    )
+
+
+def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:
+    """Raise IncompatibleError for the first setting that is given and differs."""
+    keys, encoder = manifest.keys, manifest.encoder
+    if _device(settings) != encoder.device:
+        raise IncompatibleError(
+            f"this database was encoded on {encoder.device}, and a {_device(settings)} gives a few"
+            f" other ids; pass --gpus {int(encoder.device == 'cuda')}, or name another folder with"
+            " --db"
+        )
+    for option, given, own in (
+        ("--neighborhood", settings.neighborhood, keys.neighborhood.name),
+        ("--border", settings.border, keys.neighborhood.border),
+        ("--key-space", settings.key_space, keys.space),
+        ("--hold-out", settings.hold_out, manifest.hold_out),
+        ("--precision", settings.precision, encoder.precision),
+        ("--batch-size", settings.batch_size, encoder.batch_size),
+    ):
+        if given is not None and given != own:
+            raise IncompatibleError(
+                f"this database was built with {option} {own}, not {given}; leave it out, or name"
+                " another folder with --db"
+            )
