@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bare_loop import DTYPES, Array, Bare, best_loops
+from bare_loop import DTYPES, Array, Bare, best_loops, keep_memory
 from figures import cores, finish, machine
 from pictures import DATA, read_pictures, synthetic_pictures, write_tars
 
@@ -108,7 +108,8 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer, args.tokenizer_weights)
     assert isinstance(tokenizer, VQTokenizer)
     bare = Bare(tokenizer)
-    loops = best_loops(bare, pictures[: args.probe], args.threads)
+    kind = args.precision or "float32"
+    loops = best_loops(bare, pictures[: args.probe], args.threads, kind)
     half = len(pictures) // 2
     halves = (pictures[:half], pictures[half:])
     runs: dict[str, list[tuple[float, Array]]] = {dtype: [] for dtype in loops}
@@ -126,7 +127,6 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
         rates[dtype] = len(pictures) / (half / one + (len(pictures) - half) / two)
         print(f"bare loop  {rates[dtype]:8.2f} pictures/s   {loops[dtype]}")
     stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in ran["stages"].items())
-    kind = args.precision or "float32"
     print(f"pipeline   {ran['rate']:8.2f} pictures/s   {kind}, {ran['workers']} workers")
     print(
         f"  {stages}; workers idle {ran['idle']:.1%}; with start-up {ran['rate_with_start_up']:.2f}"
@@ -145,6 +145,7 @@ def measure_pipeline(args: argparse.Namespace) -> dict[str, Any]:
         "bare": {dtype: [round(rates[dtype], 3), str(loops[dtype])] for dtype in rates},
         "pipeline": ran,
         "precision": kind,
+        "keep_memory": args.keep_memory,
         "same_ids": same,
         "images": len(pictures),
     }
@@ -231,6 +232,11 @@ def parse() -> argparse.Namespace:
     add("--precision", choices=DTYPES, help="of the pipeline or step; default: its own")
     add("--batch-size", type=int)
     add("--shard-size", type=int, default=100, help="pictures a shard")
+    add(
+        "--keep-memory",
+        action="store_true",
+        help="the bare loop's process frees nothing to the kernel",
+    )
     add("--probe", type=int, default=24, help="pictures for choosing the loop's form")
     add("--device", help="cpu or cuda: measure the encode step alone")
     add("--width", choices=WIDTHS, default="full", help="of the network, with --device")
@@ -244,6 +250,8 @@ def main() -> None:
     args = parse()
     here = machine(args.threads)
     torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        keep_memory()
     try:
         found = measure_step(args) if args.device else measure_pipeline(args)
     except ArragError as error:

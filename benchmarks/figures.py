@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Lance announces every table that it creates.
+os.environ.setdefault("LANCE_LOG", "error")
+
 
 def cores() -> int:
     """The cores this process may use."""

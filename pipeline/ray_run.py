@@ -144,6 +144,8 @@ def run_shards(
 
     A shard whose worker died, or whose task raised, comes back as a failure.
     """
+    # Ray 2.60 has no other way to say how often a task may be tried.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1

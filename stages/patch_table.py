@@ -100,7 +100,8 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
     }
     for path, schema in schemas.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        lance.write_dataset(schema.empty_table(), path, schema=schema, mode="overwrite")
+        mode = "overwrite" if (path / "_versions").exists() else "create"
+        lance.write_dataset(schema.empty_table(), path, schema=schema, mode=mode)
 
 
 def read_ledger(layout: Layout) -> LedgerState:

@@ -24,6 +24,7 @@ from schemas.records import (
     unpack_records,
 )
 from stages.sources import Source, open_source
+from stages.sources.webdataset import _key
 from tests.conftest import encoded, jpeg, picture
 from tests.source_cases import Items, read_all, records
 
@@ -283,3 +284,23 @@ def test_a_damaged_tar_never_raises(tmp_path: Path, flips: list[tuple[int, int]]
     assert len(items_of(open_tars(path, limit=2))) <= 2
     assert [item.row for item in items] == list(range(len(items)))
     assert {item.reason for item in items if isinstance(item, Reject)} <= set(REASONS)
+
+
+def test_keys_are_webdatasets_own(tmp_path: Path) -> None:
+    """Names split as webdataset splits them, whatever dots and folders they have."""
+    from webdataset.tariterators import base_plus_ext
+
+    names = [
+        "a.jpg",
+        "d/a.b.jpg",
+        "d.e/f.png",
+        ".hidden.jpg",
+        "d/.hid.jpg",
+        "none",
+        "x..jpg",
+        "a/b/c.d",
+    ]
+    for name in names:
+        member = tarfile.TarInfo(name)
+        key, extension = _key(member)
+        assert (key, extension or None) == base_plus_ext(name), name

@@ -9,6 +9,7 @@ json, `caption`, `url` and `licence` are taken and the rest is kept as metadata.
 import glob
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -163,15 +164,13 @@ def _samples(path: Path) -> Iterator["_Sample | _Damage"]:
 
     Where the tar is damaged they end with a `_Damage`; a sample that it falls into is lost.
     """
-    from webdataset.tariterators import base_plus_ext
-
     sample: _Sample | None = None
     whole = True
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
-                key, extension = base_plus_ext(member.name)
-                if key is None or not member.isreg():
+                key, extension = _key(member)
+                if key is None:
                     continue
                 if sample is not None and key != sample.key:
                     yield sample
@@ -201,15 +200,22 @@ def _ends_early(path: Path) -> bool:
         return size % BLOCK != 0 or any(stream.read())
 
 
+def _key(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """A file's key and extension as webdataset splits its name, at the first dot; None without one.
+
+    webdataset's own function is one such expression, and importing it would import torch.
+    """
+    split = re.fullmatch(r"((?:.*/)?[^.]+)\.([^/]*)", member.name)
+    return (split[1], split[2]) if split and member.isreg() else (None, "")
+
+
 def _count_samples(path: Path, *, stop: int) -> int:
     """The number of samples in a tar, read off its headers, counting no further than `stop`."""
-    from webdataset.tariterators import base_plus_ext
-
     count, last = 0, None
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                key = base_plus_ext(member.name)[0] if member.isreg() else None
+                key = _key(member)[0]
                 if key is not None and key != last:
                     last, count = key, count + 1
                     if count >= stop:
