@@ -65,6 +65,8 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray would otherwise announce a changed default on every start without a GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # An arena of memory for each thread made encoders grow with the number of shards.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     # The driver forks to start Ray's own programs, none of which touches Lance.
     warnings.filterwarnings("ignore", "lance is not fork-safe")
     # Ray's C++ side reports harmless details of actor creation as errors on the terminal.
