@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
+
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 of a rectangle, as shares (0..1) of the picture's width and height."""
 
 MAX_ROWS_PER_SHARD = 1 << 14
 """A patch id has 14 bits for the row in its shard."""
@@ -37,7 +41,7 @@ class ImageRecord:
     """One picture as it came: encoded bytes and what is known of it.
 
     `row` is its place in the shard's own list. `metadata` is a JSON object with whatever else
-    the source says of it.
+    the source says of it. `faces` are rectangles to be blurred before the picture is used.
     """
 
     row: int
@@ -47,6 +51,24 @@ class ImageRecord:
     url: str | None = None
     licence: str | None = None
     metadata: str | None = None
+    faces: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinkRecord:
+    """A picture that is still to be fetched; the download step makes it an `ImageRecord`.
+
+    `sha256` is that of the original bytes as the publisher lists it, None where it does not.
+    """
+
+    row: int
+    key: str
+    url: str
+    caption: str | None = None
+    licence: str | None = None
+    metadata: str | None = None
+    faces: tuple[Box, ...] = ()
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ RECORDS_SCHEMA = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("licence", pa.string()),
         pa.field("metadata", pa.string()),
+        pa.field("faces", pa.list_(pa.list_(pa.float64(), 4))),
         pa.field("stage", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
@@ -138,11 +161,16 @@ def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | Reject]:
         for batch in reader:
             for index in range(batch.num_rows):
                 row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-                if row["data"] is None:
-                    yield Reject(**{name: row[name] for name in _REJECT_FIELDS})
-                else:
-                    yield ImageRecord(**{name: row[name] for name in _IMAGE_FIELDS})
+                yield _unpack(row)
+
+
+def _unpack(row: dict[str, Any]) -> ImageRecord | Reject:
+    if row["reason"] is not None:
+        return Reject(**{name: row[name] for name in _REJECT_FIELDS})
+    known = {name: row[name] for name in _KNOWN_FIELDS}
+    faces = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in row["faces"] or ())
+    return ImageRecord(**known, data=row["data"], faces=faces)
 
 
 _REJECT_FIELDS = ("row", "key", "stage", "reason", "detail", "url")
-_IMAGE_FIELDS = ("row", "key", "data", "caption", "url", "licence", "metadata")
+_KNOWN_FIELDS = ("row", "key", "caption", "url", "licence", "metadata")
