@@ -74,16 +74,17 @@ def mix(p_model: "Tensor", neighbors: Neighbors | None, settings: DaidSettings) 
         return p_model
     retrieved = distribution(neighbors, p_model, settings.tau, settings.merge)
     mixed = (1 - settings.lam) * p_model + settings.lam * retrieved
-    if settings.entropy_above is None:
-        return mixed
-    unsure = entropy(p_model) > settings.entropy_above
-    return mixed.where(unsure[:, None], p_model)
+    if not (neighbors.count > 0).all():  # a row without any keeps every bit of p_model
+        mixed = mixed.where(_found(neighbors, p_model)[:, None], p_model)
+    if settings.entropy_above is not None:
+        mixed = mixed.where(entropy(p_model)[:, None] > settings.entropy_above, p_model)
+    return mixed
 
 
 def distribution(
     neighbors: Neighbors, p_model: "Tensor", tau: float = TAU, merge: Merge = "nearest"
 ) -> "Tensor":
-    """p_retrieved [B, V], in p_model's dtype and on its device; rows without neighbours: p_model."""
+    """p_retrieved [B, V], in p_model's dtype and on its device; uniform in rows without neighbours."""
     if neighbors.tokens.shape[0] != p_model.shape[0]:
         raise BadInputError(
             f"neighbours of {neighbors.tokens.shape[0]} positions for probabilities of"
@@ -93,24 +94,28 @@ def distribution(
     if merge == "sum":
         copies = getattr(neighbors, "copies", None)
         if copies is not None:
-            scores = scores + _tensor(np.maximum(copies, 1), p_model).log()
-        shares = scores.softmax(dim=-1).nan_to_num(0.0)
-        retrieved = p_model.new_zeros(p_model.shape).scatter_add_(1, tokens, shares)
+            scores = scores + _tensor(np.log(np.maximum(copies, 1)), p_model)
+        retrieved = p_model.new_zeros(p_model.shape)
+        retrieved = retrieved.scatter_add_(1, tokens, scores.softmax(dim=-1))
     else:
-        # Entries that are no entries have score -inf, so token 0, which they carry, gains nothing.
+        # What is no entry scores -inf, so token 0, which padding carries, gains nothing by it.
         best = p_model.new_full(p_model.shape, -float("inf"))
-        best = best.scatter_reduce_(1, tokens, scores, "amax")
-        retrieved = best.softmax(dim=-1)
+        retrieved = best.scatter_reduce_(1, tokens, scores, "amax").softmax(dim=-1)
     if (neighbors.count > 0).all():
         return retrieved
-    some = _tensor(neighbors.count > 0, p_model).bool()
-    return retrieved.where(some[:, None], p_model)
+    uniform = p_model.new_full((), 1 / p_model.shape[1])
+    return retrieved.where(_found(neighbors, p_model)[:, None], uniform)
 
 
 def entropy(probabilities: "Tensor") -> "Tensor":
     """The entropy of each row, nats [B]."""
     tiny = 1e-30
     return -(probabilities * probabilities.clamp_min(tiny).log()).sum(dim=-1)
+
+
+def _found(neighbors: Neighbors, like: "Tensor") -> "Tensor":
+    """Which rows have any neighbours, bool [B]."""
+    return _tensor(neighbors.count > 0, like)
 
 
 def to_device(neighbors: Neighbors, like: "Tensor", tau: float) -> tuple["Tensor", "Tensor"]:
@@ -120,7 +125,7 @@ def to_device(neighbors: Neighbors, like: "Tensor", tau: float) -> tuple["Tensor
         -neighbors.distances / np.float32(tau),
         -np.inf,
     )
-    return _tensor(neighbors.tokens.astype(np.int64), like).long(), _tensor(scores, like)
+    return _tensor(neighbors.tokens.astype(np.int64), like), _tensor(scores, like)
 
 
 def _tensor(values: Any, like: "Tensor") -> "Tensor":

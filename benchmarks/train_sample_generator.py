@@ -355,7 +355,7 @@ def train(pictures: Pictures, run: Path, settings: Settings) -> dict[str, Any]:
     """Train for the minutes given, in all runs together; goes on from the run's last checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
     kept = np.flatnonzero(~pictures.held_out)
-    tokens = torch.from_numpy(pictures.tokens.reshape(len(pictures.tokens), 2, -1).astype(np.int64))
+    tokens = torch.from_numpy(pictures.tokens.astype(np.int64)).flatten(2)
     tokenizer = _tokenizer_of(run, [str(c) for c in pictures.captions[kept]])
     counts = np.bincount(pictures.tokens[kept].reshape(-1), minlength=CODES)
     model = new_model(tokenizer, pictures.codebook, counts, settings.seed)
@@ -392,7 +392,7 @@ def train(pictures: Pictures, run: Path, settings: Settings) -> dict[str, Any]:
                 _training_text(tokenizer, str(pictures.captions[r]), random, settings) for r in rows
             ]
             text, lengths = padded(texts, tokenizer.pad_token_id)
-            mirrored = torch.from_numpy(random.integers(2, size=len(rows)))
+            mirrored = torch.from_numpy(random.integers(tokens.shape[1], size=len(rows)))
             loss = losses(model, text, lengths, tokens[torch.tensor(rows), mirrored]).mean()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -115,8 +115,9 @@ class JanusDecoding:
         self._cache = StaticCache(config=model.config.text_config, max_cache_len=space)
         lowest = torch.finfo(model.dtype).min
         # What a step may see: 0 for the prompt's own tokens and those read so far, else "never".
-        self._seen = torch.full((self._rows, 1, 1, space), lowest, device=ids.device)
-        self._seen = self._seen.to(model.dtype)
+        self._seen = torch.full(
+            (self._rows, 1, 1, space), lowest, dtype=model.dtype, device=ids.device
+        )
         self._seen[:, 0, 0, : self._length].masked_fill_(mask.bool(), 0)
 
     @torch.inference_mode()
