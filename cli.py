@@ -19,6 +19,7 @@ from schemas.errors import ArragError, BadInputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from arrag_runtime.session import Session
     from pipeline.build import BuildReport
     from pipeline.query import QueryAnswer
     from schemas.manifest import IndexManifest
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="arrag-db",
     help="Build, index and query patch retrieval databases for autoregressive image generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+runtime = typer.Typer(
+    name="arrag",
+    help="Generate pictures with a patch retrieval database at hand.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -268,6 +278,125 @@ def verify(
         raise ArragError(f"database {db} is not sound: {names}")
 
 
+@runtime.callback()
+def runtime_options() -> None:
+    """Generate pictures with a patch retrieval database at hand."""
+
+
+@runtime.command()
+def generate(
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="What to draw; may be repeated.")
+    ],
+    db: Database = DEFAULT_DB,
+    model: Annotated[
+        str,
+        typer.Option(help="sample, a folder, or a hub id such as deepseek-community/Janus-Pro-1B."),
+    ] = "sample",
+    mode: Annotated[
+        str, typer.Option(help="plain, daid, faid, or compare: all of them side by side.")
+    ] = "daid",
+    adapter: Annotated[
+        Path | None, typer.Option(help="For faid: the adapter that `arrag train` wrote.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write, a PNG.")] = Path(
+        "out.png"
+    ),
+    images: Annotated[int, typer.Option("-n", min=1, help="Pictures a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Picture number i has seed + i.")] = 0,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a position for DAiD.")] = 2048,
+    lam: Annotated[
+        float, typer.Option("--lambda", help="DAiD: the share of what was retrieved, 0..1.")
+    ] = 0.05,
+    tau: Annotated[float, typer.Option(help="DAiD: the temperature of distances.")] = 0.6,
+    merge: Annotated[
+        str, typer.Option(help="DAiD: entries of one token count by the nearest, or by their sum.")
+    ] = "nearest",
+    entropy_above: Annotated[
+        float | None,
+        typer.Option(help="DAiD: only where the model's entropy, in nats, is above this."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Weight of guidance; 1 is off.  [default: the model's own]"),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")
+    ] = 1.0,
+    index: Annotated[
+        str | None, typer.Option(help="Name of the index.  [default: the newest]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda[:n].  [default: a GPU where there is one]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.  [default: float32, on a GPU bfloat16]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures decoded together.")] = 8,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write where each token came from, as JSON.")
+    ] = None,
+    trace_sheet: Annotated[
+        Path | None, typer.Option(help="Draw where the tokens came from, a PNG.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate pictures, and look up on the way what came next in real ones."""
+    from arrag_runtime.daid import DaidSettings
+    from arrag_runtime.session import GenerateSettings
+    from arrag_runtime.session import run as run_generate
+
+    settings = GenerateSettings(
+        model=model,
+        prompts=tuple(prompt),
+        mode=mode,
+        database=db,
+        index=index,
+        adapter=adapter,
+        images=images,
+        seed=seed,
+        k=k,
+        daid=DaidSettings(lam, tau, merge, entropy_above),  # type: ignore[arg-type]
+        guidance=guidance,
+        temperature=temperature,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        traced=trace is not None or trace_sheet is not None,
+    )
+    with _bar(quiet or as_json, "tokens") as bar:
+        task = bar.add_task("loading the model")
+
+        def show(doing: str, done: int, total: int) -> None:
+            bar.update(task, description=doing, completed=done, total=total)
+
+        session = run_generate(settings, show)
+        session.save(out)
+        if trace is not None or trace_sheet is not None:
+            show("tracing", 0, 1)
+            _write_trace(session, db, trace, trace_sheet)
+    fields = session.to_json() | {"out": str(out)}
+    typer.echo(json.dumps(fields) if as_json else session.to_text() + f"\nwrote {out}")
+
+
+def _write_trace(
+    session: "Session", db: Path, trace: Path | None, trace_sheet: Path | None
+) -> None:
+    """Look the sources up in the database's images, then write what was asked for."""
+    from schemas.manifest import Layout, write_json
+    from stages.read_images import ImageTable
+
+    table = ImageTable(Layout(db.expanduser()).images)
+    sources = session.sources()
+    told = session.traced(table.rows(sources), table.grids(sources, session.grid[0]))
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        write_json(trace, told.to_json())
+    if trace_sheet is not None:
+        told.draw(trace_sheet)
+
+
 def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -396,12 +525,22 @@ def _bar(quiet: bool, unit: str) -> "Iterator[Progress]":
 
 
 def main() -> None:
-    """The console script: domain errors become one line on stderr and exit code 1."""
+    """The console script `arrag-db`."""
+    _run(app)
+
+
+def main_runtime() -> None:
+    """The console script `arrag`."""
+    _run(runtime)
+
+
+def _run(commands: typer.Typer) -> None:
+    """Run a command: domain errors become one line on stderr and exit code 1."""
     # Silence what libraries say at import; a user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        commands()
     except ArragError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

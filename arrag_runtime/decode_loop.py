@@ -102,8 +102,8 @@ def decode(
                 chosen[:, position] = newest
                 if watch is not None:
                     at = newest[:, None]
-                    shares = (p.gather(1, at)[:, 0] for p in (p_model, p_mixed))
-                    watch(Choice(row, col, newest, *shares, search.result()))
+                    before, after = p_model.gather(1, at)[:, 0], p_mixed.gather(1, at)[:, 0]
+                    watch(Choice(row, col, newest, before, after, search.result()))
                 progress(position + 1)
         finally:
             for augmenter in augmenters:
@@ -163,7 +163,7 @@ class Searcher:
         if newest is not None:
             # On a GPU the copy is queued before the forward pass, and only the thread waits for it.
             arriving = newest.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event() if newest.is_cuda else None
+            ready = torch.cuda.Event() if newest.is_cuda else None  # type: ignore[no-untyped-call]
             if ready is not None:
                 ready.record()
             return self._thread.submit(self._search, arriving, ready, row, col)

@@ -116,6 +116,8 @@ BEGIN, END, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 SPECIALS = (BOS, EOS, PAD, BEGIN, END, IMAGE)
 TEXT_VOCABULARY = 768
 LONGEST_TEXT = 40
+GUIDANCE = 3.0
+"""The weight of guidance that the shipped folder asks for."""
 
 
 def train_text_tokenizer(captions: list[str]) -> Any:
@@ -456,6 +458,30 @@ def held_out_loss(model: Any, tokenizer: Any, pictures: Pictures, limit: int | N
     return float(torch.stack(sums).sum() / (len(rows) * POSITIONS))
 
 
+# --- The folder that ships ------------------------------------------------------------------
+
+
+def export(run: Path, out: Path) -> dict[str, Any]:
+    """Write the run's last checkpoint as a folder: float16, less the picture tokenizer's tensors."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "text_tokenizer")
+    saved = torch.load(run / "checkpoint.pt", weights_only=False)
+    state = {
+        name: tensor.to(torch.float16).contiguous()
+        for name, tensor in saved["model"].items()
+        if not name.startswith(("model.vqmodel.", "lm_head."))
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    new_config(tokenizer).save_pretrained(out)
+    (out / "generation_config.json").write_text(json.dumps({"guidance_scale": GUIDANCE}) + "\n")
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return {"steps": saved["step"], "minutes": saved["spent"] / 60, "bytes": size}
+
+
 def main() -> None:
     """The four commands at the top of this file."""
     parser = argparse.ArgumentParser(description="Train the bundled generator.")
@@ -469,6 +495,9 @@ def main() -> None:
     one.add_argument("--minutes", type=float, default=55.0)
     one.add_argument("--batch", type=int, default=6)
     one.add_argument("--seed", type=int, default=0)
+    one = commands.add_parser("export")
+    one.add_argument("--run", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -478,6 +507,8 @@ def main() -> None:
     elif args.command == "train":
         settings = Settings(args.minutes, args.batch, seed=args.seed)
         print(json.dumps(train(Pictures.read(args.tokens), args.run, settings)))
+    elif args.command == "export":
+        print(json.dumps(export(args.run, args.out)))
 
 
 if __name__ == "__main__":
