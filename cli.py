@@ -278,6 +278,83 @@ def verify(
         raise ArragError(f"database {db} is not sound: {names}")
 
 
+@app.command()
+def trainset(
+    db: Database = DEFAULT_DB,
+    k: Annotated[int, typer.Option("-k", "--k", help="Retrieved tokens a position.")] = 10,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pictures at most.")] = 50_000,
+    pictures: Annotated[
+        str | None,
+        typer.Option("--from", help="heldout or database.  [default: heldout where there are any]"),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Pictures of another source: folder, webdataset, …")
+    ] = None,
+    input: Annotated[
+        list[str] | None, typer.Option("--input", "-i", help="Where they are; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the set.  [default: DB/trainset]")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write it to one Arrow file too, to train without Lance.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Name of the index.  [default: the newest]")
+    ] = None,
+    tokenizer_weights: Annotated[
+        str | None, typer.Option(help="Where the database's tokenizer weights are, if they moved.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help="Address of a Ray cluster.  [default: one of its own, embedded]"
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Tasks at once; 0 takes one a --threads cores.")
+    ] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads a task.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="Encode pictures of --source on this many GPUs.")
+    ] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Collect captions, tokens and what every position retrieves, to train an adapter with.
+
+    No picture retrieves itself or a copy of itself. A set that was interrupted goes on when the same
+    command is given again; a larger --limit adds pictures.
+    """
+    from pipeline.ray_run import RayResources
+    from pipeline.trainset import TrainsetSettings, export_trainset, make_trainset
+    from schemas.records import SourceSettings
+
+    if input and source is None:
+        raise BadInputError("--input says where a --source's pictures are; give --source too")
+    settings = TrainsetSettings(
+        database=db,
+        k=k,
+        limit=limit,
+        pictures=pictures,
+        source=None if source is None else SourceSettings(source, tuple(input or ()), limit),
+        out=out,
+        index=index,
+        tokenizer_weights=tokenizer_weights,
+        resources=RayResources(ray, workers, threads, gpus),
+    )
+    with _bar(quiet or as_json, "tasks") as bar:
+        task = bar.add_task("retrieving")
+        made = make_trainset(
+            settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+        if export is not None:
+            bar.update(task, description="exporting")
+            export_trainset(made.folder, export)
+    fields = made.to_json() | ({"export": str(export)} if export else {})
+    typer.echo(json.dumps(fields, indent=1) if as_json else made.to_text())
+
+
 @runtime.callback()
 def runtime_options() -> None:
     """Generate pictures with a patch retrieval database at hand."""
@@ -395,6 +472,91 @@ def _write_trace(
         write_json(trace, told.to_json())
     if trace_sheet is not None:
         told.draw(trace_sheet)
+
+
+@runtime.command()
+def train(
+    data: Annotated[
+        Path, typer.Option(help="A training set: `arrag-db trainset`'s folder or exported file.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    model: Annotated[
+        str,
+        typer.Option(help="sample, a folder, or a hub id such as deepseek-community/Janus-Pro-1B."),
+    ] = "sample",
+    hops: Annotated[str, typer.Option(help="Hops of a blender, separated by commas.")] = "1,2",
+    blenders: Annotated[int, typer.Option(min=1, help="Augmented layers.")] = 2,
+    k: Annotated[int, typer.Option("-k", "--k", help="Candidates a position.")] = 10,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA; 0 trains none.")] = 128,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA's scale is this over its rank.")] = 256,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before LoRA.")] = 0.05,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest norm of a step's gradients.")] = 1.0,
+    global_batch: Annotated[
+        int, typer.Option(min=1, help="Examples a step, over all processes.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once on one process.")] = 4,
+    epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps, whatever --epochs says.")] = None,
+    caption_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a caption that are read.")
+    ] = 512,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Decides every order and start.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 25,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a FAiD adapter; the defaults are the paper's. Several GPUs: `accelerate launch`.
+
+    A run that was interrupted goes on at its last checkpoint when the same command is given again.
+    """
+    from arrag_runtime.train import TrainSettings
+    from arrag_runtime.train import train as run_train
+
+    settings = TrainSettings(
+        model=model,
+        data=data,
+        out=out,
+        hops=_parse_hops(hops),
+        blenders=blenders,
+        k=k,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        clip=clip,
+        global_batch=global_batch,
+        batch_size=batch_size,
+        epochs=epochs,
+        steps=steps,
+        caption_tokens=caption_tokens,
+        precision=precision,
+        device=device,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    with _bar(quiet or as_json, "steps") as bar:
+        task = bar.add_task("loading the model")
+
+        def show(done: int, total: int, loss: float) -> None:
+            bar.update(task, description=f"loss {loss:.4f}", completed=done, total=total)
+
+        report = run_train(settings, show)
+    if report.main:
+        typer.echo(json.dumps(report.to_json()) if as_json else report.to_text())
+
+
+def _parse_hops(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInputError(
+            f"--hops '{text}' is no list of numbers; write them like '1,2'"
+        ) from error
 
 
 def _parse_tokens(text: str | None) -> tuple[int, ...] | None:

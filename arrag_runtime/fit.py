@@ -11,7 +11,7 @@ from arrag_runtime.backends import Backend
 from schemas.errors import IncompatibleError
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.neighborhood import Neighborhood
-from schemas.specs import SAME_CODE_COSINE
+from schemas.specs import SAME_CODE_COSINE, Floats, TokenizerSpec
 
 
 def require_fit(
@@ -24,9 +24,22 @@ def require_fit(
     """
     layout = Layout(database.expanduser())
     manifest = DatabaseManifest.read(layout)
-    spec, codes = manifest.tokenizer, backend.codebook()
+    around = neighborhood or manifest.keys.neighborhood
+    codes = read_codebook(layout)
+    require_same_grids(f"database {database}", manifest.tokenizer, codes, around, backend)
+    return manifest
+
+
+def require_same_grids(
+    what: str, spec: TokenizerSpec, codebook: Floats, around: Neighborhood, backend: Backend
+) -> None:
+    """Raise IncompatibleError unless grids of this tokenizer and keys are what a generator draws.
+
+    what: the thing that holds them, for the message; codebook: its, float32 [V, d], normalised.
+    """
+    codes = backend.codebook()
     height, width = backend.grid
-    both = f"database {database} ({spec.describe()}) does not fit generator {backend.name}"
+    both = f"{what} ({spec.describe()}) does not fit generator {backend.name}"
     advice = "build one with the generator's own tokenizer (arrag-db build --tokenizer …)"
     if (spec.vocabulary, spec.dimension) != codes.shape:
         raise IncompatibleError(
@@ -34,16 +47,14 @@ def require_fit(
         )
     if (spec.grid_height, spec.grid_width) != (height, width):
         raise IncompatibleError(f"{both}, whose grid is {height}x{width}; {advice}")
-    lowest = float((read_codebook(layout) * codes).sum(axis=1).min())
+    lowest = float((codebook * codes).sum(axis=1).min())
     if not lowest >= SAME_CODE_COSINE:
         raise IncompatibleError(
             f"{both}: their codebooks differ (lowest cosine of a row {lowest:.4f}, needed"
             f" {SAME_CODE_COSINE}); {advice}"
         )
-    around = neighborhood or manifest.keys.neighborhood
     if not around.is_causal:
         raise IncompatibleError(
             f"{both}, which draws in reading order: keys of {around.name} need tokens that come"
             " later; build with --neighborhood causal-1"
         )
-    return manifest

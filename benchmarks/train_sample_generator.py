@@ -378,7 +378,7 @@ def train(pictures: Pictures, run: Path, settings: Settings) -> dict[str, Any]:
     with (run / "log.jsonl").open("a") as log:
         while spent < settings.minutes * 60:
             began = time.monotonic()
-            rows = []
+            rows: list[int] = []
             while len(rows) < settings.batch:
                 row = next(order, None)
                 if row is None:
@@ -396,7 +396,7 @@ def train(pictures: Pictures, run: Path, settings: Settings) -> dict[str, Any]:
             text, lengths = padded(texts, tokenizer.pad_token_id)
             mirrored = torch.from_numpy(random.integers(tokens.shape[1], size=len(rows)))
             loss = losses(model, text, lengths, tokens[torch.tensor(rows), mirrored]).mean()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in both:
                 optimiser.step()

@@ -124,11 +124,14 @@ def test_the_template_is_the_processors(words: Any) -> None:
     """What deepseek-ai's processor writes for one turn of a user, and the mark of a picture."""
     assert TEMPLATE.format(prompt="x") == "<|User|>: x\n\n<|Assistant|>:<begin_of_image>"
     backend = JanusBackend(narrow_janus(words), words, "narrow")
-    ids, mask = backend._read(["x", " xyz "])
+    ids, mask = backend.prompt_ids(["x", " xyz "])
     assert ids[0, 0] == words.pad_token_id
     assert words.decode(ids[1].tolist()) == f"{BOS}{TEMPLATE.format(prompt='xyz')}"
     assert mask.tolist()[1] == [1] * ids.shape[1]
     assert mask[0].sum() == len(words(TEMPLATE.format(prompt="x"))["input_ids"])
+    cut, _ = backend.prompt_ids(["xyzxyz"], longest=2)
+    first = words.decode(words("xyzxyz", add_special_tokens=False)["input_ids"][:2])
+    assert words.decode(cut[0].tolist()) == f"{BOS}{TEMPLATE.format(prompt=first)}"
 
 
 @pytest.mark.parametrize(

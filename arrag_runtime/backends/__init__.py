@@ -36,9 +36,12 @@ class Backend(Protocol):
 
     name: str
     model: Any
-    device: Any
     grid: tuple[int, int]
     guidance: float
+
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
 
     def codebook(self) -> Floats:
         """The L2-normalised codebook float32 [V, d] that image tokens index."""

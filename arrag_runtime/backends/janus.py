@@ -53,7 +53,7 @@ class JanusBackend:
 
     def start(self, prompts: Sequence[str], *, guided: bool) -> "JanusDecoding":
         """See `Backend.start`."""
-        ids, mask = self._read(prompts)
+        ids, mask = self.prompt_ids(prompts)
         longest = int(self.model.config.text_config.max_position_embeddings)
         steps = self.grid[0] * self.grid[1]
         if ids.shape[1] + steps > longest:
@@ -79,15 +79,28 @@ class JanusBackend:
         pictures: Pixels = torch.stack(shown).numpy()
         return pictures
 
-    def _read(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts in the template as (ids, mask) long [B, T], padded on the left."""
-        texts = [TEMPLATE.format(prompt=prompt.strip()) for prompt in prompts]
-        rows = [self._ids(text) for text in texts]
+    def prompt_ids(
+        self, prompts: Sequence[str], *, longest: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts in the template as (ids, mask) long [B, T], padded on the left.
+
+        longest: how many tokens of each prompt itself are kept; None keeps all.
+        """
+        shown = [self._cut(prompt.strip(), longest) for prompt in prompts]
+        rows = [self._ids(TEMPLATE.format(prompt=prompt)) for prompt in shown]
         width = max(map(len, rows))
         pad = self._pad()
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return ids, mask
+
+    def _cut(self, prompt: str, longest: int | None) -> str:
+        """The prompt, or what its first `longest` tokens say."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if longest is None or len(ids) <= longest:
+            return prompt
+        cut: str = self.tokenizer.decode(ids[:longest])
+        return cut
 
     def _ids(self, text: str) -> list[int]:
         """A text's ids, its beginning marked whatever the tokenizer's file says of that."""
