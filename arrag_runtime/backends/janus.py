@@ -184,7 +184,10 @@ def load_janus(reference: str, device: str = "cpu", precision: str | None = None
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model of a checkpoint; every tensor must match. Raises BadInputError otherwise."""
     from transformers import JanusForConditionalGeneration
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the command has a bar of its own
     try:
         model, report = JanusForConditionalGeneration.from_pretrained(
             None,
@@ -199,6 +202,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             f"'{checkpoint.name}' holds no Janus model that fits its own config.json:"
             f" {str(error).splitlines()[0]}"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise BadInputError(
