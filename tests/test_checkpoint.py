@@ -102,8 +102,10 @@ def tower_names(name: str, tensor: torch.Tensor, state: State) -> dict[str, torc
 def original_config(model: Any) -> dict[str, Any]:
     """The parts of deepseek-ai's config.json that a loader needs."""
     text = model.config.text_config
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("max_position_embeddings", "vocab_size")
+    names = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("max_position_embeddings", "vocab_size"),
+    )
     return {
         "model_type": "multi_modality",
         "language_config": {name: getattr(text, name) for name in names},

@@ -195,7 +195,7 @@ def test_a_whole_picture_that_is_copied_is_one_run() -> None:
     """Also over the ends of rows; and none where nothing recurs."""
     grid = np.arange(30, dtype=np.uint16).reshape(5, 6)
     assert longest_copy(grid, {9: grid}) == CopyRun(9, 30, 0, 0, 0, 0, 30)
-    assert longest_copy(grid, {9: grid + 100}) is None
+    assert longest_copy(grid, {9: (grid + 100).astype(np.uint16)}) is None
     shifted = np.roll(grid, 1, axis=1)
     found = longest_copy(grid, {9: shifted})
     assert found is not None
