@@ -64,26 +64,10 @@ class TrainingModel(nn.Module):
         ids, mask: long [B, T], prompts padded on the left; tokens: long [B, P]; retrieved: long
         [B, P, K], `MISSING` for none.
         """
-        half = self.model.dtype == torch.bfloat16
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
-            logits = self._logits(ids, mask, tokens, retrieved)
-        return cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
-
-    def _logits(self, ids: Tensor, mask: Tensor, tokens: Tensor, retrieved: Tensor) -> Tensor:
-        """The logits [B, P, V] that predict each token."""
         height, width = self._backend.grid
-        prompts = self.model.get_input_embeddings()(ids)
-        images = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1])
-        seen = nn.functional.pad(mask, (0, images.shape[1]), value=1)
         with self.faid.whole(retrieved, height, width, start=ids.shape[1]):
-            states = self.model.model.language_model(
-                inputs_embeds=torch.cat([prompts, images], 1),
-                attention_mask=seen,
-                position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
-        logits: Tensor = self.model.model.generation_head(states[:, ids.shape[1] - 1 :])
-        return logits
+            logits = teacher_forced(self._backend, ids, mask, tokens)
+        return cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
     def inputs(self, examples: Examples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Examples as `forward` takes them, on the generator's device."""
@@ -127,6 +111,28 @@ class TrainingModel(nn.Module):
                     yield f"{LORA}{name.removesuffix(INJECTED.format(side))}.{side}", parameter
         for name, parameter in self.model.get_submodule(HEAD).named_parameters():
             yield f"{HEAD}.{name}", parameter
+
+
+def teacher_forced(backend: JanusBackend, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """The logits that predict each image token from the prompt and those before it, float32 [B, P, V].
+
+    ids, mask: long [B, T], see `JanusBackend.prompt_ids`; tokens: long [B, P]. Trained float32 parts
+    of a bfloat16 generator compute in bfloat16 too.
+    """
+    model = backend.model
+    half = next(model.model.language_model.parameters()).dtype == torch.bfloat16
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+        prompts = model.get_input_embeddings()(ids)
+        images = model.prepare_embeddings_for_image_generation(tokens[:, :-1])
+        seen = nn.functional.pad(mask, (0, images.shape[1]), value=1)
+        states = model.model.language_model(
+            inputs_embeds=torch.cat([prompts, images], 1),
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        logits: Tensor = model.model.generation_head(states[:, ids.shape[1] - 1 :])
+    return logits.float()
 
 
 def training_spec(
