@@ -44,7 +44,7 @@ def narrow_config(tokenizer: Any, *, grid: int = GRID, codes: int = 24, dimensio
             intermediate_size=96,
             num_hidden_layers=4,
             num_attention_heads=4,
-            max_position_embeddings=256,
+            max_position_embeddings=1024,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

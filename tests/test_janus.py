@@ -138,7 +138,7 @@ def test_the_template_is_the_processors(words: Any) -> None:
     ("change", "message"),
     [
         ({"prompts": ""}, "a prompt is empty"),
-        ({"prompts": "hat " * 300}, r"has room for \d+ beside 49 image tokens"),
+        ({"prompts": "hat " * 1200}, r"has room for \d+ beside 49 image tokens"),
         ({"images": 0}, "0 pictures"),
         ({"temperature": -1.0}, "temperature -1.0 is below 0"),
         ({"daid": DaidSettings()}, "search a database"),
