@@ -398,8 +398,11 @@ def generate(
         typer.Option(help="Weight of guidance; 1 is off.  [default: the model's own]"),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0.0, help="Of sampling; 0 takes the likeliest token.  [default: the model's own]"
+        ),
+    ] = None,
     index: Annotated[
         str | None, typer.Option(help="Name of the index.  [default: the newest]")
     ] = None,

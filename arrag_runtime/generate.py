@@ -42,7 +42,7 @@ def generate(
     daid: DaidSettings | None = None,
     augmenters: Sequence[Augmenter] = (),
     guidance: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     batch_size: int = 8,
     progress: Progress = lambda _done, _total: None,
     watch: "Callable[[int, Choice], None] | None" = None,
@@ -51,8 +51,8 @@ def generate(
 
     seed: picture number i of all has seed + i, so that it is the same in any batch. retriever: where
     to search; needed by daid (DAiD; AR-RAG, section 3.2) and by augmenters (FAiD, section 3.3).
-    guidance: the weight of classifier-free guidance; by default the generator's own, 1 is off.
-    temperature: of sampling; 0 takes the likeliest token. batch_size: pictures decoded together.
+    guidance: the weight of classifier-free guidance, 1 is off; temperature: of sampling, 0 takes the
+    likeliest token; both by default the generator's own. batch_size: pictures decoded together.
     progress: called with (tokens done, tokens in all). watch: called after each step with the number
     of the batch's first picture and what was chosen (`arrag_runtime.decode_loop.Choice`).
 
@@ -62,7 +62,8 @@ def generate(
     from arrag_runtime.decode_loop import Sampling, decode
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(texts, images, batch_size, temperature)
+    heat = backend.temperature if temperature is None else temperature
+    _check(texts, images, batch_size, heat)
     wanted = max([0, *(augmenter.k for augmenter in augmenters)])
     if retriever is None and (daid is not None or wanted):
         raise BadInputError("DAiD and FAiD search a database; name one with --db")
@@ -88,7 +89,7 @@ def generate(
                     texts[part],
                     Sampling(
                         backend.guidance if guidance is None else guidance,
-                        temperature,
+                        heat,
                         seeds[part],
                     ),
                     retriever=retriever,

@@ -53,7 +53,7 @@ class GenerateSettings:
     k: int = 2048
     daid: DaidSettings = PAPERS
     guidance: float | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     device: str | None = None
     precision: str | None = None
     batch_size: int = 8

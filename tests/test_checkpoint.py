@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arrag_runtime import generate
 from arrag_runtime.backends import load_backend, memory
 from arrag_runtime.backends.checkpoint import read_checkpoint
 from arrag_runtime.backends.memory import out_of_memory
@@ -283,3 +284,17 @@ def test_running_out_of_memory_is_one_line(error: Exception) -> None:
         raise error
     with pytest.raises(RuntimeError, match="shape"), out_of_memory("decoding"):
         raise RuntimeError("shape mismatch")
+
+
+def test_a_folder_says_how_it_is_sampled(copied: Path) -> None:
+    """Guidance and temperature of its generation_config.json, unless others are asked for."""
+    asked = {"guidance_scale": 2.5, "temperature": 0.7}
+    (copied / "generation_config.json").write_text(json.dumps(asked))
+    loaded = load_backend("janus", str(copied))
+    assert (loaded.guidance, loaded.temperature) == (2.5, 0.7)
+    silent = generate(loaded, "a hat").tokens
+    assert (silent == generate(loaded, "a hat", guidance=2.5, temperature=0.7).tokens).all()
+    assert (silent != generate(loaded, "a hat", guidance=5.0, temperature=1.0).tokens).any()
+    (copied / "generation_config.json").unlink()
+    plain = load_backend("janus", str(copied))
+    assert (plain.guidance, plain.temperature) == (5.0, 1.0)

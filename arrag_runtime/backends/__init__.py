@@ -30,14 +30,15 @@ class Decoding(Protocol):
 class Backend(Protocol):
     """What decoding, the trace and a database's fit need of a generator.
 
-    name: what the user called it. model: the torch module. device: torch.device. grid: (h, w).
-    guidance: the weight of classifier-free guidance it is meant for.
+    name: what the user called it. model: the torch module. grid: (h, w). guidance, temperature: the
+    weight of classifier-free guidance and the temperature of sampling that it is meant for.
     """
 
     name: str
     model: Any
     grid: tuple[int, int]
     guidance: float
+    temperature: float
 
     @property
     def device(self) -> Any:

@@ -25,18 +25,25 @@ SAMPLE_TOKENIZER = Path(__file__).parents[2] / "stages" / "tokenizers" / "weight
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin")
 PAD = "<｜▁pad▁｜>"
+GUIDANCE = 5.0
+"""The weight of guidance that Janus-Pro generates with."""
 
 State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model before it is built. `state` reads its tensors, named as transformers names them."""
+    """A model before it is built. `state` reads its tensors, named as transformers names them.
+
+    guidance, temperature: what its `generation_config.json` asks for, else Janus-Pro's own.
+    """
 
     name: str
     config: Any
     tokenizer: Any
     state: Callable[[], State]
+    guidance: float = GUIDANCE
+    temperature: float = 1.0
 
     @property
     def parameters(self) -> int:
@@ -71,6 +78,7 @@ def read_checkpoint(reference: str) -> Checkpoint:
             state = to_transformers_names(read_tensors(folder))
             config = original_config(fields, state, tokenizer)
             return Checkpoint(reference, config, tokenizer, lambda: state)
+        asked = _generation(folder)
         from transformers import JanusConfig
 
         config = JanusConfig.from_pretrained(folder)
@@ -82,9 +90,8 @@ def read_checkpoint(reference: str) -> Checkpoint:
         raise BadInputError(
             f"'{reference}' cannot be read as a Janus checkpoint: {type(error).__name__}: {reason}"
         ) from error
-    if reference == "sample":
-        return Checkpoint(reference, config, tokenizer, lambda: _sample_state(folder))
-    return Checkpoint(reference, config, tokenizer, lambda: read_tensors(folder))
+    read = _sample_state if reference == "sample" else read_tensors
+    return Checkpoint(reference, config, tokenizer, lambda: read(folder), *asked)
 
 
 def read_tensors(folder: Path) -> State:
@@ -109,6 +116,13 @@ def read_tensors(folder: Path) -> State:
                 f" {str(error).splitlines()[0]}"
             ) from error
     return state
+
+
+def _generation(folder: Path) -> tuple[float, float]:
+    """The weight of guidance and the temperature that a folder asks for."""
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    return float(fields.get("guidance_scale") or GUIDANCE), float(fields.get("temperature") or 1.0)
 
 
 def _sample_state(folder: Path) -> State:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from arrag_runtime.backends import Pixels
-from arrag_runtime.backends.checkpoint import Checkpoint, read_checkpoint
+from arrag_runtime.backends.checkpoint import GUIDANCE, Checkpoint, read_checkpoint
 from arrag_runtime.backends.memory import out_of_memory, require_memory
 from schemas.errors import BadInputError
 from schemas.specs import Floats, normalised
@@ -24,20 +24,26 @@ from schemas.specs import Floats, normalised
 BEGIN_OF_IMAGE = "<begin_of_image>"
 TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:" + BEGIN_OF_IMAGE
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-GUIDANCE = 5.0
-"""The weight of guidance that Janus-Pro generates with."""
 
 
 class JanusBackend:
     """A Janus model that generates pictures; follows the protocol `Backend`."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        guidance: float = GUIDANCE,
+        temperature: float = 1.0,
+    ) -> None:
         self.name = name
+        self.guidance, self.temperature = guidance, temperature
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         side = int(model.config.vq_config.num_patches)
         self.grid = (side, side)
-        self.guidance = float(getattr(model.generation_config, "guidance_scale", None) or GUIDANCE)
         weight = model.model.vqmodel.quantize.embedding.weight
         self._codes = normalised(weight.detach().float().cpu().numpy())
 
@@ -178,7 +184,13 @@ def load_janus(reference: str, device: str = "cpu", precision: str | None = None
     require_memory(checkpoint.parameters * size, device, f"{reference} in {chosen}")
     with out_of_memory(f"loading {reference} in {chosen} on {device}"):
         model = build(checkpoint, PRECISIONS[chosen]).to(device)
-    return JanusBackend(model, checkpoint.tokenizer, reference)
+    return JanusBackend(
+        model,
+        checkpoint.tokenizer,
+        reference,
+        guidance=checkpoint.guidance,
+        temperature=checkpoint.temperature,
+    )
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
