@@ -128,33 +128,40 @@ class JanusDecoding:
         from transformers import StaticCache
 
         self._model = model
-        self._rows, self._length = ids.shape
         self._ids = ids
-        space = self._length + steps
+        rows, length = ids.shape
+        space = length + steps
         self._cache = StaticCache(config=model.config.text_config, max_cache_len=space)
-        lowest = torch.finfo(model.dtype).min
-        # What a step may see: 0 for the prompt's own tokens and those read so far, else "never".
+        self._at = torch.full((1, 1), length, device=ids.device)
+        # What may be seen: 0 for the prompt's own tokens and those read so far, else "never".
+        self._never = torch.finfo(model.dtype).min
         self._seen = torch.full(
-            (self._rows, 1, 1, space), lowest, dtype=model.dtype, device=ids.device
+            (rows, 1, 1, space), self._never, dtype=model.dtype, device=ids.device
         )
-        self._seen[:, 0, 0, : self._length].masked_fill_(mask.bool(), 0)
+        self._seen[:, 0, 0, :length].masked_fill_(mask.bool(), 0)
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor | None) -> torch.Tensor:
         """See `Decoding.forward`. The logits are of the model's own precision."""
-        if tokens is None:
-            embedded = self._model.get_input_embeddings()(self._ids)
-            at = torch.arange(self._length, device=self._ids.device)[None]
-            space = torch.arange(self._seen.shape[-1], device=self._ids.device)
-            later = (space[None] > at[0][:, None])[None, None]
-            mask = self._seen.masked_fill(later, torch.finfo(self._seen.dtype).min)
-        else:
-            both = tokens.repeat(self._rows // len(tokens))[:, None]
-            embedded = self._model.prepare_embeddings_for_image_generation(both)
-            at = torch.full((1, 1), self._length, device=self._ids.device)
-            self._seen[..., self._length] = 0
-            self._length += 1
-            mask = self._seen
+        return self._read_prompts() if tokens is None else self._read_tokens(tokens)
+
+    def _read_prompts(self) -> torch.Tensor:
+        length, space = self._ids.shape[1], self._seen.shape[-1]
+        at = torch.arange(length, device=self._ids.device)
+        later = torch.arange(space, device=self._ids.device)[None] > at[:, None]
+        mask = self._seen.masked_fill(later[None, None], self._never)
+        return self._logits(self._model.get_input_embeddings()(self._ids), at[None], mask)
+
+    def _read_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One step; it reads and changes tensors in place only, so a CUDA graph can hold it."""
+        both = tokens.repeat(len(self._ids) // len(tokens))[:, None]
+        self._seen.index_fill_(3, self._at[0], 0)
+        embedded = self._model.prepare_embeddings_for_image_generation(both)
+        logits = self._logits(embedded, self._at, self._seen)
+        self._at.add_(1)
+        return logits
+
+    def _logits(self, embedded: torch.Tensor, at: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         states = self._model.model.language_model(
             inputs_embeds=embedded,
             attention_mask=mask,
