@@ -4,7 +4,8 @@ Question: does what is retrieved make the true next token of held-out pictures l
 of it does a larger database give? The negative log likelihood is of the generator's own distribution
 (no guidance, temperature 1), in nats a token over all positions; differences are to plain, by
 picture, with 95 % bootstrap intervals over pictures. λ and τ are chosen on every other picture and
-judged on the rest. Searches are exact, so no index blurs the result.
+judged on the rest; so is λ of the simplest rival, mixing in how often tokens occur in the database
+whatever stands around them. Searches are exact, so no index blurs the result.
 
 FAiD is trained here with `arrag train`'s own code on a training set that `arrag-db trainset` made
 (`--from database`: each picture without itself and its copies), or named with --adapter. Two controls
@@ -93,6 +94,19 @@ def sweep(
         )
         - own
         for (tau, merge), rows in retrieved.items()
+        for lam in LAMBDAS
+    }
+
+
+def prior_sweep(
+    exact: ExactNeighbors, pictures: Pictures, plain: list[Values]
+) -> dict[float, Values]:
+    """Differences to plain by picture for each λ, when the tokens' frequencies are mixed in."""
+    own = np.array([nats(p).mean() for p in plain])
+    rows = [exact.prior[grid.reshape(-1)[exact.positions]] for grid in pictures.grids]
+    return {
+        lam: np.array([mixed(p, r, exact.positions, lam) for p, r in zip(plain, rows, strict=True)])
+        - own
         for lam in LAMBDAS
     }
 
@@ -211,7 +225,10 @@ def report(args: argparse.Namespace, here: dict[str, Any]) -> None:
     plain = [true_probabilities(m, g) for m, g in zip(models, pictures.grids, strict=True)]
     own = np.array([nats(p).mean() for p in plain])
     print(f"{len(own)} held-out pictures, generator {args.model}, K {args.k}; nats a token")
-    print(f"plain {bootstrap(own)}; uniform {np.log(models[0].shape[1]):.4f}")
+    mean = bootstrap(own)
+    print(
+        f"plain {mean.value:.4f} [{mean.low:.4f}, {mean.high:.4f}]; uniform {np.log(models[0].shape[1]):.4f}"
+    )
 
     sizes = sorted({min(int(size), len(known.captions)) for size in args.sizes.split(",")})
     full = ExactNeighbors(args.db, known.grids)
@@ -233,6 +250,10 @@ def report(args: argparse.Namespace, here: dict[str, Any]) -> None:
         "true_token_retrieved": hit_rate,
     }
     print(f"  judged on the others: {bootstrap(swept[best][1::2])} to plain")
+    prior = prior_sweep(full, pictures, plain)
+    rival = min(prior, key=lambda lam: prior[lam][::2].mean())
+    results["prior_chosen"] = asdict(bootstrap(prior[rival][1::2])) | {"choice": rival}
+    print(f"frequencies alone, λ {rival}, on the same: {bootstrap(prior[rival][1::2])}")
     print(f"paper's λ 0.05, τ 0.6: {bootstrap(swept[PAPER])}; true token retrieved {hit_rate:.3f}")
 
     for name, adapter in adapters.items():

@@ -57,7 +57,10 @@ def pictures_of(database: Path, split: str) -> Pictures:
 
 
 class ExactNeighbors:
-    """Exact search over the keys of some pictures, as a database of just these would answer."""
+    """Exact search over the keys of some pictures, as a database of just these would answer.
+
+    positions: those with a key; prior: how often each token occurs in the pictures, [V].
+    """
 
     def __init__(self, database: Path, grids: npt.NDArray[np.uint16]) -> None:
         faiss = require_faiss()
@@ -65,7 +68,9 @@ class ExactNeighbors:
         self._hood = DatabaseManifest.read(layout).keys.neighborhood
         self._codes = read_codebook(layout)
         height, width = grids.shape[1:]
-        self.positions = self._hood.positions(height, width)
+        self.positions = self._hood.positions(height, width).copy()
+        counts = np.bincount(grids.reshape(-1), minlength=len(self._codes)) + 1.0
+        self.prior: Values = counts / counts.sum()
         self._tokens = grids.reshape(len(grids), -1)[:, self.positions].reshape(-1)
         keys = self._hood.keys(grids)
         vectors = key_vectors(keys.reshape(-1, keys.shape[2]), self._codes)
@@ -135,6 +140,7 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
+        """With signs, as differences are read."""
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
