@@ -43,11 +43,12 @@ runtime = typer.Typer(
 )
 
 Database = Annotated[
-    Path, typer.Option("--db", envvar="ARRAG_DB", help="Folder of the database.", show_default=True)
+    str,
+    typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-DEFAULT_DB = Path("arrag-db")
+DEFAULT_DB = "arrag-db"
 
 
 @app.command()
@@ -573,7 +574,7 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
-def _index_after_build(db: Path, quiet: bool) -> None:
+def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
     from pipeline.index import stale_index
 
@@ -585,7 +586,7 @@ def _index_after_build(db: Path, quiet: bool) -> None:
         _print_index(made)
 
 
-def _run_index(db: Path, settings: Any, name: str | None, quiet: bool) -> "IndexManifest":
+def _run_index(db: str, settings: Any, name: str | None, quiet: bool) -> "IndexManifest":
     from pipeline.index import index_database
 
     with _bar(quiet, "keys") as bar:
@@ -599,13 +600,13 @@ def _run_index(db: Path, settings: Any, name: str | None, quiet: bool) -> "Index
 
 
 def _draw(
-    answer: "QueryAnswer", db: Path, title: str, sheet: Path, weights: str | None, quiet: bool
+    answer: "QueryAnswer", db: str, title: str, sheet: Path, weights: str | None, quiet: bool
 ) -> None:
     from pipeline.query import load_database_tokenizer
     from pipeline.sheet import draw_sheet, save_sheet
     from schemas.manifest import Layout
 
-    layout = Layout(db.expanduser())
+    layout = Layout(db)
     tokenizer = load_database_tokenizer(layout, answer.manifest, weights)
     with _bar(quiet, "pictures") as bar:
         task = bar.add_task("reconstructing")

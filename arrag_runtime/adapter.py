@@ -10,6 +10,7 @@ LoRA merged into it: its language model, generation head, embeddings and aligner
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -112,6 +113,10 @@ def write_adapter(path: Path, adapter: Adapter) -> None:
     temporary = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors | {CODEBOOK: codes}, temporary, metadata=metadata)
+    # safetensors makes files that only their owner may read.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
     temporary.replace(path)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import ArragError, BadInputError, IncompatibleError
+from schemas.location import exists, join, local_folder, modified, names
 from schemas.manifest import (
     IDS_FILE,
     INDEX_FILE,
@@ -77,13 +78,14 @@ class PatchIndex:
         Raises BadInputError where there is none.
         """
         faiss = require_faiss()
-        layout = Layout(Path(database).expanduser())
+        layout = Layout(database)
         folder = layout.index(name) if name else newest_index(layout)
         manifest = IndexManifest.read(folder)
         try:
-            index = faiss.read_index(str(folder / INDEX_FILE))
-            ids = np.load(folder / IDS_FILE, mmap_mode="r")
-            tokens = np.load(folder / TOKENS_FILE, mmap_mode="r")
+            local = local_folder(folder)
+            index = faiss.read_index(str(local / INDEX_FILE))
+            ids = np.load(local / IDS_FILE, mmap_mode="r")
+            tokens = np.load(local / TOKENS_FILE, mmap_mode="r")
         except (RuntimeError, OSError, ValueError) as error:
             raise IncompatibleError(
                 f"index {manifest.name} in {folder} is damaged or incomplete; index again"
@@ -182,7 +184,7 @@ def inner_ivf(index: Any) -> Any:
         return None
 
 
-def newest_index(layout: Layout) -> Path:
+def newest_index(layout: Layout) -> str:
     """The folder of the index built last. Raises BadInputError where there is none."""
     folders = index_folders(layout)
     if not folders:
@@ -190,10 +192,10 @@ def newest_index(layout: Layout) -> Path:
             f"database {layout.root} has no index; build one with `arrag-db index"
             f" --db {layout.root}`"
         )
-    return max(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime)
+    return max(folders, key=lambda folder: modified(join(folder, "manifest.json")))
 
 
-def index_folders(layout: Layout) -> Sequence[Path]:
+def index_folders(layout: Layout) -> Sequence[str]:
     """The folders of complete indexes, by name."""
-    found = (path.parent for path in layout.indexes.glob("*/manifest.json"))
-    return sorted(folder for folder in found if not folder.name.startswith("."))
+    folders = (layout.index(name) for name in names(layout.indexes) if name[0] != ".")
+    return [folder for folder in folders if exists(join(folder, "manifest.json"))]

@@ -1,7 +1,6 @@
 """Index a database: train and fill in a temporary folder, measure, then move it into place."""
 
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +13,7 @@ import numpy as np
 from arrag_runtime.patch_index import PatchIndex, index_folders, newest_index
 from pipeline.lease import lease
 from schemas.errors import BadInputError
+from schemas.location import draft_folder, put_folder, tidy_drafts
 from schemas.manifest import (
     IDS_FILE,
     INDEX_FILE,
@@ -36,7 +36,7 @@ QUERY_IMAGES, QUERIES = 100, 1000
 
 
 def index_database(
-    database: Path,
+    database: str | Path,
     settings: IndexSettings,
     *,
     name: str | None = None,
@@ -46,7 +46,7 @@ def index_database(
 
     `name` defaults to the index's kind. Raises ArragError for what the user can mend.
     """
-    layout = Layout(database.expanduser().resolve())
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise BadInputError(
@@ -56,21 +56,16 @@ def index_database(
         started = time.perf_counter()
         # Rows of shards that a killed build left unfinished must not be indexed.
         Committer(layout, manifest.keys).recover(read_ledger(layout))
-        _clean(layout)
+        tidy_drafts(layout.indexes)
         table = PatchTable(layout.patches(manifest.keys))
         codes = read_codebook(layout)
-        layout.indexes.mkdir(exist_ok=True)
-        draft = layout.indexes / DRAFT
-        draft.mkdir()
-        try:
+        with draft_folder(layout.indexes) as draft:
             filled = train_and_fill(table, codes, draft, settings, progress)
             built = time.perf_counter() - started
             described = _measure(layout, manifest, table, codes, filled, settings, draft, built)
             final = described(name or filled.kind)
             final.write(draft)
-            _replace(layout.index(final.name), draft)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            put_folder(draft, layout.index(final.name))
         return final
 
 
@@ -179,9 +174,9 @@ class StaleIndex:
     settings: IndexSettings
 
 
-def stale_index(database: Path) -> StaleIndex | None:
+def stale_index(database: str | Path) -> StaleIndex | None:
     """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
-    layout = Layout(database.expanduser())
+    layout = Layout(database)
     keys = DatabaseManifest.read(layout).keys
     count = PatchTable(layout.patches(keys)).count
     if not count:
@@ -194,26 +189,3 @@ def stale_index(database: Path) -> StaleIndex | None:
     known = {field.name for field in fields(IndexSettings)}
     settings = IndexSettings(**{k: v for k, v in newest.settings.items() if k in known})
     return StaleIndex(newest.name if settings.kind else None, settings)
-
-
-DRAFT, OLD = ".draft", ".old-"
-
-
-def _clean(layout: Layout) -> None:
-    """Take away what a killed indexing left; the lease says that nobody is at it now."""
-    shutil.rmtree(layout.indexes / DRAFT, ignore_errors=True)
-    for old in layout.indexes.glob(f"{OLD}*"):
-        final = layout.index(old.name.removeprefix(OLD))
-        if final.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(final)
-
-
-def _replace(folder: Path, draft: Path) -> None:
-    """Put a finished index in place of an older one of its name."""
-    old = folder.with_name(f"{OLD}{folder.name}")
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -44,13 +44,13 @@ class Check:
 
 
 def verify(
-    database: Path,
+    database: str | Path,
     *,
     full: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Check]:
     """All checks of a database. Raises BadInputError where there is none."""
-    layout = Layout(database.expanduser())
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     try:
         tables = _Tables(layout, manifest)
@@ -247,12 +247,13 @@ def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
     return same
 
 
-def _index(layout: Layout, folder: Path) -> Check:
+def _index(layout: Layout, folder: str) -> Check:
     """An index holds just the patches of the table version it names."""
-    name = f"index {folder.name} matches its table"
+    short = folder.rpartition("/")[2]
+    name = f"index {short} matches its table"
     try:
         index = IndexManifest.read(folder)
-        opened = PatchIndex.open(layout.root, folder.name)
+        opened = PatchIndex.open(layout.root, short)
         table = lance.dataset(layout.patches(index.keys))
         if table.version != index.table_version:
             try:

@@ -25,6 +25,7 @@ from arrag_runtime.train import (
     train,
 )
 from arrag_runtime.training_set import TrainingSet
+from cli import main_runtime
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.neighborhood import MISSING
 from tests.training_world import EXAMPLES, K, quick, write_model, write_set
@@ -256,6 +257,38 @@ def test_old_checkpoints_go(model: Path, data: Path, tmp_path: Path) -> None:
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == [f"step-{step:06}" for step in (5, 6)]
     assert training_run.KEEP == 2
+
+
+def test_the_command_trains_and_says_so(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--model", model, "--data", data, "--out", out, "--k", K, "--lora-rank", 0]
+    words += ["--global-batch", 2, "--batch-size", 2, "--steps", 2, "--hops", "2"]
+    assert run(words, capsys) == (0, f"adapter {out / 'adapter.safetensors'}: 2 steps, ", "")
+    made = read_adapter(out / "adapter.safetensors")
+    assert (made.spec.hops, made.spec.lora_rank, made.lora_pairs()) == ((2,), 0, {})
+    for changed, error in (
+        (["--hops", "1,b"], "error: --hops '1,b' is no list of numbers; write them like '1,2'\n"),
+        (["--seed", 3], f"error: --out {out} holds a run with another seed 0, not 3; name another"),
+    ):
+        code, text, err = run([*words, *changed], capsys)
+        assert (code, text, err[: len(error)]) == (1, "", error)
+        assert err.count("\n") == 1
+
+
+def run(words: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout up to the loss, and stderr of `arrag train`."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["arrag", "train", *map(str, words)])
+        code = 0
+        try:
+            main_runtime()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out.split("last loss")[0], err
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Training sets on real Ray, Lance and faiss: what is retrieved, what is excluded, resume, export."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stages.build_index import IndexSettings
 from stages.patch_table import RowTable
 from tests.pipeline.captioned_world import make_captioned
 from tests.pipeline.conftest import write_picture
+from tests.pipeline.test_cli import run
 
 K = 3
 
@@ -249,3 +251,23 @@ def test_a_failing_task_is_one_line_and_keeps_what_came_before(
         ):
             make_trainset(wanted)
     assert make_trainset(wanted).added == make_trainset(wanted).images - 4
+
+
+def test_the_command_says_what_it_made(
+    database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "set", tmp_path / "set.arrow"
+    words = ("trainset", "--db", database, "--k", "2", "--limit", "4", "--out", out)
+    code, text, _ = run(capsys, *words)
+    assert code == 0
+    assert text == (
+        f"training set {out}: 4 pictures (4 new), 2 retrieved tokens at each of 30 positions\n"
+        "pictures: heldout; index: flat\n"
+    )
+    code, text, _ = run(capsys, *words, "--export", file, "--json")
+    fields = json.loads(text)
+    assert (code, fields["images"], fields["added"], fields["export"]) == (0, 4, 0, str(file))
+    assert len(TrainingSet.open(file)) == 4
+    code, text, err = run(capsys, *words[:-2], "--input", tmp_path)
+    assert (code, text) == (1, "")
+    assert err == "error: --input says where a --source's pictures are; give --source too\n"
