@@ -295,7 +295,7 @@ def trainset(
         list[str] | None, typer.Option("--input", "-i", help="Where they are; may be repeated.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the set.  [default: DB/trainset]")
+        str | None, typer.Option(help="Folder or bucket of the set.  [default: DB/trainset]")
     ] = None,
     export: Annotated[
         Path | None, typer.Option(help="Write it to one Arrow file too, to train without Lance.")
@@ -327,8 +327,9 @@ def trainset(
     No picture retrieves itself or a copy of itself. A set that was interrupted goes on when the same
     command is given again; a larger --limit adds pictures.
     """
+    from pipeline.export_trainset import export_trainset
     from pipeline.ray_run import RayResources
-    from pipeline.trainset import TrainsetSettings, export_trainset, make_trainset
+    from pipeline.trainset import TrainsetSettings, make_trainset
     from schemas.records import SourceSettings
 
     if input and source is None:

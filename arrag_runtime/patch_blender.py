@@ -136,7 +136,7 @@ class PatchBlender(nn.Module):
         shares = self._shares().to(wide)
         past = past_cells(self.reach)
         at = {cell: index for index, cell in enumerate((*past, (0, 0)))}
-        terms: list[list[Tensor]] = [[] for _ in at]
+        matrices = [shares.new_zeros(self.dim, self.dim) for _ in at]
         bias = shares.new_zeros(self.dim)
         with torch.autocast(shares.device.type, enabled=False):
             for hop, share in zip(self.hops, shares, strict=True):
@@ -148,8 +148,8 @@ class PatchBlender(nn.Module):
                 bias = bias + outer.sum((2, 3)) @ first.bias.to(wide)
                 for product in _past_products(hop):
                     one, other = inner[:, :, *product.first], outer[:, :, *product.second]
-                    terms[at[product.cell]].append(other @ one)
-            matrices = [torch.stack(term).sum(0) for term in terms]
+                    # One sum at a time: nothing but the weights is kept for the gradients.
+                    matrices[at[product.cell]] = matrices[at[product.cell]] + other @ one
         return Folded(torch.cat(matrices[:-1], 1), matrices[-1], bias)
 
     def _shares(self) -> Tensor:

@@ -37,7 +37,7 @@ class TrainingRun:
                 f"--out {folder} is not empty (it holds {strange[0]}); name an empty or new folder"
             )
         if self._newest is not None:
-            self._require_same(read_json(self._newest / "state.json")["recipe"])
+            self._require_same(read_json(str(self._newest / "state.json"))["recipe"])
 
     def resume(self, model: TrainingModel, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint; returns the step to go on with, 0 without one."""
@@ -46,13 +46,13 @@ class TrainingRun:
         model.load(read_adapter(self._newest / "adapter.safetensors"), str(self._newest))
         path = self._newest / "optimizer.pt"
         optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return int(read_json(self._newest / "state.json")["step"])
+        return int(read_json(str(self._newest / "state.json"))["step"])
 
     def last_loss(self) -> float:
         """The loss at the newest checkpoint, NaN without one."""
         if self._newest is None:
             return float("nan")
-        return float(read_json(self._newest / "state.json")["loss"])
+        return float(read_json(str(self._newest / "state.json"))["loss"])
 
     def save(
         self, step: int, model: TrainingModel, optimizer: torch.optim.Optimizer, loss: float
@@ -64,7 +64,7 @@ class TrainingRun:
         draft.mkdir()
         write_adapter(draft / "adapter.safetensors", model.adapter({"steps": str(step)}))
         torch.save(optimizer.state_dict(), draft / "optimizer.pt")
-        write_json(draft / "state.json", {"step": step, "loss": loss, "recipe": self._recipe})
+        write_json(str(draft / "state.json"), {"step": step, "loss": loss, "recipe": self._recipe})
         final = self._checkpoints / f"step-{step:06}"
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)

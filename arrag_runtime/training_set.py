@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import BadInputError
+from schemas.location import exists, in_store, join, normalised, read_bytes
 from schemas.manifest import Layout, read_codebook
 from schemas.specs import Floats
 from schemas.tables import list_values
@@ -44,15 +45,15 @@ class TrainingSet:
     @staticmethod
     def open(path: Path | str) -> "TrainingSet":
         """A training set. Raises BadInputError where there is none, or an unfinished one."""
-        place = Path(path).expanduser()
-        if place.is_file():
-            return _open_file(place)
-        if not place.is_dir():
+        place = normalised(path)
+        if not in_store(place) and Path(place).is_file():
+            return _open_file(Path(place))
+        if not exists(place):
             raise BadInputError(
                 f"no training set at '{path}'; make one with `arrag-db trainset`, or give the file"
                 " that it exported"
             )
-        if not (place / MANIFEST).exists():
+        if not exists(join(place, MANIFEST)):
             raise BadInputError(
                 f"no complete training set at '{path}'; give `arrag-db trainset` again to finish it"
             )
@@ -72,7 +73,7 @@ class TrainingSet:
         )
 
 
-def _open_folder(folder: Path) -> TrainingSet:
+def _open_folder(folder: str) -> TrainingSet:
     try:
         import lance
     except ImportError as error:
@@ -80,8 +81,8 @@ def _open_folder(folder: Path) -> TrainingSet:
             f"reading the folder '{folder}' needs Lance, which is not installed; export it with"
             " `arrag-db trainset --export FILE.arrow`, and give that file"
         ) from error
-    manifest = TrainsetManifest.from_json((folder / MANIFEST).read_bytes(), str(folder))
-    dataset = lance.dataset(folder / ROWS)
+    manifest = TrainsetManifest.from_json(read_bytes(join(folder, MANIFEST)), folder)
+    dataset = lance.dataset(join(folder, ROWS))
     ids = dataset.to_table(columns=["image_id"])["image_id"]
     return TrainingSet(manifest, read_codebook(Layout(folder)), ids, dataset.take)
 

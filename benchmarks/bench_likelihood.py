@@ -135,7 +135,7 @@ def faid_likelihoods(
 
 def without_retrieval(data: Path, folder: Path) -> Path:
     """A copy of a training set, as one Arrow file, in which nothing was retrieved."""
-    from pipeline.trainset import export_trainset
+    from pipeline.export_trainset import export_trainset
 
     source, path = data, folder / "nothing-retrieved.arrow"
     if data.is_dir():

@@ -20,6 +20,7 @@ from pipeline.lease import lease
 from pipeline.ray_run import RayResources, ray_cluster, worker_count
 from pipeline.trainset_worker import TrainsetWorker, Written, write_pictures, write_shard
 from schemas.errors import ArragError, BadInputError, IncompatibleError
+from schemas.location import join, make_folder, names, normalised, remove, write_bytes
 from schemas.manifest import DatabaseManifest, Layout, read_codebook, write_codebook
 from schemas.records import Shard, SourceSettings
 from schemas.tables import ROW_BITS, shard_number
@@ -48,12 +49,12 @@ class TrainsetSettings:
     inputs); out: the folder, None for `DB/trainset`; index: its name, None for the newest.
     """
 
-    database: Path
+    database: str | Path
     k: int = 10
     limit: int | None = 50_000
     pictures: str | None = None
     source: SourceSettings | None = None
-    out: Path | None = None
+    out: str | Path | None = None
     index: str | None = None
     tokenizer_weights: str | None = None
     resources: RayResources = field(default_factory=RayResources)
@@ -66,7 +67,7 @@ class TrainsetReport:
     0 for another source, whose captionless pictures are not counted.
     """
 
-    folder: Path
+    folder: str
     manifest: TrainsetManifest
     images: int
     added: int
@@ -75,7 +76,7 @@ class TrainsetReport:
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return {
-            "trainset": str(self.folder),
+            "trainset": self.folder,
             "images": self.images,
             "added": self.added,
             "captionless": self.captionless,
@@ -107,9 +108,9 @@ def make_trainset(
 
     progress is called with tasks done and to do. Raises ArragError for what the user can mend.
     """
-    layout = Layout(settings.database.expanduser().resolve())
+    layout = Layout(settings.database)
     database = DatabaseManifest.read(layout)
-    folder = (settings.out or layout.root / "trainset").expanduser().resolve()
+    folder = normalised(settings.out or join(layout.root, "trainset"))
     with lease(layout, "arrag-db trainset"):
         index = PatchIndex.open(layout.root, settings.index)
         images = ImageTable(layout.images)
@@ -117,13 +118,13 @@ def make_trainset(
         rows = _open_rows(folder, wanted)
         tasks, captionless = _tasks(settings, wanted, images, rows)
         if rows is None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_codebook(Layout(folder), read_codebook(layout))
-            rows = RowTable.create(folder / ROWS, trainset_schema(wanted))
+            rows = RowTable.create(join(folder, ROWS), trainset_schema(wanted))
         worker = TrainsetWorker(
-            str(layout.root),
+            layout.root,
             index.manifest.name,
-            str(folder / ROWS),
+            join(folder, ROWS),
             wanted,
             settings.source and absolute(settings.source),
             settings.tokenizer_weights,
@@ -132,7 +133,7 @@ def make_trainset(
         added = 0
         if tasks:
             # Until everything wanted is there, the folder holds no complete set.
-            (folder / MANIFEST).unlink(missing_ok=True)
+            remove(join(folder, MANIFEST))
             with ray_cluster(settings.resources):
                 for number, written in enumerate(_run(tasks, worker, settings.resources)):
                     rows.append(written.fragments)
@@ -145,7 +146,7 @@ def make_trainset(
                 " another --source, or build the database from one with captions"
             )
         finished = replace(wanted, images=count)
-        _write_manifest(folder, finished)
+        write_bytes(join(folder, MANIFEST), (finished.to_json() + "\n").encode())
     return TrainsetReport(folder, finished, count, added, captionless)
 
 
@@ -184,12 +185,11 @@ def _describe(
     )
 
 
-def _open_rows(folder: Path, wanted: TrainsetManifest) -> RowTable | None:
+def _open_rows(folder: str, wanted: TrainsetManifest) -> RowTable | None:
     """The table that exists, checked against what is wanted; None where there is none yet."""
-    rows = RowTable.open(folder / ROWS)
+    rows = RowTable.open(join(folder, ROWS))
     if rows is None:
-        strange = [p.name for p in folder.iterdir()] if folder.exists() else []
-        others = sorted(set(strange) - {CODEBOOK, MANIFEST, ROWS})
+        others = sorted(set(names(folder)) - {CODEBOOK, MANIFEST, ROWS})
         if others:
             raise BadInputError(
                 f"{folder} is no training set and not empty (it holds {others[0]}); name an empty"
@@ -197,7 +197,7 @@ def _open_rows(folder: Path, wanted: TrainsetManifest) -> RowTable | None:
             )
         return None
     metadata = rows.schema.metadata or {}
-    have = TrainsetManifest.from_json(metadata.get(SETTINGS, b""), str(folder))
+    have = TrainsetManifest.from_json(metadata.get(SETTINGS, b""), folder)
     for option, own, new in (
         ("--k", have.k, wanted.k),
         ("index", have.index, wanted.index),
@@ -272,34 +272,3 @@ def _run(
                 " same command goes on"
             ) from error
         yield written
-
-
-def _write_manifest(folder: Path, manifest: TrainsetManifest) -> None:
-    """Write `manifest.json`, which says that the set is complete, atomically."""
-    temporary = folder / f".{MANIFEST}.part"
-    temporary.write_text(manifest.to_json() + "\n")
-    temporary.replace(folder / MANIFEST)
-
-
-EXPORT_ROWS = 512
-
-
-def export_trainset(folder: Path, path: Path) -> None:
-    """Write a training set as one Arrow file, rows by image id, to train where Lance is not."""
-    rows = RowTable.open(folder / ROWS)
-    if rows is None or not (folder / MANIFEST).exists():
-        raise BadInputError(f"{folder} holds no complete training set; make it first")
-    metadata = {
-        MANIFEST.encode(): (folder / MANIFEST).read_bytes(),
-        CODEBOOK.encode(): (folder / CODEBOOK).read_bytes(),
-    }
-    schema = rows.schema.with_metadata(metadata)
-    order = np.argsort(rows.column("image_id").to_numpy(), kind="stable")
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(order), EXPORT_ROWS):
-            table = rows.take(order[start : start + EXPORT_ROWS].tolist())
-            writer.write_table(table.replace_schema_metadata(metadata))
-    temporary.replace(path)

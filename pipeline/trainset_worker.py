@@ -6,7 +6,6 @@ of rows, as the driver commits them. A picture never retrieves itself or a copy 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +61,7 @@ class Written:
 
 def write_pictures(worker: TrainsetWorker, image_ids: list[int]) -> Written:
     """The rows of these pictures of the database."""
-    images = ImageTable(Layout(Path(worker.database)).images)
+    images = ImageTable(Layout(worker.database).images)
     rows, height = images.rows(image_ids), worker.manifest.tokenizer.grid_height
     grids = images.grids(image_ids, height)
     pictures = Pictures(
@@ -77,7 +76,7 @@ def write_pictures(worker: TrainsetWorker, image_ids: list[int]) -> Written:
 def write_shard(worker: TrainsetWorker, shard: Shard) -> Written:
     """The rows of the captioned pictures of this shard of another source, encoded on the way."""
     assert worker.source is not None
-    layout = Layout(Path(worker.database))
+    layout = Layout(worker.database)
     encoder = DatabaseManifest.read(layout).encoder
     settings = EncodeSettings(
         batch_size=encoder.batch_size if worker.device == encoder.device else 1,
@@ -110,7 +109,7 @@ def _write(worker: TrainsetWorker, images: ImageTable, pictures: Pictures) -> Wr
         ],
         schema=trainset_schema(worker.manifest),
     )
-    return Written(write_fragments(Path(worker.rows), table), count)
+    return Written(write_fragments(worker.rows, table), count)
 
 
 def copies_in_database(images: ImageTable, pictures: Pictures) -> Ids:
@@ -160,7 +159,7 @@ def _index(database: str, name: str) -> PatchIndex:
 @lru_cache(maxsize=1)
 def _tokenizer(database: str, weights: str | None, device: str) -> Tokenizer:
     """The database's tokenizer, loaded once a process."""
-    layout = Layout(Path(database))
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     tokenizer = load_database_tokenizer(layout, manifest, weights)
     if device != "cpu":

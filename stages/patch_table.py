@@ -216,12 +216,12 @@ class RowTable:
         self._commits = 0
 
     @staticmethod
-    def open(path: Path) -> "RowTable | None":
+    def open(path: str) -> "RowTable | None":
         """The table at this path, at its newest version; None where there is none."""
-        return RowTable(lance.dataset(path)) if (path / "_versions").exists() else None
+        return RowTable(lance.dataset(path)) if exists(join(path, "_versions")) else None
 
     @staticmethod
-    def create(path: Path, schema: pa.Schema) -> "RowTable":
+    def create(path: str, schema: pa.Schema) -> "RowTable":
         """A new, empty table with this schema and its metadata."""
         return RowTable(lance.write_dataset(schema.empty_table(), path, schema=schema))
 

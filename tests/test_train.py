@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +27,7 @@ from arrag_runtime.training_set import TrainingSet
 from cli import main_runtime
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.neighborhood import MISSING
+from tests.s3_server import free_port
 from tests.training_world import EXAMPLES, K, quick, write_model, write_set
 
 ROOT = Path(__file__).parent.parent
@@ -318,10 +318,3 @@ def test_two_processes_train_what_one_does(model: Path, data: Path, tmp_path: Pa
     first, second = (read_adapter(out / "adapter.safetensors") for out in (one, two))
     for name, tensor in first.tensors.items():
         torch.testing.assert_close(tensor, second.tensors[name], atol=1e-3, rtol=0)
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

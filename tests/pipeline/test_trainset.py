@@ -11,9 +11,11 @@ import pyarrow as pa
 import pytest
 
 from arrag_runtime.training_set import TrainingSet
+from pipeline import export_trainset as exporting
 from pipeline import trainset
+from pipeline.export_trainset import export_trainset
 from pipeline.index import index_database
-from pipeline.trainset import TrainsetReport, TrainsetSettings, export_trainset, make_trainset
+from pipeline.trainset import TrainsetReport, TrainsetSettings, make_trainset
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.neighborhood import CAUSAL_1, MISSING
@@ -36,7 +38,7 @@ def database(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def rows_of(report: TrainsetReport) -> pa.Table:
-    table = lance.dataset(report.folder / "rows.lance").to_table()
+    table = lance.dataset(f"{report.folder}/rows.lance").to_table()
     return table.sort_by("image_id").replace_schema_metadata(None)
 
 
@@ -105,7 +107,7 @@ def test_without_held_out_pictures_those_of_the_database_are_taken(
 ) -> None:
     database = make_captioned(tmp_path / "db", held_out=False)
     report = make_trainset(TrainsetSettings(database, k=K, limit=9))
-    assert report.folder == database / "trainset"
+    assert report.folder == str(database / "trainset")
     assert (report.manifest.pictures, report.images, report.captionless) == ("database", 9, 2)
     for row in rows_of(report).to_pylist():
         check_row(row, database)
@@ -209,7 +211,7 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_the_folder_and_its_export_read_the_same(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainset, "EXPORT_ROWS", 2)
+    monkeypatch.setattr(exporting, "EXPORT_ROWS", 2)
     report = make_trainset(
         TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "set")
     )
