@@ -462,19 +462,17 @@ def generate(
     typer.echo(json.dumps(fields) if as_json else session.to_text() + f"\nwrote {out}")
 
 
-def _write_trace(
-    session: "Session", db: Path, trace: Path | None, trace_sheet: Path | None
-) -> None:
+def _write_trace(session: "Session", db: str, trace: Path | None, trace_sheet: Path | None) -> None:
     """Look the sources up in the database's images, then write what was asked for."""
     from schemas.manifest import Layout, write_json
     from stages.read_images import ImageTable
 
-    table = ImageTable(Layout(db.expanduser()).images)
+    table = ImageTable(Layout(db).images)
     sources = session.sources()
     told = session.traced(table.rows(sources), table.grids(sources, session.grid[0]))
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
-        write_json(trace, told.to_json())
+        write_json(str(trace), told.to_json())
     if trace_sheet is not None:
         told.draw(trace_sheet)
 

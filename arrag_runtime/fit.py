@@ -15,14 +15,14 @@ from schemas.specs import SAME_CODE_COSINE, Floats, TokenizerSpec
 
 
 def require_fit(
-    database: Path, backend: Backend, neighborhood: Neighborhood | None = None
+    database: str | Path, backend: Backend, neighborhood: Neighborhood | None = None
 ) -> DatabaseManifest:
     """The manifest of a database that fits a generator.
 
     neighborhood: that of the index to be searched; by default the database's own.
     Raises IncompatibleError that names both and the first thing that differs.
     """
-    layout = Layout(database.expanduser())
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     around = neighborhood or manifest.keys.neighborhood
     codes = read_codebook(layout)

@@ -45,7 +45,7 @@ class GenerateSettings:
     model: str
     prompts: tuple[str, ...]
     mode: str
-    database: Path
+    database: str | Path
     index: str | None = None
     adapter: Path | None = None
     images: int = 1

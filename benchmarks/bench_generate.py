@@ -108,12 +108,19 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     """
     from pipeline.index import index_database
     from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
-    from schemas.records import Shard
+    from schemas.records import ImageRecord, Shard
     from schemas.specs import TokenizerSpec, key_spec
-    from schemas.tables import image_id, patches_schema
+    from schemas.tables import REJECTS_SCHEMA
     from stages.build_index import IndexSettings
+    from stages.encode_images import EncodedImage, EncodedShard
     from stages.extract_patches import extract_patches
-    from stages.patch_table import PATCHES, Committer, ShardResult, create_tables, write_fragments
+    from stages.patch_table import (
+        Committer,
+        ShardResult,
+        create_tables,
+        table_paths,
+        write_fragments,
+    )
 
     vocabulary, dimension = codes.shape
     spec = TokenizerSpec("made-up", 384, 24, 24, vocabulary, dimension, "made up", "0" * 64)
@@ -122,6 +129,30 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     create_tables(layout, spec, keys)
     write_codebook(layout, codes)
     shard = Shard("made-up", f"{1 << 40:016x}", ("all",))
+    grids = random_walks(vocabulary, images)
+    rows = tuple(
+        EncodedImage(ImageRecord(i, f"{i}.jpg", b""), 384, 384, f"{i:064x}", held_out=False)
+        for i in range(images)
+    )
+    encoded = EncodedShard(rows, grids, None, (), 0.0, None)
+    tables = {
+        "patches": extract_patches(spec, keys, encoded.image_ids(shard), grids),
+        "rejects": REJECTS_SCHEMA.empty_table(),
+        "images": encoded.images_table(spec, shard),
+    }
+    paths = table_paths(layout, keys)
+    fragments = {name: write_fragments(paths[name], table) for name, table in tables.items()}
+    committer = Committer(layout, keys)
+    committer.plan([shard])
+    patches = tables["patches"].num_rows
+    result = ShardResult(shard.id, "made-up", 1, images, images, 0, patches, {}, fragments)
+    committer.commit(result)
+    DatabaseManifest(spec, None, EncoderSettings("cpu", "float32", 1), keys, 0.0).write(layout)
+    index_database(folder, IndexSettings(**index))
+
+
+def random_walks(vocabulary: int, images: int) -> Any:
+    """Grids uint16 [N, 24, 24] in which most tokens repeat the one above or to the left."""
     rng = np.random.default_rng(0)
     grids = rng.integers(0, vocabulary, (images, 24, 24)).astype(np.uint16)
     fate = rng.random((images, 24, 24))
@@ -133,15 +164,7 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
             if col:
                 left = fate[:, row, col] > 0.7
                 grids[left, row, col] = grids[left, row, col - 1]
-    ids = np.array([image_id(shard.id, number) for number in range(images)], np.int64)
-    rows = extract_patches(spec, keys, ids, grids)
-    assert rows.schema == patches_schema(spec, keys)
-    committer = Committer(layout, keys)
-    committer.plan([shard])
-    fragments = {PATCHES: write_fragments(layout.patches(keys), rows)}
-    committer.commit(ShardResult(shard.id, "made-up", 0, 0, 0, 0, len(rows), {}, fragments))
-    DatabaseManifest(spec, None, EncoderSettings("cpu", "float32", 1), keys, 0.0).write(layout)
-    index_database(folder, IndexSettings(**index))
+    return grids
 
 
 class Graphed:

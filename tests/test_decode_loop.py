@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,7 +210,7 @@ def test_an_adapter_that_wants_more_neighbours_is_refused(
 ) -> None:
     """With both numbers."""
     recorder = Recorder(backend.model.model.language_model)
-    few = Retriever(PatchIndex.open(Path(world.layout.root)), 3)
+    few = Retriever(PatchIndex.open(world.layout.root), 3)
     with pytest.raises(BadInputError, match=r"3 neighbours are retrieved.*takes 5"):
         generate(backend, PROMPTS[0], retriever=few, augmenters=(recorder,))
     recorder.end()

@@ -23,7 +23,7 @@ MANIFEST = DatabaseManifest(
 @pytest.fixture
 def database(tmp_path: Path) -> Layout:
     layout = Layout(tmp_path / "db")
-    layout.root.mkdir()
+    Path(layout.root).mkdir()
     write_codebook(layout, CODES)
     MANIFEST.write(layout)
     return layout
