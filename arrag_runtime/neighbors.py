@@ -31,20 +31,6 @@ class Neighbors:
     weights: Floats
     origin: npt.NDArray[np.uint8]
 
-    def select(self, columns: npt.NDArray[np.int64]) -> "Neighbors":
-        """The results at these places int64 [N, K'] of each row, real ones first."""
-        take = lambda values: np.take_along_axis(values, columns, axis=1)  # noqa: E731
-        real = take(np.arange(self.tokens.shape[1])[None, :] < self.count[:, None])
-        return Neighbors(
-            take(self.tokens),
-            take(self.distances),
-            take(self.patch_ids),
-            real.sum(axis=1),
-            take(self.copies),
-            take(self.weights),
-            take(self.origin),
-        )
-
 
 def neighbors(
     tokens: npt.NDArray[np.uint16],
@@ -118,11 +104,15 @@ class EntryTable:
 
     def tokens(self, places: Ids) -> npt.NDArray[np.uint16]:
         """The next tokens at these places, an array of any shape without -1."""
-        return self._gather(places, [part.next_tokens for part in self._parts], np.uint16)
+        tokens: npt.NDArray[np.uint16] = self._gather(
+            places, [part.next_tokens for part in self._parts], np.uint16
+        )
+        return tokens
 
     def patch_ids(self, places: Ids) -> Ids:
         """The patch ids; of an entry with copies, the lowest one."""
-        return self._gather(places, [part.patch_ids for part in self._parts], np.int64)
+        ids: Ids = self._gather(places, [part.patch_ids for part in self._parts], np.int64)
+        return ids
 
     def copies(self, places: Ids) -> npt.NDArray[np.int64]:
         """How many keys the entries at these places stand for."""
@@ -150,7 +140,7 @@ class EntryTable:
     def _gather(self, places: Ids, columns: Sequence[Any], dtype: type) -> Any:
         if len(columns) == 1:
             return columns[0][places]
-        values = np.empty(places.shape, dtype)
+        values: npt.NDArray[Any] = np.empty(places.shape, dtype)
         number = np.searchsorted(self._ends, places, side="right")
         for index, column in enumerate(columns):
             here = number == index

@@ -19,7 +19,6 @@ from arrag_runtime.neighbors import EntryPart, EntryTable, Neighbors, SearchEngi
 from arrag_runtime.removed import Tombstones
 from schemas.codes import CodeLayout
 from schemas.errors import BadInputError, IncompatibleError
-from schemas.inverted_lists import part_names
 from schemas.manifest import IndexManifest, Layout, read_codebook
 from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids, contains, split_patch_ids
@@ -207,7 +206,7 @@ def open_engine(
     if manifest.kind != "codebook":
         return FaissSearch.open(folder), EntryTable([open_entries(folder)])
     layout = CodeLayout(manifest.keys, codes, manifest.weights)
-    engine = CodebookSearch(folder, layout, part_names(folder))
+    engine = CodebookSearch(folder, layout, manifest.parts)
     return engine, EntryTable(
         [
             EntryPart(p.next_tokens, p.patch_ids, p.copies_at, p.copies_start, p.copies_ids)

@@ -12,7 +12,8 @@ and patch ids, so the same entries make the same bytes whoever wrote them and in
     copies_ids.bin    int64 [M]       the patch ids of all of those, ascending within an entry
 
 Identical entries are those of the same key and next token. faiss scans the mapped codes in place; next
-tokens and ids are read for the results alone. An index has a part `base` and maybe a few `delta-NNN`.
+tokens and ids are read for the results alone. An index has one part, and a few
+more where it has grown; its manifest names them.
 """
 
 import shutil
@@ -30,7 +31,6 @@ from schemas.tables import Ids
 STARTS, CODES, TOKENS, IDS = "list_starts.npy", "codes.bin", "next_tokens.bin", "patch_ids.bin"
 CENTROIDS, GRAPH = "centroids.npy", "coarse.hnsw"
 """Beside the parts: float32 [L, n · d], and faiss' graph over them where there are very many."""
-BASE, DELTA = "base", "delta-"
 COPIES_AT, COPIES_START, COPIES_IDS = "copies_at.npy", "copies_start.npy", "copies_ids.bin"
 
 
@@ -168,8 +168,3 @@ class PartWriter:
         np.save(self._draft / COPIES_START, np.concatenate([[0], ends]))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._draft.rename(self._folder)
-
-
-def part_names(folder: Path) -> list[str]:
-    """The parts of an index: its base, then the deltas in the order they were added."""
-    return [BASE, *sorted(path.name for path in folder.glob(f"{DELTA}*"))]

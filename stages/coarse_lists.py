@@ -15,7 +15,7 @@ import numpy as np
 from schemas.specs import Floats
 from schemas.tables import Ids
 
-TWO_LEVELS_FROM = 2048
+TWO_LEVELS_FROM = 4096
 GRAPH_FROM = 65_537
 """With this many lists or more a search finds the nearest ones through a graph."""
 POINTS_PER_LIST = 64

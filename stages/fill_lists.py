@@ -11,13 +11,15 @@ In memory at once: one block when filling, one group of lists when merging.
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.codes import CodeLayout, pack_keys, unpack_keys
 from schemas.inverted_lists import Entries, ListPart, PartWriter
 from schemas.specs import key_vectors
-from schemas.tables import Ids, split_patch_ids
+from schemas.tables import Ids, contains, split_patch_ids
 from stages.coarse_lists import ListFinder
 from stages.read_patches import PatchBlock
 
@@ -52,7 +54,7 @@ def fill_part(
 
 def group_by_list(entries: Entries) -> Entries:
     """The entries by list, in the order they came within each."""
-    return _take(entries, np.argsort(entries.lists, kind="stable"))
+    return _take(entries, np.argsort(_narrow(entries.lists), kind="stable"))
 
 
 def merge_parts(
@@ -61,23 +63,22 @@ def merge_parts(
     layout: CodeLayout,
     *,
     max_copies: int,
-    removed: Ids | None = None,
+    left_out: Ids | None = None,
     lists: tuple[int, int] | None = None,
 ) -> None:
     """Write all entries of these parts as one part in canonical order.
 
-    removed: int64, ascending; the entries of these pictures are left out. lists: first and one past
+    left_out: int64, ascending; the entries of these pictures are not taken. lists: first and one past
     the last list to take, for a merge that is cut up; all by default.
     """
     total = len(parts[0].starts) - 1
     first, last = lists or (0, total)
     with PartWriter(folder, total) as writer:
-        for start, stop in _groups(parts, first, last):
-            entries = _concatenated([_expanded(part, start, stop) for part in parts])
-            if removed is not None and len(removed):
+        for start, stop in list_groups(parts, first, last):
+            entries = _concatenated([expanded(part, start, stop) for part in parts])
+            if left_out is not None and len(left_out):
                 images = split_patch_ids(entries.patch_ids)[0]
-                at = np.minimum(np.searchsorted(removed, images), len(removed) - 1)
-                entries = _take(entries, np.flatnonzero(removed[at] != images))
+                entries = _take(entries, np.flatnonzero(~contains(left_out, images)))
             ordered = _in_order(entries, layout)
             writer.add(*collapse(ordered, max_copies))
 
@@ -115,10 +116,14 @@ def _in_order(entries: Entries, layout: CodeLayout) -> Entries:
     order = np.argsort(entries.patch_ids)
     for column in (entries.next_tokens, *keys.T[::-1]):
         order = order[np.argsort(column[order], kind="stable")]
-    lists = entries.lists - (entries.lists[0] if len(entries.lists) else 0)
-    # Sixteen bits are sorted by their digits, several times as fast.
-    narrow = lists.astype(np.uint16) if len(lists) and lists.max() < 1 << 16 else lists
-    return _take(entries, order[np.argsort(narrow[order], kind="stable")])
+    lists = _narrow(entries.lists)
+    return _take(entries, order[np.argsort(lists[order], kind="stable")])
+
+
+def _narrow(lists: Ids) -> npt.NDArray[Any]:
+    """Lists as numbers of the same order in sixteen bits, which numpy sorts several times as fast."""
+    low = int(lists.min()) if len(lists) else 0
+    return (lists - low).astype(np.uint16) if len(lists) and lists.max() - low < 1 << 16 else lists
 
 
 def _take(entries: Entries, rows: Ids) -> Entries:
@@ -130,7 +135,7 @@ def _take(entries: Entries, rows: Ids) -> Entries:
     )
 
 
-def _groups(parts: Sequence[ListPart], first: int, last: int) -> Iterator[tuple[int, int]]:
+def list_groups(parts: Sequence[ListPart], first: int, last: int) -> Iterator[tuple[int, int]]:
     """Ranges of lists that hold up to `MERGE_ENTRIES` in all parts; a larger list stands alone."""
     keys = sum(np.diff(part.starts) for part in parts)
     ends = np.cumsum(keys)
@@ -143,7 +148,7 @@ def _groups(parts: Sequence[ListPart], first: int, last: int) -> Iterator[tuple[
         start = stop
 
 
-def _expanded(part: ListPart, start: int, stop: int) -> Entries:
+def expanded(part: ListPart, start: int, stop: int) -> Entries:
     """The keys of lists start..stop-1 of a part, every copy as an entry of its own."""
     begin, end = int(part.starts[start]), int(part.starts[stop])
     sizes = np.diff(part.starts[start : stop + 1])
@@ -161,8 +166,8 @@ def _expanded(part: ListPart, start: int, stop: int) -> Entries:
     repeated = np.repeat(np.arange(end - begin), counts)
     ids = entries.patch_ids[repeated]
     ids[counts[repeated] > 1] = part.copies_ids[part.copies_start[low] : part.copies_start[high]]
-    expanded = _take(entries, repeated)
-    return Entries(expanded.lists, expanded.codes, expanded.next_tokens, ids)
+    copied = _take(entries, repeated)
+    return Entries(copied.lists, copied.codes, copied.next_tokens, ids)
 
 
 def _concatenated(several: Sequence[Entries]) -> Entries:
