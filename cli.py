@@ -35,11 +35,12 @@ app = typer.Typer(
 )
 
 Database = Annotated[
-    Path, typer.Option("--db", envvar="ARRAG_DB", help="Folder of the database.", show_default=True)
+    str,
+    typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-DEFAULT_DB = Path("arrag-db")
+DEFAULT_DB = "arrag-db"
 
 
 @app.command()
@@ -328,7 +329,7 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
-def _index_after_build(db: Path, quiet: bool) -> None:
+def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
     from pipeline.index import stale_index
 
@@ -341,7 +342,7 @@ def _index_after_build(db: Path, quiet: bool) -> None:
 
 
 def _run_index(
-    db: Path,
+    db: str,
     settings: "IndexSettings",
     name: str | None,
     quiet: bool,
@@ -366,13 +367,13 @@ def _run_index(
 
 
 def _draw(
-    answer: "QueryAnswer", db: Path, title: str, sheet: Path, weights: str | None, quiet: bool
+    answer: "QueryAnswer", db: str, title: str, sheet: Path, weights: str | None, quiet: bool
 ) -> None:
     from pipeline.query import load_database_tokenizer
     from pipeline.sheet import draw_sheet, save_sheet
     from schemas.manifest import Layout
 
-    layout = Layout(db.expanduser())
+    layout = Layout(db)
     tokenizer = load_database_tokenizer(layout, answer.manifest, weights)
     with _bar(quiet, "pictures") as bar:
         task = bar.add_task("reconstructing")

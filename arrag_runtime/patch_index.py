@@ -19,6 +19,7 @@ from arrag_runtime.neighbors import EntryPart, EntryTable, Neighbors, SearchEngi
 from arrag_runtime.removed import Tombstones
 from schemas.codes import CodeLayout
 from schemas.errors import BadInputError, IncompatibleError
+from schemas.location import exists, join, local_folder, modified, names
 from schemas.manifest import IndexManifest, Layout, read_codebook
 from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids, contains, split_patch_ids
@@ -90,11 +91,11 @@ class PatchIndex:
         Raises BadInputError where there is none.
         """
         require_faiss()
-        layout = Layout(Path(database).expanduser())
+        layout = Layout(database)
         folder = layout.index(name) if name else newest_index(layout)
         manifest = IndexManifest.read(folder)
         codes = read_codebook(layout)
-        engine, entries = open_engine(manifest, folder, codes)
+        engine, entries = open_engine(manifest, local_folder(folder), codes)
         return PatchIndex(manifest, engine, entries, codes, Tombstones(layout))
 
     @property
@@ -215,7 +216,7 @@ def open_engine(
     )
 
 
-def newest_index(layout: Layout) -> Path:
+def newest_index(layout: Layout) -> str:
     """The folder of the index built last. Raises BadInputError where there is none."""
     folders = index_folders(layout)
     if not folders:
@@ -223,10 +224,10 @@ def newest_index(layout: Layout) -> Path:
             f"database {layout.root} has no index; build one with `arrag-db index"
             f" --db {layout.root}`"
         )
-    return max(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime)
+    return max(folders, key=lambda folder: modified(join(folder, "manifest.json")))
 
 
-def index_folders(layout: Layout) -> Sequence[Path]:
+def index_folders(layout: Layout) -> Sequence[str]:
     """The folders of complete indexes, by name."""
-    found = (path.parent for path in layout.indexes.glob("*/manifest.json"))
-    return sorted(folder for folder in found if not folder.name.startswith("."))
+    folders = (layout.index(name) for name in names(layout.indexes) if name[0] != ".")
+    return [folder for folder in folders if exists(join(folder, "manifest.json"))]

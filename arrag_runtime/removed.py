@@ -22,7 +22,7 @@ class Tombstones:
     """The removed pictures of one database. `refresh` before a search, then ask `hides`."""
 
     def __init__(self, layout: Layout) -> None:
-        self._table = layout.removed
+        self._table = Path(layout.removed)
         self._versions = self._table / "_versions"
         self._seen: int | None = None
         self.ids: Ids = np.empty(0, np.int64)

@@ -32,7 +32,7 @@ def measure(
     from pipeline.index import index_database
     from stages.build_index import IndexSettings
 
-    folder = Layout(database.expanduser()).index(f"bench-{kind}")
+    folder = Path(Layout(database).index(f"bench-{kind}"))
     try:
         made = index_database(
             database, IndexSettings(kind, index_key, nprobe=nprobe), name=folder.name

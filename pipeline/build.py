@@ -24,10 +24,8 @@ from pipeline.ray_run import (
     worker_count,
 )
 from pipeline.shard_worker import WorkerSettings
-from schemas.manifest import (
-    DatabaseManifest,
-    Layout,
-)
+from schemas.location import exists
+from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import Shard
 from stages.decode import DecodeSettings
 from stages.encode_images import EncodeSettings
@@ -89,7 +87,7 @@ def build(
     report, the others are done.
     """
     started = time.perf_counter()
-    layout = Layout(settings.database.expanduser().resolve())
+    layout = Layout(settings.database)
     source = open_source(settings.source)
     report = BuildReport()
     with lease(layout, "arrag-db build"):
@@ -102,7 +100,7 @@ def build(
         if work.todo:
             with ray_cluster(settings.resources):
                 workers = worker_count(settings.resources)
-                if not layout.manifest.exists():
+                if not exists(layout.manifest):
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
                 committer = Committer(layout, manifest.keys)
@@ -116,7 +114,7 @@ def build(
                     # A tar that proved longer than one shard has more to list now.
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
-        if layout.manifest.exists():
+        if exists(layout.manifest):
             _describe_run(layout, manifest, settings, report)
     return report
 
@@ -125,7 +123,7 @@ def _worker_settings(
     layout: Layout, manifest: DatabaseManifest, settings: BuildSettings
 ) -> WorkerSettings:
     return WorkerSettings(
-        database=str(layout.root),
+        database=layout.root,
         source=replace(
             settings.source,
             input=tuple(str(Path(p).expanduser().absolute()) for p in settings.source.input),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.ray_run import RayResources
 from schemas.errors import BadInputError, IncompatibleError
+from schemas.location import exists, names
 from schemas.manifest import (
     PRECISIONS,
     DatabaseManifest,
@@ -27,7 +28,7 @@ DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
 class BuildSettings:
     """None where a setting is the database's own, or, for a new one, the default."""
 
-    database: Path
+    database: str | Path
     source: SourceSettings
     tokenizer: str | None = None
     tokenizer_weights: str | None = None
@@ -53,7 +54,7 @@ def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseM
         raise BadInputError(
             f"unknown precision '{settings.precision}'; choose one of {', '.join(PRECISIONS)}"
         )
-    if layout.manifest.exists():
+    if exists(layout.manifest):
         manifest = DatabaseManifest.read(layout)
         _require_same(manifest, settings)
         tokenizer = load_tokenizer(
@@ -93,9 +94,9 @@ def create_database(layout: Layout, manifest: DatabaseManifest, codebook: Floats
 
 def _require_room(layout: Layout) -> None:
     """A folder without a manifest may only hold what a killed creation leaves: empty tables."""
-    ours = {p.name for p in (layout.lease, layout.ledger, layout.images, layout.rejects)}
-    ours |= {"patches", layout.codebook.name}
-    others = [p.name for p in layout.root.iterdir() if p.name not in ours and p.name[0] != "."]
+    ours = {p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects)}
+    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.lease, layout.codebook))}
+    others = [name for name in names(layout.root) if name not in ours and name[0] != "."]
     if others:
         raise BadInputError(
             f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"

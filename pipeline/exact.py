@@ -8,7 +8,6 @@ will take is told before it starts.
 import time
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,7 +112,7 @@ def search_on_ray(
     parts = table.parts(rows_a_task)
     if not parts:
         return exact_search([], codes, queries, k, weights=weights)
-    shared = ray.put((str(table.path), table.version, codes, queries, k, weights, skip, left_out))
+    shared = ray.put((table.path, table.version, codes, queries, k, weights, skip, left_out))
     task: Any = ray.remote(num_cpus=1, max_retries=2)(_search_part)
     # Few results at a time wait in Ray's store, each of queries x k entries.
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -138,7 +137,7 @@ def search_on_ray(
 def _search_part(shared: tuple[Any, ...], part: TablePart) -> Nearest:
     """One task: the nearest entries among one part's rows."""
     path, version, codes, queries, k, weights, skip, left_out = shared
-    table = PatchTable(Path(path), version)
+    table = PatchTable(path, version)
     return exact_search(
         *(table.blocks(part=part), np.array(codes), queries, k),
         weights=weights,

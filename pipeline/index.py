@@ -35,6 +35,7 @@ from schemas.codes import CodeLayout
 from schemas.errors import ArragError, BadInputError
 from schemas.index_settings import IndexSettings, size_in_bytes
 from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
+from schemas.location import building_folder, finish_replacements, local_folder, put_folder
 from schemas.manifest import (
     INDEX_FILE,
     LEFT_OUT_FILE,
@@ -80,7 +81,7 @@ class _Job:
 
 
 def index_database(
-    database: Path,
+    database: str | Path,
     settings: IndexSettings,
     *,
     name: str | None = None,
@@ -95,7 +96,7 @@ def index_database(
     not put in place. resources: the Ray cluster to fill and measure on; by default this process does
     it unless the table is large. Raises ArragError for what the user can mend.
     """
-    layout = Layout(database.expanduser().resolve())
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise BadInputError(
@@ -109,7 +110,7 @@ def index_database(
         table = PatchTable(layout.patches(manifest.keys))
         settings = settings.resolved(manifest.keys, table.count)
         name = name or str(settings.kind)
-        _tidy(layout)
+        finish_replacements(layout.indexes)
         codes = read_codebook(layout)
         older = _older(layout, name, settings, table)
         work = _work_folder(layout, name, settings, table, older)
@@ -140,7 +141,7 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
     parts: list[str] = []
     if older is not None:
         parts = list(older.parts)
-        link_files(job.layout.index(older.name), work, [CENTROIDS, GRAPH, *parts])
+        link_files(local_folder(job.layout.index(older.name)), work, [CENTROIDS, GRAPH, *parts])
     unwanted = work / LEFT_OUT_FILE
     unwanted_file = unwanted if unwanted.exists() else None
     if older is None or table.mark > older.mark:
@@ -256,8 +257,8 @@ def _weights(
         return job.settings.typed_weights(job.manifest.keys), None
     kept = job.work / "weights.json"
     if not kept.exists():
-        write_json(kept, asdict(_fit(job)))
-    fitted = read_json(kept)
+        write_json(str(kept), asdict(_fit(job)))
+    fitted = read_json(str(kept))
     return tuple(fitted["weights"]), fitted
 
 
@@ -360,9 +361,9 @@ class StaleIndex:
     settings: IndexSettings
 
 
-def stale_index(database: Path) -> StaleIndex | None:
+def stale_index(database: str | Path) -> StaleIndex | None:
     """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
-    layout = Layout(database.expanduser())
+    layout = Layout(database)
     table = PatchTable(layout.patches(DatabaseManifest.read(layout).keys))
     if not table.count:
         return None
@@ -374,7 +375,6 @@ def stale_index(database: Path) -> StaleIndex | None:
     return StaleIndex(newest.name, IndexSettings.from_json(newest.settings))
 
 
-BUILDING, OLD = ".building-", ".old-"
 SAME_BUILD = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies", "dedup", "seed")
 """The settings that the files of an index depend on."""
 
@@ -413,7 +413,7 @@ def _work_folder(
         "grows": None if older is None else [older.table_version, *older.parts],
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    work = layout.indexes / f"{BUILDING}{name}"
+    work = building_folder(layout.indexes, name)
     resumable = settings.kind == "codebook" and (work / f"plan-{digest}").exists()
     if not resumable:
         shutil.rmtree(work, ignore_errors=True)
@@ -422,22 +422,8 @@ def _work_folder(
     return work
 
 
-def _tidy(layout: Layout) -> None:
-    """Finish the replacements that a killed indexing left half done; the lease says nobody is at it."""
-    for old in layout.indexes.glob(f"{OLD}*"):
-        final = layout.index(old.name.removeprefix(OLD))
-        if final.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(final)
-
-
-def _put(folder: Path, work: Path) -> None:
+def _put(place: str, work: Path) -> None:
     """Put a finished index in place of an older one of its name."""
     for left in (*work.glob("plan-*"), work / "weights.json"):
         left.unlink(missing_ok=True)
-    old = folder.with_name(f"{OLD}{folder.name}")
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    put_folder(work, place)

@@ -52,7 +52,7 @@ def fill_lists(
         return
     fills = [
         FillStep(
-            *(str(table.path), table.version, rows),
+            *(table.path, table.version, rows),
             *(str(work / CENTROIDS), str(work / f"fill-{number:05}"), layout),
         )
         for number, rows in enumerate(table.parts(part_rows(settings), after=after))

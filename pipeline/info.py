@@ -7,14 +7,15 @@ from typing import Any
 import lance
 
 from arrag_runtime.patch_index import index_folders
+from schemas.location import join, names, size
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout
 from stages.certificate import Certificate
 from stages.patch_table import read_ledger
 
 
-def info(database: Path) -> dict[str, Any]:
+def info(database: str | Path) -> dict[str, Any]:
     """The object that `info --json` prints. Raises BadInputError where there is no database."""
-    layout = Layout(database.expanduser())
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     state = read_ledger(layout)
     reasons = lance.dataset(layout.rejects).to_table(columns=["reason", "shard"])
@@ -28,7 +29,7 @@ def info(database: Path) -> dict[str, Any]:
     )
     spec, keys = manifest.tokenizer, manifest.keys
     return {
-        "database": str(layout.root),
+        "database": layout.root,
         "inputs": state.totals["inputs"],
         "images": state.totals["images"],
         "heldout": state.totals["heldout"],
@@ -45,14 +46,15 @@ def info(database: Path) -> dict[str, Any]:
         "neighborhood": keys.neighborhood.name,
         "border": keys.neighborhood.border,
         "key_space": keys.space,
-        "bytes": {p.name: _size(p) for p in sorted(layout.root.iterdir()) if p.is_dir()},
+        "bytes": _sizes(layout),
         "indexes": {
-            folder.name: _index(folder, layout, manifest) for folder in index_folders(layout)
+            folder.rpartition("/")[2]: _index(folder, layout, manifest)
+            for folder in index_folders(layout)
         },
     }
 
 
-def _index(folder: Path, layout: Layout, manifest: DatabaseManifest) -> dict[str, Any]:
+def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str, Any]:
     index = IndexManifest.read(folder)
     current = lance.dataset(layout.patches(index.keys)).count_rows()
     return {
@@ -75,8 +77,11 @@ def _index(folder: Path, layout: Layout, manifest: DatabaseManifest) -> dict[str
     }
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _sizes(layout: Layout) -> dict[str, int]:
+    """The bytes of the database's tables and indexes, by the names of their folders."""
+    sizes = {name: size(join(layout.root, name)) for name in names(layout.root)}
+    files = {place.rpartition("/")[2] for place in (layout.manifest, layout.codebook, layout.lease)}
+    return {name: taken for name, taken in sizes.items() if name not in files}
 
 
 def to_text(fields: dict[str, Any]) -> str:

@@ -6,16 +6,22 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from schemas.errors import DatabaseBusyError
+from schemas.location import in_store
 from schemas.manifest import Layout
 
 
 @contextmanager
 def lease(layout: Layout, command: str) -> Iterator[None]:
     """Hold the database's lease. Raises DatabaseBusyError, naming the holder, when it is taken."""
-    layout.root.mkdir(parents=True, exist_ok=True)
-    with layout.lease.open("a+") as file:
+    if in_store(layout.root):
+        yield
+        return
+    root, place = Path(layout.root), Path(layout.lease)
+    root.mkdir(parents=True, exist_ok=True)
+    with place.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -32,7 +38,7 @@ def lease(layout: Layout, command: str) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-            if [path.name for path in layout.root.iterdir()] == [layout.lease.name]:
+            if [path.name for path in root.iterdir()] == [place.name]:
                 # Nothing came of it: leave no empty folder behind.
-                layout.lease.unlink()
-                layout.root.rmdir()
+                place.unlink()
+                root.rmdir()

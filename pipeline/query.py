@@ -28,7 +28,7 @@ class QuerySettings:
     their bytes. tokenizer_weights says where the database's weights are now, if they have moved.
     """
 
-    database: Path
+    database: str | Path
     image: Path | None = None
     row: int | None = None
     col: int | None = None
@@ -99,7 +99,7 @@ class QueryAnswer:
 
 def query(settings: QuerySettings) -> QueryAnswer:
     """Answer a query. Raises BadInputError for a picture, position or token that cannot be used."""
-    layout = Layout(settings.database.expanduser())
+    layout = Layout(settings.database)
     manifest = DatabaseManifest.read(layout)
     if (settings.image is None) == (settings.tokens is None):
         raise BadInputError("give either --image FILE or --tokens 'a,b,c,d'")

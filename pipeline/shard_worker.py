@@ -8,7 +8,6 @@ import logging
 import time
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -130,7 +129,7 @@ class EncodeWorker:
             ],
             schema=REJECTS_SCHEMA,
         )
-        paths = table_paths(Layout(Path(settings.database)), settings.keys)
+        paths = table_paths(Layout(settings.database), settings.keys)
         tables = {
             "patches": patches,
             "rejects": rejects,

@@ -17,6 +17,7 @@ import pyarrow as pa
 from arrag_runtime.patch_index import PatchIndex, index_folders
 from arrag_runtime.removed import Tombstones
 from schemas.errors import ArragError
+from schemas.location import local_folder
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.split import is_held_out
 from schemas.tables import (
@@ -47,13 +48,13 @@ class Check:
 
 
 def verify(
-    database: Path,
+    database: str | Path,
     *,
     full: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Check]:
     """All checks of a database. Raises BadInputError where there is none."""
-    layout = Layout(database.expanduser())
+    layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     try:
         tables = _Tables(layout, manifest)
@@ -250,16 +251,18 @@ def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
     return same
 
 
-def _index(layout: Layout, folder: Path) -> Check:
+def _index(layout: Layout, folder: str) -> Check:
     """An index holds just the patches of the table version it names, less what it leaves out."""
-    name = f"index {folder.name} matches its table"
+    short = folder.rpartition("/")[2]
+    name = f"index {short} matches its table"
     try:
         index = IndexManifest.read(folder)
-        PatchIndex.open(layout.root, folder.name)
+        PatchIndex.open(layout.root, short)
         table = PatchTable(layout.patches(index.keys), index.table_version)
-        hidden = np.union1d(left_out(folder), Tombstones(layout).ids)
+        local = local_folder(folder)
+        hidden = np.union1d(left_out(local), Tombstones(layout).ids)
         whole = index.kind == "codebook"
-        contents = index_contents(folder, index, read_codebook(layout))
+        contents = index_contents(local, index, read_codebook(layout))
         held, found = checksum(contents, hidden, keys=whole)
         rows, wanted = checksum(table.blocks(), hidden, keys=whole)
     except ArragError as error:

@@ -1,20 +1,22 @@
 """What a database and an index say of themselves.
 
-A manifest is written last and atomically (a temporary file, then a rename), so that its
-existence means that what it describes is complete.
+A manifest is written last and whole, so that its existence means that what it describes is
+complete.
 """
 
+import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from schemas.errors import BadInputError, IncompatibleError
+from schemas.location import exists, join, normalised, read_bytes, write_bytes
 from schemas.specs import Floats, KeySpec, TokenizerSpec
 
 FORMAT = 1
@@ -27,47 +29,52 @@ LEFT_OUT_FILE = "left_out.npy"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things stand in a database's folder."""
+    """Where things stand in a database: a folder, or a prefix in a bucket. Places are text."""
 
-    root: Path
+    database: str | Path
 
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    @property
-    def codebook(self) -> Path:
-        return self.root / "codebook.npy"
+    @cached_property
+    def root(self) -> str:
+        """The absolute path, or the URI. Raises BadInputError for a store that is not known."""
+        return normalised(self.database)
 
     @property
-    def lease(self) -> Path:
-        return self.root / "lease"
+    def manifest(self) -> str:
+        return join(self.root, "manifest.json")
 
     @property
-    def ledger(self) -> Path:
-        return self.root / "shards.lance"
+    def codebook(self) -> str:
+        return join(self.root, "codebook.npy")
 
     @property
-    def images(self) -> Path:
-        return self.root / "images.lance"
+    def lease(self) -> str:
+        return join(self.root, "lease")
 
     @property
-    def rejects(self) -> Path:
-        return self.root / "rejects.lance"
+    def ledger(self) -> str:
+        return join(self.root, "shards.lance")
 
     @property
-    def removed(self) -> Path:
-        return self.root / "removed.lance"
-
-    def patches(self, keys: KeySpec) -> Path:
-        return self.root / "patches" / f"{keys.name}.lance"
+    def images(self) -> str:
+        return join(self.root, "images.lance")
 
     @property
-    def indexes(self) -> Path:
-        return self.root / "index"
+    def rejects(self) -> str:
+        return join(self.root, "rejects.lance")
 
-    def index(self, name: str) -> Path:
-        return self.indexes / name
+    @property
+    def removed(self) -> str:
+        return join(self.root, "removed.lance")
+
+    def patches(self, keys: KeySpec) -> str:
+        return join(self.root, "patches", f"{keys.name}.lance")
+
+    @property
+    def indexes(self) -> str:
+        return join(self.root, "index")
+
+    def index(self, name: str) -> str:
+        return join(self.indexes, name)
 
 
 @dataclass(frozen=True)
@@ -95,17 +102,17 @@ class DatabaseManifest:
     runs: tuple[dict[str, Any], ...] = ()
 
     def write(self, layout: Layout) -> None:
-        """Write `manifest.json`, atomically."""
+        """Write `manifest.json`, whole or not at all."""
         fields = asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()}
         write_json(layout.manifest, fields)
 
     @staticmethod
     def read(layout: Layout) -> "DatabaseManifest":
         """The manifest of the database at `layout`. Raises BadInputError where there is none."""
-        if not layout.manifest.exists():
+        if not exists(layout.manifest):
             raise BadInputError(
-                f"no database at {layout.root} (no manifest.json); build one with"
-                f" `arrag-db build --db {layout.root}`, or name another with --db"
+                f"no database at {layout.database} (no manifest.json); build one with"
+                f" `arrag-db build --db {layout.database}`, or name another with --db"
             )
         fields = read_json(layout.manifest)
         if fields.pop("format", None) != FORMAT:
@@ -158,21 +165,21 @@ class IndexManifest:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write `manifest.json` into the index's folder, atomically."""
+    def write(self, folder: str | Path) -> None:
+        """Write `manifest.json` into the index's folder, whole or not at all."""
         write_json(
-            folder / "manifest.json",
+            join(str(folder), "manifest.json"),
             asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()},
         )
 
     @staticmethod
-    def read(folder: Path) -> "IndexManifest":
+    def read(folder: str | Path) -> "IndexManifest":
         """The manifest in this folder. Raises BadInputError where there is none."""
-        path = folder / "manifest.json"
-        if not path.exists():
+        path = join(str(folder), "manifest.json")
+        if not exists(path):
             raise BadInputError(
                 f"no complete index at {folder}; build it with `arrag-db index"
-                f" --db {folder.parent.parent}`"
+                f" --db {str(folder).rpartition('/index/')[0] or 'DB'}`"
             )
         fields = read_json(path)
         if fields.pop("format", None) != FORMAT:
@@ -190,7 +197,7 @@ class IndexManifest:
 
 
 @contextmanager
-def _complete(path: Path) -> Iterator[None]:
+def _complete(path: str) -> Iterator[None]:
     """Turn a field that is missing or unknown into one line about the file."""
     try:
         yield
@@ -200,17 +207,15 @@ def _complete(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: str, fields: dict[str, Any]) -> None:
     """Write an object so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_bytes(path, (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
     """The object in a file. Raises BadInputError when it is damaged."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_bytes(path))
     except ValueError as error:
         raise BadInputError(f"{path} is damaged: {error}; restore it or build anew") from error
     if not isinstance(fields, dict):
@@ -220,17 +225,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_codebook(layout: Layout, codes: Floats) -> None:
     """Keep the normalised codebook [V, d] beside the tables, so that reading needs no weights."""
-    temporary = layout.codebook.with_name(f".codebook.{os.getpid()}.npy")
-    np.save(temporary, codes)
-    temporary.replace(layout.codebook)
+    file = io.BytesIO()
+    np.save(file, codes)
+    write_bytes(layout.codebook, file.getvalue())
 
 
 def read_codebook(layout: Layout) -> Floats:
     """The normalised codebook float32 [V, d] of a database."""
-    if not layout.codebook.exists():
+    if not exists(layout.codebook):
         raise BadInputError(f"{layout.codebook} is missing; run `arrag-db build` on it again")
     try:
-        codes: Floats = np.load(layout.codebook)
+        codes: Floats = np.load(io.BytesIO(read_bytes(layout.codebook)))
     except (OSError, EOFError, ValueError) as error:
         raise BadInputError(
             f"{layout.codebook} is damaged; restore it, or delete it and run `arrag-db build` again"

@@ -66,7 +66,7 @@ def run_step(step: FillStep | MergeStep) -> str:
     size = step.layout.size
     if isinstance(step, FillStep):
         centroids: Floats = np.load(step.centroids)
-        table = PatchTable(Path(step.table), step.version)
+        table = PatchTable(step.table, step.version)
         blocks = table.blocks(part=step.rows)
         fill_part(folder, blocks, ListFinder(centroids), step.layout, len(centroids))
     else:

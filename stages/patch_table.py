@@ -9,13 +9,13 @@ import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import lance
 import pyarrow as pa
 from lance.fragment import write_fragments as lance_write_fragments
 
 from schemas.errors import IncompatibleError
+from schemas.location import exists, join, make_folder
 from schemas.manifest import Layout
 from schemas.records import RecordedShard, Shard
 from schemas.specs import KeySpec, TokenizerSpec
@@ -76,12 +76,12 @@ class LedgerState:
         return frozenset(r.shard.id for r in self.recorded if r.inputs is not None)
 
 
-def table_paths(layout: Layout, keys: KeySpec) -> dict[str, Path]:
+def table_paths(layout: Layout, keys: KeySpec) -> dict[str, str]:
     """The tables a shard's rows go to, by the names the ledger uses."""
     return {PATCHES: layout.patches(keys), REJECTS: layout.rejects, IMAGES: layout.images}
 
 
-def write_fragments(path: Path, table: pa.Table) -> list[str]:
+def write_fragments(path: str, table: pa.Table) -> list[str]:
     """Write rows as fragments that no version of the table knows yet; none for no rows."""
     if table.num_rows == 0:
         return []
@@ -99,14 +99,14 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
         layout.ledger: LEDGER_SCHEMA,
     }
     for path, schema in schemas.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = "overwrite" if (path / "_versions").exists() else "create"
+        make_folder(path.rpartition("/")[0])
+        mode = "overwrite" if exists(join(path, "_versions")) else "create"
         lance.write_dataset(schema.empty_table(), path, schema=schema, mode=mode)
 
 
 def read_ledger(layout: Layout) -> LedgerState:
     """The ledger as it stands; nothing where there is none yet."""
-    if not (layout.ledger / "_versions").exists():
+    if not exists(join(layout.ledger, "_versions")):
         return LedgerState((), {}, dict.fromkeys(COUNTS, 0))
     rows = lance.dataset(layout.ledger).to_table().to_pylist()
     shards: dict[str, RecordedShard] = {}

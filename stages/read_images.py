@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import lance
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import BadInputError
+from schemas.location import exists
 from schemas.tables import Ids, contains, list_values
 
 GRIDS = ("tokens", "latents")
@@ -34,8 +34,8 @@ class ImageRow:
 class ImageTable:
     """The images table of a database, at its newest version."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
+    def __init__(self, path: str) -> None:
+        if not exists(path):
             raise BadInputError(f"no images at {path}; build them with `arrag-db build`")
         self._dataset = lance.dataset(path)
         self.version: int = self._dataset.version

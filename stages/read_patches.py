@@ -5,7 +5,6 @@ Everything that trains, fills, measures or verifies reads keys through here.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lance
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import BadInputError
+from schemas.location import exists
 from schemas.tables import Ids, list_values
 
 BLOCK = 131_072
@@ -40,8 +40,8 @@ class TablePart:
 class PatchTable:
     """A patches table pinned at one version; its rows keep their order for as long as it is."""
 
-    def __init__(self, path: Path, version: int | None = None) -> None:
-        if not path.exists():
+    def __init__(self, path: str, version: int | None = None) -> None:
+        if not exists(path):
             raise BadInputError(f"no patches at {path}; build them with `arrag-db build`")
         try:
             self._dataset = lance.dataset(path, version=version)

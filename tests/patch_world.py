@@ -79,7 +79,7 @@ def make_world(root: Path, shards: int, images: int, seed: int = 0) -> World:
 
 def build_index(world: World, name: str, **settings: Any) -> FilledIndex:
     """Train and fill an index of the world and write it with its manifest."""
-    folder = world.layout.index(name)
+    folder = Path(world.layout.index(name))
     folder.mkdir(parents=True)
     filled = train_and_fill(world.table, CODES, folder, IndexSettings(**settings))
     manifest_of(name, filled, world).write(folder)

@@ -9,12 +9,12 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 
 from arrag_runtime import PatchIndex
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE, Layout
 from stages.build_index import IndexSettings, train_and_fill
-from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 from stages.read_patches import PatchTable
 from tests.patch_world import (
     CODES,
@@ -46,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_a_trained_index_holds_every_entry(world: World, name: str) -> None:
     """All keys are in, ids and tokens at the same place, and most neighbours are found."""
     opened = PatchIndex.open(world.layout.root, name)
-    inner = faiss.read_index(str(world.layout.index(name) / INDEX_FILE))
+    inner = faiss.read_index(str(Path(world.layout.index(name)) / INDEX_FILE))
     assert inner.ntotal == opened.count == len(world.ids)
     ids, tokens = opened.entries(0, opened.count)
     assert np.array_equal(ids, world.ids)
@@ -63,7 +63,7 @@ def test_a_trained_index_holds_every_entry(world: World, name: str) -> None:
 
 def test_nprobe_reaches_the_lists_behind_a_rotation(world: World) -> None:
     """Set when built, kept on disk, and changed when opened: on the inner IVF each time."""
-    on_disk = faiss.read_index(str(world.layout.index(OPQ) / INDEX_FILE))
+    on_disk = faiss.read_index(str(Path(world.layout.index(OPQ)) / INDEX_FILE))
     assert isinstance(on_disk, faiss.IndexPreTransform)
     assert faiss.extract_index_ivf(on_disk).nprobe == 3
     opened = PatchIndex.open(world.layout.root, OPQ)
@@ -159,7 +159,7 @@ def copied(world: World, tmp_path: Path) -> Layout:
 @pytest.mark.parametrize("file", [IDS_FILE, TOKENS_FILE])
 def test_files_of_different_lengths_are_refused(copied: Layout, file: str) -> None:
     """An index whose parts do not belong together never answers."""
-    path = copied.index("flat") / file
+    path = Path(copied.index("flat")) / file
     np.save(path, np.load(path)[:-1])
     with pytest.raises(IncompatibleError, match=r"flat is damaged.*735.*734.*index again"):
         PatchIndex.open(copied.root, "flat")
@@ -169,7 +169,7 @@ def test_the_vectors_of_another_index_are_refused(copied: Layout) -> None:
     """Fewer vectors than ids and tokens."""
     other = faiss.IndexFlatL2(16)
     other.add(np.zeros((9, 16), np.float32))
-    faiss.write_index(other, str(copied.index("flat") / INDEX_FILE))
+    faiss.write_index(other, str(Path(copied.index("flat")) / INDEX_FILE))
     with pytest.raises(IncompatibleError, match="flat is damaged: 9 vectors, 735 ids"):
         PatchIndex.open(copied.root, "flat")
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_gone_or_cut_short_is_one_clear_line(
     copied: Layout, file: str, missing: bool
 ) -> None:
     """The message names the index's folder and says to index again."""
-    path = copied.index("flat") / file
+    path = Path(copied.index("flat")) / file
     if missing:
         path.unlink()
     else:
@@ -194,8 +194,8 @@ def test_a_file_that_is_gone_or_cut_short_is_one_clear_line(
 def test_the_newest_complete_index_is_opened(copied: Layout) -> None:
     """By default the one built last; a folder without a manifest is no index."""
     for age, name in enumerate((PQ, "flat", OPQ)):
-        os.utime(copied.index(name) / "manifest.json", (1000 - age, 1000 - age))
-    (copied.indexes / "unfinished").mkdir()
+        os.utime(Path(copied.index(name)) / "manifest.json", (1000 - age, 1000 - age))
+    (Path(copied.indexes) / "unfinished").mkdir()
     assert PatchIndex.open(copied.root).manifest.name == PQ
     with pytest.raises(BadInputError, match=r"unfinished.*arrag-db index"):
         PatchIndex.open(copied.root, "unfinished")
@@ -224,4 +224,4 @@ def test_a_table_stays_as_it_was_opened(copied: Layout) -> None:
     with pytest.raises(BadInputError, match=r"version 999.*arrag-db index"):
         PatchTable(copied.patches(KEYS), 999)
     with pytest.raises(BadInputError, match=r"no patches at.*arrag-db build"):
-        PatchTable(copied.root / "nothing.lance")
+        PatchTable(f"{copied.root}/nothing.lance")

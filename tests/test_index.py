@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 
 from arrag_runtime import PatchIndex, Retriever
 from schemas.errors import BadInputError
 from schemas.manifest import INDEX_FILE, IndexManifest
 from schemas.specs import key_spec, key_vectors
 from schemas.tables import split_patch_ids
-from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 from stages.read_patches import PatchTable
 from tests.patch_world import (
     CODES,
@@ -172,7 +172,7 @@ def test_a_retriever_searches_with_the_key_of_a_position(world: World, flat: Pat
 def test_a_retriever_has_no_answer_where_there_is_no_key(world: World, flat: PatchIndex) -> None:
     """With border skip the first row and the outer columns have no neighbours to ask for."""
     skipping = replace(flat.manifest, keys=key_spec("causal-1", "skip", "codebook"))
-    index = faiss.read_index(str(world.layout.index("flat") / INDEX_FILE))
+    index = faiss.read_index(str(Path(world.layout.index("flat")) / INDEX_FILE))
     retriever = Retriever(PatchIndex(skipping, index, world.ids, world.tokens, CODES), 3)
     grids = np.zeros((1, 7, 7), np.uint16)
     for at in ((0, 3), (3, 0), (3, 6)):

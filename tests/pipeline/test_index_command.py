@@ -35,12 +35,12 @@ def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
 def test_what_a_killed_indexing_leaves_is_no_index_and_goes_away(copied: Path) -> None:
     layout = Layout(copied)
     index_database(copied, IndexSettings())
-    flat = layout.index("flat")
-    shutil.copytree(flat, layout.indexes / ".draft")
-    flat.rename(layout.indexes / ".old-flat")
+    flat = Path(layout.index("flat"))
+    shutil.copytree(flat, flat.with_name(".draft"))
+    flat.rename(flat.with_name(".old-flat"))
     assert index_folders(layout) == []
     index_database(copied, IndexSettings(), name="other")
-    assert sorted(p.name for p in layout.indexes.iterdir()) == ["flat", "other"]
+    assert sorted(p.name for p in flat.parent.iterdir()) == ["flat", "other"]
     assert PatchIndex.open(copied, "flat").count == PatchIndex.open(copied, "other").count
 
 

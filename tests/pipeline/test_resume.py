@@ -60,9 +60,9 @@ class Tables:
         keys = DatabaseManifest.read(layout).keys
         self.layout = layout
         self.patches, self.images, self.ledger = (
-            layout.patches(keys),
-            layout.images,
-            layout.ledger,
+            Path(layout.patches(keys)),
+            Path(layout.images),
+            Path(layout.ledger),
         )
 
     def versions(self, table: Path) -> int:

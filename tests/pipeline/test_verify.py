@@ -87,13 +87,13 @@ def change_the_codebook(database: Path) -> None:
 
 
 def change_an_index_token(database: Path) -> None:
-    tokens = np.load(Layout(database).index("flat") / TOKENS_FILE, mmap_mode="r+")
+    tokens = np.load(Path(Layout(database).index("flat")) / TOKENS_FILE, mmap_mode="r+")
     tokens[5] += 1
     tokens.flush()
 
 
 def cut_an_index(database: Path) -> None:
-    path = Layout(database).index("flat") / IDS_FILE
+    path = Path(Layout(database).index("flat")) / IDS_FILE
     np.save(path, np.load(path)[:-1])
 
 
