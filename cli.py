@@ -38,6 +38,10 @@ Database = Annotated[
     str,
     typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
 ]
+Databases = Annotated[
+    list[str],
+    typer.Option("--db", envvar="ARRAG_DB", help="A database; several are searched as one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 DEFAULT_DB = "arrag-db"
@@ -238,7 +242,7 @@ def index(
 
 @app.command()
 def query(
-    db: Database = DEFAULT_DB,
+    db: Databases = [DEFAULT_DB],  # noqa: B006 (typer copies it)
     image: Annotated[Path | None, typer.Option(help="Ask with a picture's positions.")] = None,
     row: Annotated[int | None, typer.Option(help="Only this row of the grid (with --col).")] = None,
     col: Annotated[int | None, typer.Option(help="Only this column (with --row).")] = None,
@@ -253,6 +257,10 @@ def query(
     exclude_self: Annotated[
         bool, typer.Option("--exclude-self", help="Leave out what comes from the image itself.")
     ] = False,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Search in these pictures only, such as \"source = 'cc12m'\"."),
+    ] = None,
     tokenizer_weights: Annotated[
         str | None, typer.Option(help="Where the database's tokenizer weights are, if they moved.")
     ] = None,
@@ -265,16 +273,19 @@ def query(
     from pipeline.query import query as run_query
 
     settings = QuerySettings(
-        db, image, row, col, _parse_tokens(tokens), k, index, exclude_self, tokenizer_weights
+        *(db[0], image, row, col, _parse_tokens(tokens), k, index, exclude_self),
+        *(tokenizer_weights, tuple(db[1:]), where),
     )
     answer = run_query(settings)
+    for note in answer.notes:
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(answer.to_json()))
     elif table:
         _print_results(answer)
     if sheet is not None:
         title = f"Query {image.name if image else tokens}"
-        _draw(answer, db, title, sheet, tokenizer_weights, quiet or as_json)
+        _draw(answer, db[0], title, sheet, tokenizer_weights, quiet or as_json)
 
 
 @app.command()
@@ -379,7 +390,6 @@ def _draw(
         task = bar.add_task("reconstructing")
         drawn = draw_sheet(
             answer,
-            layout,
             tokenizer,
             title,
             lambda done, total: bar.update(task, completed=done, total=total),

@@ -117,7 +117,7 @@ def index_database(
         older = _older(layout, name, settings, table, compacted)
         work = _work_folder(layout, name, settings, table, older)
         job = _Job(layout, manifest, settings, table, codes, work, resources, progress)
-        _writeleft_out(job)
+        _note_left_out(job)
         built = _build_codebook(job, older) if settings.kind == "codebook" else _build_faiss(job)
         built = replace(built, name=name)
         seconds = time.perf_counter() - started
@@ -356,7 +356,7 @@ def _require_memory(job: _Job, size: int) -> None:
         )
 
 
-def _writeleft_out(job: _Job) -> None:
+def _note_left_out(job: _Job) -> None:
     """Note which pictures are not to be taken: removed ones, and copies where they are unwanted."""
     removed = Tombstones(job.layout).ids
     if job.settings.dedup == "images":
@@ -394,7 +394,7 @@ SAME_BUILD = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies",
 
 def _still_stands(older: IndexManifest, table: PatchTable) -> bool:
     """Whether the rows that an index was made from stand in the fragments they stood in."""
-    return table.rows_up_to(older.mark) == older.settings["rows"]
+    return table.rows_up_to(older.mark) == int(older.settings["rows"])
 
 
 def _older(
