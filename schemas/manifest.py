@@ -60,6 +60,14 @@ class Layout:
     def rejects(self) -> str:
         return join(self.root, "rejects.lance")
 
+    @property
+    def removed(self) -> str:
+        return join(self.root, "removed.lance")
+
+    @property
+    def receipts(self) -> str:
+        return join(self.root, "receipts")
+
     def patches(self, keys: KeySpec) -> str:
         return join(self.root, "patches", f"{keys.name}.lance")
 
