@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from arrag_runtime.patch_index import PatchIndex, index_folders
+from arrag_runtime.patch_index import index_folders
 from arrag_runtime.removed import Tombstones
 from pipeline.index import index_database
 from pipeline.lease import lease
 from pipeline.remove import take_out_suppressed
+from pipeline.verify_removed import index_owners
 from schemas.errors import ArragError
 from schemas.location import exists, remove, size
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout
-from schemas.tables import Ids, contains, split_patch_ids
+from schemas.tables import Ids, contains
 from stages.build_index import IndexSettings
 from stages.patch_table import KEEP_VERSIONS, Committer, Loss, read_ledger
 from stages.read_images import ImageTable
@@ -29,7 +30,6 @@ from stages.read_patches import PatchTable, patch_tables
 from stages.take_out import booked_removals, compact_table, delete_pictures
 
 COMMAND = "arrag-db compact"
-ENTRIES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,9 @@ def _is_outdated(layout: Layout, folder: str, gone: Ids) -> bool:
     index = IndexManifest.read(folder)
     try:
         PatchTable(layout.patches(index.keys), index.table_version)
-        opened = PatchIndex.open(layout.root, Path(folder).name)
+        return bool(index_owners(layout, Path(folder).name, gone))
     except ArragError:
         return True
-    for start in range(0, opened.count, ENTRIES_AT_ONCE):
-        ids, _ = opened.entries(start, ENTRIES_AT_ONCE)
-        if contains(gone, split_patch_ids(ids)[0]).any():
-            return True
-    return False
 
 
 def _build_again(layout: Layout, folder: str) -> None:

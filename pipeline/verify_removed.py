@@ -79,13 +79,10 @@ def verify_removed(database: str | Path, receipt: str) -> list[Check]:
     )
     for name in (Path(folder).name for folder in index_folders(layout)):
         try:
-            opened = PatchIndex.open(layout.root, name)
+            checks.append(_absent(f"index {name}", index_owners(layout, name, gone), hidden))
+            checks.append(_searched(PatchIndex.open(layout.root, name), list(grids.values()), gone))
         except ArragError as error:
-            checks.append(Check(f"index {name}", False, str(error)))
-            continue
-        entries = (opened.entries(start, BLOCK)[0] for start in range(0, opened.count, BLOCK))
-        checks.append(_absent(f"index {name}", _owners(entries, gone), hidden))
-        checks.append(_searched(opened, list(grids.values()), gone))
+            checks.append(Check(f"index {name} can be opened", False, str(error)))
     return checks
 
 
@@ -104,6 +101,13 @@ def _images(images: ImageTable, gone: Ids) -> set[int]:
     for batch in images.batches(["image_id"], BLOCK):
         found.update(_among(gone, batch.column("image_id").to_numpy()))
     return found
+
+
+def index_owners(layout: Layout, name: str, gone: Ids) -> set[int]:
+    """Those of the pictures that an index holds entries of. Raises ArragError if it is damaged."""
+    opened = PatchIndex.open(layout.root, name)
+    starts = range(0, opened.count, BLOCK)
+    return _owners((opened.entries(start, BLOCK)[0] for start in starts), gone)
 
 
 def _owners(blocks: Iterator[Ids], gone: Ids) -> set[int]:
