@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from schemas.location import in_store
 from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
 from schemas.records import ImageRecord, Reject, Shard
 from schemas.specs import TokenizerSpec, key_spec, normalised
@@ -21,6 +22,7 @@ from stages.patch_table import (
     table_paths,
     write_fragments,
 )
+from stages.take_out import create_list
 
 SPEC = TokenizerSpec("toy", 112, 7, 7, 24, 4, "centre crop", "0" * 64)
 KEYS = key_spec("causal-1", "skip", "codebook")
@@ -40,10 +42,12 @@ def sha256(number: int) -> str:
     return hashlib.sha256(picture_bytes(number)).hexdigest()
 
 
-def make_database(root: Path, shards: int = 3) -> Layout:
+def make_database(root: str | Path, shards: int = 3) -> Layout:
     """Shards of six pictures and one reject. Pictures 0, 6, 12, … of site a.org, others of b.org."""
     layout = Layout(root)
     create_tables(layout, SPEC, KEYS)
+    if in_store(layout.root):
+        create_list(layout)
     write_codebook(layout, normalised(np.random.default_rng(1).normal(size=(24, 4))))
     encoder = EncoderSettings("cpu", "float32", 1)
     DatabaseManifest(SPEC, None, encoder, KEYS, HELD_OUT).write(layout)

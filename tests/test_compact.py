@@ -165,6 +165,16 @@ def test_rows_deleted_before_do_not_shift_what_is_deleted(layout: Layout) -> Non
     assert tables(layout)["images"].equals(without(before, gone)["images"])
 
 
+def test_marks_of_the_ledger_cover_the_new_fragments(layout: Layout) -> None:
+    """So that the next start looks at no fragment of the compaction as if a build had left it."""
+    compact(layout.root)
+    state = read_ledger(layout)
+    assert not state.compacting
+    for name, path in (("images", layout.images), ("patches", layout.patches(KEYS))):
+        fragments = lance.dataset(path).get_fragments()
+        assert state.marks[name] == max(fragment.fragment_id for fragment in fragments)
+
+
 def test_a_build_after_a_compaction(layout: Layout) -> None:
     compact(layout.root)
     add_shard(layout, 4, [300, 301])
@@ -248,6 +258,7 @@ def check_recovery(
     more = set()
     if then == "build":
         add_shard(layout, 4, [300, 301])
+        assert not read_ledger(layout).compacting
         more = {"4/0.jpg", "4/1.jpg"}
         said = counts(layout)
         before["images"] = pa.concat_tables(
