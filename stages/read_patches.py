@@ -13,10 +13,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import BadInputError
-from schemas.location import exists
+from schemas.location import exists, join, names
+from schemas.manifest import Layout
+from schemas.specs import KeySpec, key_spec
 from schemas.tables import Ids, contains, list_values, split_patch_ids
 
 BLOCK = 131_072
+
+
+def patch_tables(layout: Layout) -> list[KeySpec]:
+    """The key specs that a database has a patches table for, by name."""
+    tables = names(join(layout.root, "patches"))
+    return [key_spec(*table.removesuffix(".lance").rsplit("-", 2)) for table in tables]
 
 
 @dataclass(frozen=True)
