@@ -1,5 +1,10 @@
-"""Searching an index that faiss holds whole: `flat` and `ivfpq`. Entries stand as they were added."""
+"""Searching an index that faiss holds whole: `flat` and `ivfpq`. Entries stand as they were added.
 
+Where faiss-gpu is installed and sees a GPU, an ivfpq index is searched there, but for what its kernels
+cannot do. (Written after faiss' documentation; it has not run on a GPU yet.)
+"""
+
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,10 @@ from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from schemas.specs import Floats
 from schemas.tables import Ids
 
+GPU_LIMIT = 2048
+"""faiss' GPU kernels take no larger k or nprobe."""
+log = logging.getLogger(__name__)
+
 
 class FaissSearch:
     """A faiss index; one engine behind `PatchIndex`."""
@@ -19,6 +28,13 @@ class FaissSearch:
     def __init__(self, index: Any) -> None:
         self._index = index
         self._ivf = inner_ivf(index)
+        # The resources must live as long as the clone.
+        self._resources = None
+        self._on_gpu = None
+        if self._ivf is not None and has_gpu():
+            self._resources = require_faiss().StandardGpuResources()
+            self._on_gpu = _clone_to_gpu(self._resources, index)
+        self._announced = False
 
     @staticmethod
     def open(folder: Path) -> "FaissSearch":
@@ -50,12 +66,43 @@ class FaissSearch:
         if not 1 <= value <= self._ivf.nlist:
             raise BadInputError(f"nprobe {value} is outside 1..{self._ivf.nlist} lists")
         self._ivf.nprobe = value
+        if self._on_gpu is not None and value <= GPU_LIMIT:
+            require_faiss().GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", value)
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Ids]:
         """See `SearchEngine.search`."""
-        distances, places = self._index.search(vectors, k)
+        index = self._index
+        if self._on_gpu is not None:
+            if max(k, self.nprobe or 0) <= GPU_LIMIT:
+                index = self._on_gpu
+            elif not self._announced:
+                self._announced = True
+                log.warning(
+                    "k %d or nprobe %s is more than the GPU's %d, so the CPU searches",
+                    *(k, self.nprobe, GPU_LIMIT),
+                )
+        distances, places = index.search(vectors, k)
         distances[places < 0] = np.inf
         return distances, places
+
+
+def has_gpu() -> bool:
+    """Whether the faiss installed here can use a GPU and sees one."""
+    faiss = require_faiss()
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def _clone_to_gpu(resources: Any, index: Any) -> Any:
+    """The index on the first GPU, or None, announced, where its layout is not for a GPU."""
+    faiss = require_faiss()
+    options = faiss.GpuClonerOptions()
+    # Whole look-up tables of 32 bits do not fit a GPU's shared memory at every layout.
+    options.useFloat16LookupTables = True
+    try:
+        return faiss.index_cpu_to_gpu(resources, 0, index, options)
+    except RuntimeError as error:
+        log.warning("the CPU searches, since the GPU cannot: %s", str(error).splitlines()[0])
+        return None
 
 
 def inner_ivf(index: Any) -> Any:

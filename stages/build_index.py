@@ -79,7 +79,7 @@ def train_and_fill(
     else:
         key = settings.index_key or default_index_key(table.count, dimension)
         index, trained_on, metrics = _train(table, codes, dimension, key, settings)
-    _fill(index, table, codes, folder, left_out, progress)
+    index = _fill(index, table, codes, folder, left_out, progress)
     faiss.write_index(index, str(folder / INDEX_FILE))
     return FilledIndex(index, str(settings.kind), key, trained_on, metrics)
 
@@ -141,20 +141,28 @@ def _fill(
     folder: Path,
     left_out: Ids,
     progress: Callable[[int, int], None],
-) -> None:
-    """Add every key of the table in order, with its id and next token at the same place."""
+) -> Any:
+    """The index with every key of the table in order, ids and next tokens written beside it.
+
+    Where faiss sees a GPU an index with lists is filled there (not run on one yet).
+    """
     ids: list[Ids] = []
     tokens: list[npt.NDArray[np.uint16]] = []
     done = 0
+    filled, resources = index, None
+    if has_gpu() and _inner_ivf(index) is not None:
+        resources = faiss.StandardGpuResources()
+        filled = faiss.index_cpu_to_gpu(resources, 0, index)
     for block in table.blocks():
         taken = ~contains(left_out, split_patch_ids(block.patch_ids)[0])
-        index.add(key_vectors(block.keys[taken], codes))
+        filled.add(key_vectors(block.keys[taken], codes))
         ids.append(block.patch_ids[taken])
         tokens.append(block.next_tokens[taken])
         done += len(block.patch_ids)
         progress(done, table.count)
     np.save(folder / IDS_FILE, np.concatenate(ids))
     np.save(folder / TOKENS_FILE, np.concatenate(tokens))
+    return index if resources is None else faiss.index_gpu_to_cpu(filled)
 
 
 def has_gpu() -> bool:
