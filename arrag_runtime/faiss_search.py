@@ -115,12 +115,16 @@ def inner_ivf(index: Any) -> Any:
 
 def open_entries(folder: Path) -> EntryPart:
     """The next tokens and patch ids of such an index, mapped. Raises IncompatibleError if damaged."""
-    none = np.empty(0, np.int64)
     try:
-        return EntryPart(
-            np.asarray(np.load(folder / TOKENS_FILE, mmap_mode="r")),
-            np.asarray(np.load(folder / IDS_FILE, mmap_mode="r")),
-            *(none, np.zeros(1, np.int64), none),
+        tokens, ids = (
+            np.asarray(np.load(folder / name, mmap_mode="r")) for name in (TOKENS_FILE, IDS_FILE)
         )
     except (OSError, ValueError, EOFError) as error:
         raise IncompatibleError(f"index {folder} is damaged or incomplete; index again") from error
+    if len(tokens) != len(ids):
+        raise IncompatibleError(
+            f"index {folder} is damaged: {len(ids)} patch ids for {len(tokens)} next tokens; index"
+            " again"
+        )
+    none = np.empty(0, np.int64)
+    return EntryPart(tokens, ids, none, np.zeros(1, np.int64), none)
