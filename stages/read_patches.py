@@ -28,6 +28,15 @@ class PatchBlock:
     next_tokens: npt.NDArray[np.uint16]
 
 
+@dataclass(frozen=True)
+class TablePart:
+    """Some neighbouring fragments of a table, by id; its rows are `start` to `start + count`."""
+
+    fragments: tuple[int, ...]
+    start: int
+    count: int
+
+
 class PatchTable:
     """A patches table pinned at one version; its rows keep their order for as long as it is."""
 
@@ -40,14 +49,35 @@ class PatchTable:
             raise BadInputError(
                 f"version {version} of {path} is gone; index again with `arrag-db index`"
             ) from error
+        self.path = path
         self.version: int = self._dataset.version
         self.count: int = self._dataset.count_rows()
 
-    def blocks(self, size: int = BLOCK) -> Iterator[PatchBlock]:
-        """All rows in order, at most `size` at a time."""
-        scanner = self._dataset.scanner(batch_size=size, scan_in_order=True, batch_readahead=2)
+    def blocks(self, size: int = BLOCK, part: TablePart | None = None) -> Iterator[PatchBlock]:
+        """All rows, or those of one part, in order, at most `size` at a time."""
+        fragments = None
+        if part is not None:
+            fragments = [self._dataset.get_fragment(n) for n in part.fragments]
+        scanner = self._dataset.scanner(
+            batch_size=size, scan_in_order=True, batch_readahead=2, fragments=fragments
+        )
         for batch in scanner.to_batches():
             yield _block(pa.Table.from_batches([batch]))
+
+    def parts(self, rows: int) -> list[TablePart]:
+        """The table cut between fragments into parts of at least `rows` rows, but for the last."""
+        parts: list[TablePart] = []
+        members: list[int] = []
+        start = count = 0
+        for fragment in self._dataset.get_fragments():
+            members.append(fragment.fragment_id)
+            count += fragment.count_rows()
+            if count >= rows:
+                parts.append(TablePart(tuple(members), start, count))
+                members, start, count = [], start + count, 0
+        if members:
+            parts.append(TablePart(tuple(members), start, count))
+        return parts
 
     def take(self, rows: Sequence[int] | Ids) -> PatchBlock:
         """The rows at these ordinals, in the order asked for."""
