@@ -32,7 +32,7 @@ from stages.retrieved_distribution import (
 
 SMALLEST, LARGEST = 1e-3, 1e3
 """Bounds on an offset's weight by temperature."""
-BACKOFF = (1e-4, 0.5)
+BACKOFF = (1e-4, 0.95)
 CHUNK = 64
 """Queries whose candidates are held as vectors at once."""
 SETTLED = 0.02
