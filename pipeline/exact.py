@@ -8,7 +8,6 @@ will take is told before it starts.
 import time
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from stages.read_patches import PatchTable, TablePart
 
 LONG = 60.0
 """Seconds from which a search is announced."""
-FEW_BLOCKS = 16
+FEW_ROWS = 4_000_000
+"""Up to so many the search is over before its cost is read."""
 ROWS_A_TASK = 5_000_000
 RAY_FROM = 50_000_000
 """Rows from which tasks are worth an embedded Ray's start."""
@@ -54,11 +54,11 @@ def exact_neighbors(
         with ray_cluster(resources or RayResources()):
             cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             cores = max(1, int(cluster.get("CPU", 1)))
-            announce_cost(table, codes, queries, k, cores, announce)
+            announce_cost(table, codes, queries, cores, announce)
             return search_on_ray(
                 table, codes, queries, k, weights=weights, skip=skip, progress=progress
             )
-    announce_cost(table, codes, queries, k, cores, announce)
+    announce_cost(table, codes, queries, cores, announce)
     return exact_search(
         *(table.blocks(), codes, queries, k),
         weights=weights,
@@ -68,17 +68,18 @@ def exact_neighbors(
 
 
 def announce_cost(
-    table: PatchTable, codes: Floats, queries: Queries, k: int, cores: int, announce: Announce
+    table: PatchTable, codes: Floats, queries: Queries, cores: int, announce: Announce
 ) -> float:
-    """Seconds the search will take, from how long the first block takes; said when it is long.
+    """Seconds the search will take on so many cores, told when it is long; 0 for a small table.
 
-    0 for a table of a few blocks. Later blocks are faster than the first, so it is an upper bound.
+    Taken from the first block and its single nearest entries: in a long search nearly all blocks go
+    by as fast as that, whatever k is, for few of their entries are near enough.
     """
     block = next(table.blocks(), None)
-    if block is None or table.count <= FEW_BLOCKS * len(block.patch_ids):
+    if block is None or table.count <= FEW_ROWS:
         return 0.0
     started = time.perf_counter()
-    exact_search([block], codes, queries, k)
+    exact_search([block], codes, queries, 1)
     seconds = (time.perf_counter() - started) * table.count / len(block.patch_ids) / cores
     if seconds > LONG:
         announce(
@@ -103,7 +104,7 @@ def search_on_ray(
     parts = table.parts(rows_a_task)
     if not parts:
         return exact_search([], codes, queries, k, weights=weights)
-    shared = ray.put((str(table.path), table.version, codes, queries, k, weights, skip))
+    shared = ray.put((table.path, table.version, codes, queries, k, weights, skip))
     task: Any = ray.remote(num_cpus=1, max_retries=2)(_search_part)
     # Few results at a time wait in Ray's store, each of queries x k entries.
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -128,7 +129,7 @@ def search_on_ray(
 def _search_part(shared: tuple[Any, ...], part: TablePart) -> Nearest:
     """One task: the nearest entries among one part's rows."""
     path, version, codes, queries, k, weights, skip = shared
-    table = PatchTable(Path(path), version)
+    table = PatchTable(path, version)
     return exact_search(
         *(table.blocks(part=part), np.array(codes), queries, k),
         weights=weights,

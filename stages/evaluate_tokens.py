@@ -26,6 +26,7 @@ from stages.retrieved_distribution import (
     negative_log_likelihood,
     true_token_probability,
 )
+from stages.sample_queries import halves
 
 RANKS = 100
 RECALL_DEPTHS = (1, 10, 100)
@@ -130,7 +131,7 @@ def evaluate_tokens(
     hits = np.logical_or.accumulate(real & (tokens == truth[:, None]), axis=1)
     to_all = _to_every_code(codes, truth)
     alone = -np.log(prior[truth])
-    fold = _halves(images, seed)
+    fold = halves(images, seed)
     chances = {
         merge: true_token_probability(answer, truth, temperatures, merge, copies)
         for merge in MERGES
@@ -186,16 +187,6 @@ def _to_every_code(codes: Floats, tokens: npt.NDArray[np.uint16]) -> Floats:
     both = squares[tokens][:, None] + squares - 2 * codes[tokens] @ codes.T
     distances: Floats = np.sqrt(np.maximum(both, 0))
     return distances
-
-
-def _halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:
-    """Which queries are in the first half: half of the pictures, or of one picture's queries."""
-    names, group = np.unique(images, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    if len(names) < 2:
-        return rng.permutation(len(images)) < len(images) / 2
-    chosen: npt.NDArray[np.bool_] = (rng.permutation(len(names)) < len(names) / 2)[group]
-    return chosen
 
 
 def _choose(
