@@ -137,9 +137,7 @@ def evaluate(
     layout = Layout(settings.database)
     manifest = DatabaseManifest.read(layout)
     codes = read_codebook(layout)
-    names = settings.indexes or tuple(
-        folder.rpartition("/")[2] for folder in index_folders(layout)
-    )
+    names = settings.indexes or tuple(folder.rpartition("/")[2] for folder in index_folders(layout))
     if not names:
         raise BadInputError(
             f"database {layout.root} has no index to evaluate; build one with `arrag-db index"
