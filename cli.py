@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from pipeline.build import BuildReport
     from pipeline.query import QueryAnswer
+    from pipeline.ray_run import RayResources
+    from schemas.index_settings import IndexSettings
     from schemas.manifest import IndexManifest
 
 app = typer.Typer(
@@ -159,14 +161,43 @@ def build(
 def index(
     db: Database = DEFAULT_DB,
     kind: Annotated[
-        str | None, typer.Option(help="flat or ivfpq.  [default: flat up to 50,000 keys]")
+        str | None,
+        typer.Option(help="codebook, ivfpq or flat.  [default: codebook; latent keys: by size]"),
     ] = None,
     index_key: Annotated[
-        str | None, typer.Option(help="A faiss factory string.  [default: OPQ8_32,IVFn,PQ8x8]")
+        str | None,
+        typer.Option(help="ivfpq: a faiss factory string.  [default: OPQ8_32,IVFn,PQ8x8]"),
     ] = None,
-    memory: Annotated[str, typer.Option(help="What the index may take in memory.")] = "4GB",
+    lists: Annotated[
+        int | None, typer.Option(min=1, help="codebook: coarse lists.  [default: by --query-ms]")
+    ] = None,
+    query_ms: Annotated[
+        float, typer.Option(min=0.01, help="codebook: milliseconds a query may scan on one core.")
+    ] = 0.5,
+    target_recall: Annotated[
+        str, typer.Option(help="nprobe is the smallest that reaches it; R or R@K.")
+    ] = "0.95",
     nprobe: Annotated[
-        int | None, typer.Option(min=1, help="Lists a search visits.  [default: tuned]")
+        int | None, typer.Option(min=1, help="Lists a search visits.  [default: by the target]")
+    ] = None,
+    min_recall: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail below this recall at the target's K.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="codebook: equal, learned, or one number an offset: 1,2,…")
+    ] = "equal",
+    max_copies: Annotated[
+        int, typer.Option(min=1, help="codebook: more identical entries are stored once.")
+    ] = 16,
+    dedup: Annotated[
+        str, typer.Option(help="codebook: none, or images to leave out copies of pictures.")
+    ] = "none",
+    memory: Annotated[str, typer.Option(help="What the index may take in memory.")] = "4GB",
+    worker_memory: Annotated[
+        str, typer.Option(help="codebook: what a process may take while it fills.")
+    ] = "1GB",
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Fill and measure on this Ray cluster.")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the index.  [default: its kind]")
@@ -174,11 +205,29 @@ def index(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build an index over the patches and measure its recall against exact search."""
-    from stages.build_index import IndexSettings
+    """Build an index over the patches, or bring one up to date, and certify it.
 
-    settings = IndexSettings(kind, index_key, memory, nprobe)
-    made = _run_index(db, settings, name, quiet or as_json)
+    What is measured against exact search is printed and kept. A killed build of a codebook index goes
+    on where it stopped; a grown table adds only what is new.
+    """
+    from pipeline.ray_run import RayResources
+    from schemas.index_settings import IndexSettings
+
+    settings = IndexSettings(
+        kind=kind,
+        index_key=index_key,
+        memory=memory,
+        worker_memory=worker_memory,
+        lists=lists,
+        query_ms=query_ms,
+        nprobe=nprobe,
+        target_recall=target_recall,
+        weights=weights,
+        max_copies=max_copies,
+        dedup=dedup,
+    )
+    resources = None if ray is None else RayResources(ray)
+    made = _run_index(db, settings, name, quiet or as_json, min_recall, resources)
     if as_json:
         from pipeline.info import info as read_info
 
@@ -333,17 +382,29 @@ def _index_after_build(db: str, quiet: bool) -> None:
         _print_index(made)
 
 
-def _run_index(db: str, settings: Any, name: str | None, quiet: bool) -> "IndexManifest":
+def _run_index(
+    db: str,
+    settings: "IndexSettings",
+    name: str | None,
+    quiet: bool,
+    min_recall: float | None = None,
+    resources: "RayResources | None" = None,
+) -> "IndexManifest":
     from pipeline.index import index_database
 
-    with _bar(quiet, "keys") as bar:
-        task = bar.add_task("training the index")
-
-        def show(done: int, total: int) -> None:
-            state = "filling" if done < total else "measuring recall"
-            bar.update(task, description=f"{state} the index", completed=done, total=total)
-
-        return index_database(db, settings, name=name, progress=show)
+    with _bar(quiet, "") as bar:
+        task = bar.add_task("starting")
+        return index_database(
+            db,
+            settings,
+            name=name,
+            min_recall=min_recall,
+            resources=resources,
+            progress=lambda step, done, total: bar.update(
+                task, description=step, completed=done, total=total
+            ),
+            announce=lambda cost: typer.echo(f"note: {cost}", err=True),
+        )
 
 
 def _draw(
@@ -388,12 +449,9 @@ def _print_build(report: "BuildReport") -> None:
 
 
 def _print_index(made: "IndexManifest") -> None:
-    probe = f", nprobe {made.nprobe}" if made.nprobe else ""
-    typer.echo(
-        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys, recall@10"
-        f" {made.recall_at_10:.3f} ({made.recall_protocol['queries']}),"
-        f" {made.ms_per_query:.2f} ms a query"
-    )
+    from pipeline.info import index_to_text
+
+    typer.echo(index_to_text(made))
 
 
 def _print_results(answer: "QueryAnswer") -> None:

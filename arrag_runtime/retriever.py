@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from arrag_runtime.patch_index import Neighbors, PatchIndex
+from arrag_runtime.neighbors import Neighbors
+from arrag_runtime.patch_index import PatchIndex
 
 
 class Retriever:

@@ -5,6 +5,7 @@ the same held-out pictures (where there are none, from pictures of the database 
 left out), side by side as text, JSON or a drawing.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from arrag_runtime.patch_index import PatchIndex, index_folders
+from arrag_runtime.codebook_search import CodebookSearch
+from arrag_runtime.patch_index import PatchIndex, index_folders, open_engine
+from arrag_runtime.removed import Tombstones
 from pipeline.exact import exact_neighbors
+from pipeline.index_steps import copies_left_aside
 from pipeline.ray_run import RayResources
 from schemas.errors import BadInputError
+from schemas.location import local_folder
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.specs import Floats
 from schemas.tables import Ids
 from stages.evaluate_tokens import RANKS, TokenFigures, evaluate_tokens
 from stages.exact_search import NO_IMAGE, Nearest, Queries, true_distances
 from stages.fit_weights import corpus_prior
+from stages.index_contents import left_out
 from stages.read_images import ImageTable
 from stages.read_patches import PatchTable
 from stages.retrieved_distribution import Probabilities
@@ -162,53 +168,53 @@ def evaluate(
         queries = asked[made.keys.name]
         if not len(queries.keys):
             raise BadInputError(f"database {layout.root} has no pictures to ask with; build first")
-        weights = index_weights(made)
-        if (metric := (made.keys.name, table.version, weights)) not in exact:
+        skip, without = _not_entries(layout, made, codes)
+        metric = (made.keys.name, table.version, made.weights, _digest(skip), _digest(without))
+        if metric not in exact:
             exact[metric] = exact_neighbors(
                 *(table, codes, queries, RANKS),
-                weights=weights,
+                weights=made.weights,
+                skip=skip,
+                left_out=without,
                 resources=RayResources(settings.ray) if settings.ray else None,
                 announce=announce,
-                progress=lambda done, total: progress("exact search", done, total),
+                progress=lambda done, total: progress("searching exactly", done, total),
             )
         if (corpus := (made.keys.name, table.version)) not in priors:
             priors[corpus] = _prior(table, len(codes), settings.seed)
-        progress(f"index {name}", 0, 1)
+        progress(f"searching {name}", 0, 1)
         exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
         answer = index.search(queries.keys, settings.k, exclude=exclude)
-        distances = _true(made, table, codes, queries, answer.distances, answer.patch_ids)
+        distances = answer.distances[:, :RANKS]
+        if made.kind not in EXACT_KINDS:
+            ids = answer.patch_ids[:, :RANKS]
+            distances = true_distances(table.blocks(), codes, queries, ids, weights=made.weights)
         figures = evaluate_tokens(
-            *(queries, answer, exact[metric], distances, codes, priors[corpus]), seed=settings.seed
+            *(queries, answer, exact[metric], distances, codes, priors[corpus]),
+            copies=answer.copies,
+            seed=settings.seed,
         )
         found.append(
             EvaluatedIndex(
-                *(name, made.kind, made.keys.name, made.count, index.nprobe, weights),
+                *(name, made.kind, made.keys.name, made.count, index.nprobe, made.weights),
                 *(queries.protocol, figures),
             )
         )
     return Evaluation(layout.root, settings.k, tuple(found))
 
 
-def index_weights(manifest: IndexManifest) -> tuple[float, ...] | None:
-    """The offsets' weights of an index, None for equal ones."""
-    weights = manifest.settings.get("offset_weights")
-    return None if weights is None else tuple(map(float, weights))
+def _not_entries(layout: Layout, made: IndexManifest, codes: Floats) -> tuple[Ids, Ids]:
+    """Patch ids that an index stores as copies of another, and pictures that it does not return."""
+    folder = local_folder(layout.index(made.name))
+    engine, _ = open_engine(made, folder, codes)
+    aside = np.empty(0, np.int64)
+    if isinstance(engine, CodebookSearch):
+        aside = copies_left_aside(engine.parts)
+    return aside, np.union1d(left_out(folder), Tombstones(layout).ids)
 
 
-def _true(
-    made: IndexManifest,
-    table: PatchTable,
-    codes: Floats,
-    queries: Queries,
-    distances: Floats,
-    patch_ids: Ids,
-) -> Floats:
-    """The true distances of the first results, which recall is counted by."""
-    if made.kind in EXACT_KINDS:
-        return distances[:, :RANKS]
-    return true_distances(
-        table.blocks(), codes, queries, patch_ids[:, :RANKS], weights=index_weights(made)
-    )
+def _digest(ids: Ids) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def _prior(table: PatchTable, vocabulary: int, seed: int) -> Probabilities:

@@ -39,13 +39,14 @@ def exact_neighbors(
     *,
     weights: tuple[float, ...] | None = None,
     skip: Ids | None = None,
+    left_out: Ids | None = None,
     resources: RayResources | None = None,
     announce: Announce = lambda _cost: None,
     progress: Progress = lambda _done, _total: None,
 ) -> Nearest:
     """The k nearest entries of every query, by the means that suit the table's size.
 
-    See `exact_search` for weights and skip. resources: where tasks run; None keeps all in here,
+    See `exact_search` for weights, skip and left_out. resources: where tasks run; None keeps all in here,
     unless the table has more than 50 million rows.
     """
     cores = 1
@@ -56,13 +57,21 @@ def exact_neighbors(
             cores = max(1, int(cluster.get("CPU", 1)))
             announce_cost(table, codes, queries, cores, announce)
             return search_on_ray(
-                table, codes, queries, k, weights=weights, skip=skip, progress=progress
+                table,
+                codes,
+                queries,
+                k,
+                weights=weights,
+                skip=skip,
+                left_out=left_out,
+                progress=progress,
             )
     announce_cost(table, codes, queries, cores, announce)
     return exact_search(
         *(table.blocks(), codes, queries, k),
         weights=weights,
         skip=skip,
+        left_out=left_out,
         progress=lambda done: progress(done, table.count),
     )
 
@@ -97,6 +106,7 @@ def search_on_ray(
     *,
     weights: tuple[float, ...] | None = None,
     skip: Ids | None = None,
+    left_out: Ids | None = None,
     rows_a_task: int = ROWS_A_TASK,
     progress: Progress = lambda _done, _total: None,
 ) -> Nearest:
@@ -104,7 +114,7 @@ def search_on_ray(
     parts = table.parts(rows_a_task)
     if not parts:
         return exact_search([], codes, queries, k, weights=weights)
-    shared = ray.put((table.path, table.version, codes, queries, k, weights, skip))
+    shared = ray.put((table.path, table.version, codes, queries, k, weights, skip, left_out))
     task: Any = ray.remote(num_cpus=1, max_retries=2)(_search_part)
     # Few results at a time wait in Ray's store, each of queries x k entries.
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -128,11 +138,12 @@ def search_on_ray(
 
 def _search_part(shared: tuple[Any, ...], part: TablePart) -> Nearest:
     """One task: the nearest entries among one part's rows."""
-    path, version, codes, queries, k, weights, skip = shared
+    path, version, codes, queries, k, weights, skip, left_out = shared
     table = PatchTable(path, version)
     return exact_search(
         *(table.blocks(part=part), np.array(codes), queries, k),
         weights=weights,
         skip=skip,
+        left_out=left_out,
         first_row=part.start,
     )

@@ -8,7 +8,8 @@ import lance
 
 from arrag_runtime.patch_index import index_folders
 from schemas.location import join, names, size
-from schemas.manifest import INDEX_FILE, DatabaseManifest, IndexManifest, Layout
+from schemas.manifest import DatabaseManifest, IndexManifest, Layout
+from stages.certificate import Certificate
 from stages.patch_table import read_ledger
 
 
@@ -58,17 +59,21 @@ def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str,
     current = lance.dataset(layout.patches(index.keys)).count_rows()
     return {
         "kind": index.kind,
+        "entries": index.entries,
+        "left_out": index.left_out,
+        "parts": len(index.parts),
+        "weights": index.weights,
         "index_key": index.index_key,
         "keys": index.count,
         "nprobe": index.nprobe,
         "recall_at_10": index.recall_at_10,
-        "recall_protocol": index.recall_protocol,
+        "recall": index.certificate["chosen"]["recall"],
+        "certificate": index.certificate,
         "code_bytes_per_key": index.code_bytes_per_key,
-        # faiss reads its file into memory; ids and next tokens stay mapped.
-        "resident_bytes_per_key": size(join(folder, INDEX_FILE)) / max(index.count, 1),
+        "resident_bytes_per_key": index.resident_bytes_per_key,
         "ms_per_query": index.ms_per_query,
         "table_version": index.table_version,
-        "up_to_date": index.count == current,
+        "up_to_date": index.settings["rows"] == current,
     }
 
 
@@ -101,8 +106,36 @@ def to_text(fields: dict[str, Any]) -> str:
         lines.append(
             f"  index {name}: {index['index_key']}{probe}, {index['keys']:,} keys,"
             f" recall@10 {index['recall_at_10']:.3f}, {index['ms_per_query']:.2f} ms a query,"
-            f" {index['code_bytes_per_key']:.0f} bytes of code a key{stale}"
+            f" {index['code_bytes_per_key']:.1f} bytes of code a key,"
+            f" {index['resident_bytes_per_key']:.1f} resident{stale}"
         )
+        recalls = ", ".join(f"@{k} {recall:.3f}" for k, recall in index["recall"].items())
+        lines.append(f"    recall {recalls}; {index['certificate']['protocol']}")
     if not fields["indexes"]:
         lines.append("  no index yet: run `arrag-db index`")
+    return "\n".join(lines)
+
+
+def index_to_text(made: IndexManifest) -> str:
+    """An index and its certificate, for people who have just built it."""
+    probe = f", nprobe {made.nprobe}" if made.nprobe else ""
+    lines = [
+        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys in {made.entries:,} entries,"
+        f" {made.code_bytes_per_key:.1f} bytes of code a key,"
+        f" {made.resident_bytes_per_key:.1f} resident",
+    ]
+    if made.weights is not None:
+        said = ", ".join(f"{weight:.2f}" for weight in made.weights)
+        lines.append(f"  weights of the offsets {said}; distances are in these units")
+    if fitted := made.metrics.get("weights"):
+        low, high = fitted["gain_interval"]
+        lines.append(
+            f"  learned: {fitted['equal']:.3f} → {fitted['learned']:.3f} nats a token on"
+            f" {fitted['judged_on']}; gain {fitted['gain']:.3f} ({low:.3f} to {high:.3f})"
+        )
+    if made.left_out:
+        lines.append(f"  {made.left_out:,} pictures are left out: removed ones or copies")
+    lines += [
+        "  " + line for line in Certificate.from_json(made.certificate).to_text().splitlines()
+    ]
     return "\n".join(lines)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.patch_index import Neighbors, PatchIndex
+from arrag_runtime.neighbors import Neighbors
+from arrag_runtime.patch_index import PatchIndex
 from schemas.errors import BadInputError
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.specs import require_same_tokenizer

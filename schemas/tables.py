@@ -49,6 +49,15 @@ def split_patch_ids(ids: Ids) -> tuple[Ids, Ids]:
     return ids >> POSITION_BITS, ids & (MAX_POSITIONS - 1)
 
 
+def contains(ids: Ids, wanted: Ids) -> npt.NDArray[np.bool_]:
+    """For each of `wanted` (any shape) whether it is among `ids`, which are sorted."""
+    if not len(ids):
+        return np.zeros(wanted.shape, bool)
+    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    found: npt.NDArray[np.bool_] = ids[at] == wanted
+    return found
+
+
 def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
     """A row a picture. tokens: the grid in raster order; latents: float16, same order."""
     fields = [

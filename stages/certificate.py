@@ -8,7 +8,7 @@ none does, the certificate says so.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,6 +106,19 @@ class Certificate:
         """As the manifest keeps it."""
         return asdict(self)
 
+    @staticmethod
+    def from_json(kept: dict[str, Any]) -> "Certificate":
+        """What `to_json` gave, perhaps with more beside it."""
+        known = {field.name: kept[field.name] for field in fields(Certificate)}
+        return Certificate(
+            **known
+            | {
+                "target": Target(**kept["target"]),
+                "chosen": Certified(**kept["chosen"]),
+                "tried": tuple(Certified(**one) for one in kept["tried"]),
+            }
+        )
+
     def to_text(self) -> str:
         """For people: what was chosen and why, and a line a try."""
         chosen = self.chosen
@@ -149,13 +162,15 @@ def certify(
     temperature: float = 0.6,
     merge: Merge = "nearest",
     threads: int = 1,
+    nprobe: int | None = None,
     progress: Callable[[int | None], None] = lambda _nprobe: None,
 ) -> Certificate:
     """Measure an index and choose its nprobe, which it keeps.
 
     exact: the nearest entries in the index's own metric, at least as many as the largest k that the
     table allows; distances_of: for an index whose distances are approximations, the true distances
-    float32 [Q, K] of patch ids int64 [Q, K]; temperature, merge: of the distributions compared.
+    float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone; temperature, merge: of
+    the distributions compared.
     progress is called with each nprobe before it is tried.
     """
     depths = tuple(sorted({*DEPTHS, target.k}))
@@ -182,7 +197,11 @@ def certify(
             1000 * spent / len(queries.keys),
         )
 
-    tried, reached = _try(measure, index.lists, target, approximate=distances_of is not None)
+    if nprobe is not None:
+        tried = [measure(nprobe)]
+        reached = tried[0].recall[str(target.k)] >= target.recall
+    else:
+        tried, reached = _try(measure, index.lists, target, approximate=distances_of is not None)
     chosen = tried[_choose(tried, target, reached)]
     if chosen.nprobe is not None:
         index.nprobe = chosen.nprobe

@@ -80,6 +80,7 @@ def exact_search(
     *,
     weights: tuple[float, ...] | None = None,
     skip: Ids | None = None,
+    left_out: Ids | None = None,
     first_row: int = 0,
     progress: Callable[[int], None] = lambda _rows: None,
 ) -> Nearest:
@@ -87,6 +88,7 @@ def exact_search(
 
     blocks: the table's, in order, from `first_row` on; codes: the normalised codebook [V, d];
     weights: one an offset; skip: sorted patch ids that are no entries of their own;
+    left_out: sorted ids of pictures whose entries are none;
     progress: called with the rows done.
     """
     if k < 1:
@@ -99,6 +101,8 @@ def exact_search(
         if row + count > 1 << ROW_SHIFT:
             raise BadInputError(f"exact search counts rows up to {1 << ROW_SHIFT:,}")
         keep = np.ones(count, bool) if skip is None else ~_contains(skip, block.patch_ids)
+        if left_out is not None:
+            keep &= ~_contains(left_out, split_patch_ids(block.patch_ids)[0])
         found = key_vectors(block.keys[keep], codes, weights)
         entries = _Entries(
             found,

@@ -64,17 +64,34 @@ class PatchTable:
         for batch in scanner.to_batches():
             yield _block(pa.Table.from_batches([batch]))
 
-    def parts(self, rows: int) -> list[TablePart]:
-        """The table cut between fragments into parts of at least `rows` rows, but for the last."""
+    @property
+    def mark(self) -> int:
+        """The highest number of a fragment, -1 without any; later rows get higher ones."""
+        return max((f.fragment_id for f in self._dataset.get_fragments()), default=-1)
+
+    def rows_up_to(self, mark: int) -> int:
+        """How many rows are in fragments up to this number."""
+        fragments = self._dataset.get_fragments()
+        return sum(f.count_rows() for f in fragments if f.fragment_id <= mark)
+
+    def parts(self, rows: int, *, after: int = -1) -> list[TablePart]:
+        """The table cut between fragments into parts of about `rows` rows.
+
+        A part ends before the fragment that would exceed them; a larger fragment stands alone.
+        after: only fragments of higher numbers are taken; `start` counts from the first of these.
+        """
         parts: list[TablePart] = []
         members: list[int] = []
         start = count = 0
         for fragment in self._dataset.get_fragments():
-            members.append(fragment.fragment_id)
-            count += fragment.count_rows()
-            if count >= rows:
+            if fragment.fragment_id <= after:
+                continue
+            held = fragment.count_rows()
+            if members and count + held > rows:
                 parts.append(TablePart(tuple(members), start, count))
                 members, start, count = [], start + count, 0
+            members.append(fragment.fragment_id)
+            count += held
         if members:
             parts.append(TablePart(tuple(members), start, count))
         return parts

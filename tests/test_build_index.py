@@ -9,12 +9,12 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 
 from arrag_runtime import PatchIndex
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE, Layout
 from stages.build_index import IndexSettings, train_and_fill
-from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 from stages.read_patches import PatchTable
 from tests.patch_world import (
     CODES,

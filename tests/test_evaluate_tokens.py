@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from arrag_runtime import PatchIndex
 from schemas.tables import split_patch_ids
 from stages.evaluate_tokens import BACKOFFS, TEMPERATURES, TokenFigures, evaluate_tokens
 from stages.exact_search import Nearest, Queries, exact_search
@@ -17,16 +16,15 @@ from stages.fit_weights import corpus_prior
 from stages.plot_evaluation import draw_evaluation
 from stages.retrieved_distribution import Answer
 from stages.sample_queries import halves
-from tests.patch_world import CODES, World, build_index, make_world
+from tests.patch_world import CODES, World, make_world
+from tests.plain_search import PlainSearch
 
 K = 800
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    made = make_world(tmp_path_factory.mktemp("db"), 2, 8)
-    build_index(made, "flat", kind="flat")
-    return made
+    return make_world(tmp_path_factory.mktemp("db"), 2, 8)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +42,7 @@ def exact(world: World, queries: Queries) -> Nearest:
 @pytest.fixture(scope="module")
 def answer(world: World, queries: Queries) -> Answer:
     """All entries but the own picture's: fewer than K."""
-    index = PatchIndex.open(world.layout.root, "flat")
-    return index.search(queries.keys, K, exclude=queries.exclude)
+    return PlainSearch(world, "Flat").search(queries.keys, K, exclude=queries.exclude)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +131,7 @@ def test_copies_count_in_the_sum_alone(
 
 def test_results_that_are_missing_count_as_none(world: World, queries: Queries) -> None:
     """Beyond a query's count there is no token, whatever stands in the arrays."""
-    index = PatchIndex.open(world.layout.root, "flat")
-    found = index.search(queries.keys, 20, exclude=queries.exclude)
+    found = PlainSearch(world, "Flat").search(queries.keys, 20, exclude=queries.exclude)
     found.count[1:] = 0
     found.tokens[1:] = queries.next_tokens[1:, None]
     exact = exact_search(world.table.blocks(), CODES, queries, 100)

@@ -117,7 +117,7 @@ def test_parts_searched_apart_give_what_one_search_gives(
     at = np.arange(0, len(world.ids), 37)
     queries = queries_at(world, at, own=True)
     whole = exact_search(world.table.blocks(), CODES, queries, k, weights=weights)
-    parts = world.table.parts(200)
+    parts = world.table.parts(300)
     assert [part.count for part in parts] == [2 * 147, 2 * 147]
     assert [part.start for part in parts] == [0, 294]
     apart = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 
 from arrag_runtime import PatchIndex, Retriever
 from schemas.errors import BadInputError
 from schemas.manifest import INDEX_FILE, IndexManifest
 from schemas.specs import key_spec, key_vectors
 from schemas.tables import split_patch_ids
-from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
 from stages.read_patches import PatchTable
 from tests.patch_world import (
     CODES,

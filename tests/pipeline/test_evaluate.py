@@ -14,9 +14,9 @@ from pipeline.exact import announce_cost, exact_neighbors, search_on_ray
 from pipeline.index import index_database
 from pipeline.ray_run import RayResources
 from schemas.errors import BadInputError
+from schemas.index_settings import IndexSettings
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.tables import Ids, split_patch_ids
-from stages.build_index import IndexSettings
 from stages.exact_search import NO_IMAGE, Queries, exact_search
 from stages.fit_weights import WeightSettings, learn_weights
 from stages.read_images import ImageTable
@@ -37,7 +37,7 @@ def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
-@pytest.mark.parametrize("rows", [1, 150, 10_000])
+@pytest.mark.parametrize("rows", [1, 300, 10_000])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_tasks_find_what_one_process_finds(
     ray_session: None, tmp_path: Path, rows: int, weights: tuple[float, ...] | None
@@ -60,7 +60,7 @@ def test_tasks_find_what_one_process_finds(
     for name, values in vars(local).items():
         assert np.array_equal(values, getattr(spread, name)), name
     assert done[-1] == (len(world.ids), len(world.ids))
-    assert len(done) == {1: 5, 150: 3, 10_000: 1}[rows]
+    assert len(done) == {1: 5, 300: 3, 10_000: 1}[rows]
     chosen = exact_neighbors(
         world.table, CODES, queries, 90, weights=weights, skip=skip, resources=RayResources()
     )
@@ -179,11 +179,30 @@ def test_a_database_without_held_out_pictures_asks_with_its_own(copied: Path) ->
     lance.dataset(Layout(copied).images).delete("split = 'heldout'")
     with pytest.raises(BadInputError, match="no index to evaluate"):
         evaluate(EvaluateSettings(copied))
-    index_database(copied, IndexSettings())
+    index_database(copied, IndexSettings(kind="flat"))
     [one] = evaluate(EvaluateSettings(copied, pictures=3, queries=50)).indexes
     assert "pictures of the database, their own excluded" in one.protocol
     assert one.figures.recall["100"].mean == 1
     assert one.figures.mean_results == 2048
+
+
+def test_an_index_is_judged_by_what_it_holds_and_in_its_own_metric(copied: Path) -> None:
+    """Weights, entries stored once for several, and copies left out: all lists still find all."""
+    layout = Layout(copied)
+    table = lance.dataset(layout.images)
+    rows = table.to_table(columns=["image_id"], filter="split = 'database'").to_pylist()
+    same = ", ".join(str(row["image_id"]) for row in rows[:2])
+    table.update({"sha256": f"'{'ab' * 32}'"}, where=f"image_id IN ({same})")
+    made = index_database(
+        copied,
+        IndexSettings(
+            "codebook", lists=4, nprobe=4, weights="0.3,1.2,0.4,2.1", max_copies=1, dedup="images"
+        ),
+    )
+    assert made.entries < made.count < PatchTable(layout.patches(made.keys)).count
+    [one] = evaluate(EvaluateSettings(copied, pictures=3, queries=100, k=300)).indexes
+    assert one.weights == pytest.approx(WEIGHTS)
+    assert [found.mean for found in one.figures.recall.values()] == [1, 1, 1]
 
 
 def test_the_command_prints_a_table_json_and_draws(
