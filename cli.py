@@ -6,8 +6,9 @@ Everything heavy is imported inside the command that needs it, so that `--help` 
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from pipeline.build import BuildReport
+    from pipeline.checks import Check
     from pipeline.query import QueryAnswer
     from pipeline.ray_run import RayResources
     from schemas.index_settings import IndexSettings
@@ -37,6 +39,10 @@ app = typer.Typer(
 Database = Annotated[
     str,
     typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
+]
+Databases = Annotated[
+    list[str],
+    typer.Option("--db", envvar="ARRAG_DB", help="A database; several are searched as one."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
@@ -238,7 +244,7 @@ def index(
 
 @app.command()
 def query(
-    db: Database = DEFAULT_DB,
+    db: Databases = [DEFAULT_DB],  # noqa: B006 (typer copies it)
     image: Annotated[Path | None, typer.Option(help="Ask with a picture's positions.")] = None,
     row: Annotated[int | None, typer.Option(help="Only this row of the grid (with --col).")] = None,
     col: Annotated[int | None, typer.Option(help="Only this column (with --row).")] = None,
@@ -253,6 +259,10 @@ def query(
     exclude_self: Annotated[
         bool, typer.Option("--exclude-self", help="Leave out what comes from the image itself.")
     ] = False,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Search in these pictures only, such as \"source = 'cc12m'\"."),
+    ] = None,
     tokenizer_weights: Annotated[
         str | None, typer.Option(help="Where the database's tokenizer weights are, if they moved.")
     ] = None,
@@ -265,16 +275,19 @@ def query(
     from pipeline.query import query as run_query
 
     settings = QuerySettings(
-        db, image, row, col, _parse_tokens(tokens), k, index, exclude_self, tokenizer_weights
+        *(db[0], image, row, col, _parse_tokens(tokens), k, index, exclude_self),
+        *(tokenizer_weights, tuple(db[1:]), where),
     )
     answer = run_query(settings)
+    for note in answer.notes:
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(answer.to_json()))
     elif table:
         _print_results(answer)
     if sheet is not None:
         title = f"Query {image.name if image else tokens}"
-        _draw(answer, db, title, sheet, tokenizer_weights, quiet or as_json)
+        _draw(answer, db[0], title, sheet, tokenizer_weights, quiet or as_json)
 
 
 @app.command()
@@ -334,10 +347,19 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Recompute every picture's patches.")
     ] = False,
+    removed: Annotated[
+        str | None,
+        typer.Option(help="Prove that nothing of this receipt (id or file) can be retrieved."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Prove a database sound: counts, ids, contents, indexes. Exits with 1 when it is not."""
+    if removed is not None:
+        from pipeline.verify_removed import verify_removed
+
+        _print_checks(verify_removed(db, removed), f"receipt {removed} does not hold", as_json)
+        return
     from pipeline.verify import verify as run_verify
 
     with _bar(quiet or as_json, "shards") as bar:
@@ -347,16 +369,83 @@ def verify(
             full=full,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    failed = [check for check in checks if not check.ok]
-    if as_json:
-        listed = [vars(check) for check in checks]
-        typer.echo(json.dumps({"ok": not failed, "checks": listed}, indent=1))
-    else:
-        for check in checks:
-            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
-    if failed:
-        names = "; ".join(check.name for check in failed)
-        raise ArragError(f"database {db} is not sound: {names}")
+    _print_checks(checks, f"database {db} is not sound", as_json)
+
+
+@app.command()
+def remove(
+    db: Database = DEFAULT_DB,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Pictures of which this holds, as in \"url LIKE '%x.org/%'\"."),
+    ] = None,
+    image_id: Annotated[
+        list[int] | None, typer.Option(help="A picture's id; may be repeated.")
+    ] = None,
+    sha256: Annotated[
+        list[str] | None, typer.Option(help="The hash of original bytes; may be repeated.")
+    ] = None,
+    like: Annotated[
+        list[Path] | None, typer.Option(help="A file with the picture's bytes; may be repeated.")
+    ] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Another database's list: csv, jsonl, parquet.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write this database's list to a file, and do nothing else.")
+    ] = None,
+    why: Annotated[str, typer.Option(help="The reason, for the list and the receipt.")] = "",
+    only_these: Annotated[
+        bool, typer.Option("--only-these", help="Leave copies with the same bytes in.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take pictures out: no search returns them from now on, and no build brings them back.
+
+    Works beside a running build. `arrag-db compact` takes their bytes out of tables and indexes.
+    """
+    from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
+
+    if export is not None:
+        rows = export_list(db, export)
+        typer.echo(json.dumps({"exported": rows}) if as_json else f"{rows:,} rows: {export}")
+        return
+    request = RemovalRequest(
+        where,
+        tuple(image_id or ()),
+        tuple(sha256 or ()),
+        tuple(like or ()),
+        import_,
+        only_these,
+    )
+    if not (dry_run or why.strip()):
+        raise BadInputError("a removal needs a reason, for the list and the receipt; give --why")
+    removal = plan_removal(db, request)
+    if not as_json:
+        typer.echo(removal.to_text())
+    if as_json and not (dry_run or yes):
+        raise BadInputError("--json asks nothing; add --yes to remove, or --dry-run to look")
+    if dry_run or removal.is_empty:
+        if as_json:
+            typer.echo(json.dumps(removal.to_json(), indent=1))
+        return
+    if not yes:
+        typer.confirm("Take them out?", abort=True)
+    receipt = carry_out(db, removal, why, shlex.join(["arrag-db", *sys.argv[1:]]))
+    typer.echo(json.dumps(vars(receipt), indent=1) if as_json else receipt.to_text(db))
+
+
+@app.command()
+def compact(db: Database = DEFAULT_DB, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Take the bytes of removed pictures out of tables and indexes; merge small fragments."""
+    from pipeline.compact import compact as run_compact
+
+    with _bar(quiet or as_json, "steps") as bar:
+        task = bar.add_task("compacting", total=None)
+        done = run_compact(db, lambda step: bar.update(task, description=step, advance=1))
+    typer.echo(json.dumps(vars(done), indent=1) if as_json else done.to_text())
 
 
 def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
@@ -420,7 +509,6 @@ def _draw(
         task = bar.add_task("reconstructing")
         drawn = draw_sheet(
             answer,
-            layout,
             tokenizer,
             title,
             lambda done, total: bar.update(task, completed=done, total=total),
@@ -428,6 +516,19 @@ def _draw(
     save_sheet(drawn, sheet)
     if not quiet:
         typer.echo(f"contact sheet: {sheet}")
+
+
+def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> None:
+    """Every check on a line, or as one object; a failed one makes the command fail."""
+    failed = [check for check in checks if not check.ok]
+    if as_json:
+        listed = [vars(check) for check in checks]
+        typer.echo(json.dumps({"ok": not failed, "checks": listed}, indent=1))
+    else:
+        for check in checks:
+            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+    if failed:
+        raise ArragError(f"{failure}: {'; '.join(check.name for check in failed)}")
 
 
 def _print_build(report: "BuildReport") -> None:

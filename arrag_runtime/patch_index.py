@@ -113,6 +113,11 @@ class PatchIndex:
         return self._engine.lists
 
     @property
+    def codes(self) -> Floats:
+        """The normalised codebook float32 [V, d] that keys are looked up in."""
+        return self._codes
+
+    @property
     def count(self) -> int:
         """The number of keys, identical ones included."""
         return self.manifest.count

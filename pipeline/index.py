@@ -86,6 +86,7 @@ def index_database(
     *,
     name: str | None = None,
     min_recall: float | None = None,
+    compacted: bool = False,
     resources: RayResources | None = None,
     progress: Progress = lambda _step, _done, _total: None,
     announce: Callable[[str], None] = lambda _cost: None,
@@ -93,7 +94,8 @@ def index_database(
     """Build an index over the database's patches, or bring the one of this name up to date.
 
     name: by default the index's kind. min_recall: below this recall at the target's k the index is
-    not put in place. resources: the Ray cluster to fill and measure on; by default this process does
+    not put in place. compacted: the table was just compacted, so an index that held all of its rows
+    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by default this process does
     it unless the table is large. Raises ArragError for what the user can mend.
     """
     layout = Layout(database)
@@ -112,10 +114,10 @@ def index_database(
         name = name or str(settings.kind)
         finish_replacements(layout.indexes)
         codes = read_codebook(layout)
-        older = _older(layout, name, settings, table)
+        older = _older(layout, name, settings, table, compacted)
         work = _work_folder(layout, name, settings, table, older)
         job = _Job(layout, manifest, settings, table, codes, work, resources, progress)
-        _writeleft_out(job)
+        _note_left_out(job)
         built = _build_codebook(job, older) if settings.kind == "codebook" else _build_faiss(job)
         built = replace(built, name=name)
         seconds = time.perf_counter() - started
@@ -138,13 +140,14 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
     weights, fitted = _weights(job, older)
     layout = CodeLayout(job.manifest.keys, job.codes, weights)
     _require_memory(job, table.count * (layout.size + 2))
+    unwanted = work / LEFT_OUT_FILE
+    unwanted_file = unwanted if unwanted.exists() else None
     parts: list[str] = []
+    rewritten = older is not None and not _still_stands(older, table)
     if older is not None:
         parts = list(older.parts)
         link_files(local_folder(job.layout.index(older.name)), work, [CENTROIDS, GRAPH, *parts])
-    unwanted = work / LEFT_OUT_FILE
-    unwanted_file = unwanted if unwanted.exists() else None
-    if older is None or table.mark > older.mark:
+    if older is None or (table.mark > older.mark and not rewritten):
         name = f"part-{len(parts):04}"
         fill_lists(
             *(table, layout, settings, work),
@@ -155,7 +158,7 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
             progress=job.progress,
         )
         parts.append(name)
-    if len(parts) > MOST_PARTS:
+    if rewritten or len(parts) > MOST_PARTS:
         folders = tuple(str(work / part) for part in parts)
         merged = f"part-{len(parts):04}"
         merge_into(
@@ -169,6 +172,12 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
     lists = len(np.load(work / CENTROIDS, mmap_mode="r"))
     entries = sum(part.entries for part in opened)
     count = sum(part.keys for part in opened)
+    if rewritten and count != table.count_without(left_out(work)):
+        # It did not hold all rows of the table, so what it lacks is not known.
+        shutil.rmtree(work)
+        work.mkdir()
+        _note_left_out(job)
+        return _build_codebook(job, None)
     resident = entries * (layout.size + 2)
     return IndexManifest(
         name=settings.kind or "",
@@ -276,11 +285,15 @@ def _fit(job: _Job) -> FittedWeights:
     pictures = np.unique(asked.images)
     judges = np.random.default_rng(settings.seed).permutation(pictures)[: len(pictures) // 2]
     judge = np.isin(asked.images, judges)
+    judged = replace(
+        asked.take(judge),
+        protocol=f"{np.count_nonzero(judge)} queries from {len(judges)} pictures that were not used",
+    )
     return fit_weights(
         job.table.sample(settings.entries, seed=settings.seed),
         job.codes,
         asked.take(~judge),
-        asked.take(judge),
+        judged,
         settings,
         lambda step: job.progress(f"learning weights, {step}", 0, 1),
     )
@@ -343,7 +356,7 @@ def _require_memory(job: _Job, size: int) -> None:
         )
 
 
-def _writeleft_out(job: _Job) -> None:
+def _note_left_out(job: _Job) -> None:
     """Note which pictures are not to be taken: removed ones, and copies where they are unwanted."""
     removed = Tombstones(job.layout).ids
     if job.settings.dedup == "images":
@@ -379,17 +392,23 @@ SAME_BUILD = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies",
 """The settings that the files of an index depend on."""
 
 
+def _still_stands(older: IndexManifest, table: PatchTable) -> bool:
+    """Whether the rows that an index was made from stand in the fragments they stood in."""
+    return table.rows_up_to(older.mark) == int(older.settings["rows"])
+
+
 def _older(
-    layout: Layout, name: str, settings: IndexSettings, table: PatchTable
+    layout: Layout, name: str, settings: IndexSettings, table: PatchTable, compacted: bool
 ) -> IndexManifest | None:
-    """The index of this name where it can grow: made the same way from rows that still stand."""
+    """The index of this name where it can be built upon: made the same way from rows that stand,
+    or that a compaction has just moved."""
     try:
         older = IndexManifest.read(layout.index(name))
     except ArragError:
         return None
     if older.kind != "codebook" or _settings_of(older.settings) != _settings_of(settings.to_json()):
         return None
-    if table.rows_up_to(older.mark) != older.settings["rows"]:
+    if not (compacted or _still_stands(older, table)):
         return None
     outgrown = table.count > OUTGROWN * older.settings["trained_for"]
     return None if outgrown else older

@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import pyarrow as pa
 
 from arrag_runtime.patch_index import index_folders
-from schemas.location import join, names, size
+from arrag_runtime.removed import Tombstones
+from schemas.location import exists, join, names, size
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout
+from schemas.tables import contains
 from stages.certificate import Certificate
 from stages.patch_table import read_ledger
+from stages.read_images import ImageTable, duplicate_images
+from stages.take_out import booked_removals
 
 
 def info(database: str | Path) -> dict[str, Any]:
@@ -28,13 +33,17 @@ def info(database: str | Path) -> dict[str, Any]:
         if shard in done
     )
     spec, keys = manifest.tokenizer, manifest.keys
+    waiting = _removed_waiting(layout, manifest)
     return {
         "database": layout.root,
         "inputs": state.totals["inputs"],
-        "images": state.totals["images"],
-        "heldout": state.totals["heldout"],
-        "patches": state.totals["patches"],
+        "images": state.totals["images"] - waiting["images"],
+        "heldout": state.totals["heldout"] - waiting["heldout"],
+        "patches": state.totals["patches"] - waiting["patches"],
         "rejects": dict(sorted(rejects.items())),
+        "removed": state.totals["removed"] + waiting["images"],
+        "removed_waiting": waiting["images"],
+        "duplicates": len(duplicate_images(ImageTable(layout.images), Tombstones(layout).ids)),
         "shards": len(done),
         "shards_open": len(state.recorded) - len(done),
         "sources": list(manifest.sources),
@@ -51,6 +60,26 @@ def info(database: str | Path) -> dict[str, Any]:
             folder.rpartition("/")[2]: _index(folder, layout, manifest)
             for folder in index_folders(layout)
         },
+    }
+
+
+def _removed_waiting(layout: Layout, manifest: DatabaseManifest) -> dict[str, int]:
+    """What is removed and still in the tables: pictures, held-out ones of them, and patches."""
+    splits: dict[int, str] = {}
+    if exists(layout.removed):
+        table = lance.dataset(layout.removed).to_table(
+            columns=["image_id", "split"], filter="image_id IS NOT NULL"
+        )
+        booked = booked_removals(layout)
+        there = table.filter(pa.array(~contains(booked, table["image_id"].to_numpy())))
+        splits = dict(zip(*(column.to_pylist() for column in there.columns), strict=True))
+    spec = manifest.tokenizer
+    per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
+    held_out = list(splits.values()).count("heldout")
+    return {
+        "images": len(splits),
+        "heldout": held_out,
+        "patches": per_image * (len(splits) - held_out),
     }
 
 
@@ -91,12 +120,19 @@ def to_text(fields: dict[str, Any]) -> str:
     lines = [
         f"{fields['database']}: {fields['images']:,} images, {fields['patches']:,} patches",
         f"  inputs {fields['inputs']:,} = {fields['images']:,} images + {rejects:,} rejects"
-        f" ({fields['heldout']:,} of the images held out)",
+        f"{_removed(fields)} ({fields['heldout']:,} of the images held out)",
         f"  shards {fields['shards']} done, {fields['shards_open']} open;"
         f" sources {', '.join(fields['sources']) or 'none'}",
         f"  tokenizer {fields['tokenizer']}, grid {grid}, {fields['vocabulary']:,} codes",
         f"  keys {fields['neighborhood']}, border {fields['border']}, {fields['key_space']} space",
     ]
+    if fields["removed_waiting"]:
+        lines.append(
+            f"  {fields['removed_waiting']:,} of the removed are hidden and still on disk: run"
+            " `arrag-db compact`"
+        )
+    if fields["duplicates"]:
+        lines.append(f"  {fields['duplicates']:,} of the images are copies of another one")
     lines += [f"  reject {reason}: {count:,}" for reason, count in fields["rejects"].items()]
     sizes = {name: f"{size / 1e6:.1f} MB" for name, size in fields["bytes"].items()}
     lines.append("  on disk " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
@@ -139,3 +175,8 @@ def index_to_text(made: IndexManifest) -> str:
         "  " + line for line in Certificate.from_json(made.certificate).to_text().splitlines()
     ]
     return "\n".join(lines)
+
+
+def _removed(fields: dict[str, Any]) -> str:
+    """What the sum of inputs has besides images and rejects, once something was taken out."""
+    return f" + {fields['removed']:,} removed" if fields["removed"] else ""

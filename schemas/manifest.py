@@ -66,6 +66,10 @@ class Layout:
     def removed(self) -> str:
         return join(self.root, "removed.lance")
 
+    @property
+    def receipts(self) -> str:
+        return join(self.root, "receipts")
+
     def patches(self, keys: KeySpec) -> str:
         return join(self.root, "patches", f"{keys.name}.lance")
 

@@ -9,7 +9,7 @@ tokens are the codes.
 In memory at once: one block when filling, one group of lists when merging.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ import numpy.typing as npt
 
 from schemas.codes import CodeLayout, pack_keys, unpack_keys
 from schemas.inverted_lists import Entries, ListPart, PartWriter
-from schemas.specs import key_vectors
+from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids, contains, split_patch_ids
-from stages.coarse_lists import ListFinder
 from stages.read_patches import PatchBlock
 
+Finder = Callable[[Floats], Ids]
+"""The list int64 [N] of search vectors float32 [N, D]; a `ListFinder`, say."""
 MERGE_ENTRIES = 1 << 21
 """Entries merged at a time: about 100 MB with everything that sorting them takes."""
 
 
 def fill_part(
-    folder: Path, blocks: Iterable[PatchBlock], finder: ListFinder, layout: CodeLayout, lists: int
+    folder: Path, blocks: Iterable[PatchBlock], finder: Finder, layout: CodeLayout, lists: int
 ) -> None:
     """Write the keys of these blocks as a part, grouped by list; the blocks are held in memory.
 

@@ -53,7 +53,7 @@ def checksum(blocks: Iterable[PatchBlock], hidden: Ids, *, keys: bool) -> tuple[
 
     keys: whether keys count, besides patch ids and next tokens.
     """
-    count, total = 0, np.uint64(0)
+    count, total = 0, 0
     for block in blocks:
         shown = ~contains(hidden, split_patch_ids(block.patch_ids)[0])
         hashes = _mixed(block.patch_ids[shown].astype(np.uint64))
@@ -63,8 +63,8 @@ def checksum(blocks: Iterable[PatchBlock], hidden: Ids, *, keys: bool) -> tuple[
         for column in columns:
             hashes = _mixed(hashes ^ column.astype(np.uint64))
         count += len(hashes)
-        total = total + hashes.sum(dtype=np.uint64)
-    return count, int(total)
+        total = (total + int(hashes.sum(dtype=np.uint64))) % (1 << 64)
+    return count, total
 
 
 def _mixed(values: Hashes) -> Hashes:

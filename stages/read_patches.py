@@ -13,10 +13,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import BadInputError
-from schemas.location import exists
-from schemas.tables import Ids, list_values
+from schemas.location import exists, join, names
+from schemas.manifest import Layout
+from schemas.specs import KeySpec, key_spec
+from schemas.tables import Ids, contains, list_values, split_patch_ids
 
 BLOCK = 131_072
+
+
+def patch_tables(layout: Layout) -> list[KeySpec]:
+    """The key specs that a database has a patches table for, by name."""
+    tables = names(join(layout.root, "patches"))
+    return [key_spec(*table.removesuffix(".lance").rsplit("-", 2)) for table in tables]
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,14 @@ class PatchTable:
         """How many rows are in fragments up to this number."""
         fragments = self._dataset.get_fragments()
         return sum(f.count_rows() for f in fragments if f.fragment_id <= mark)
+
+    def count_without(self, images: Ids) -> int:
+        """How many rows belong to other pictures than these, ids in ascending order."""
+        if not len(images):
+            return self.count
+        batches = self._dataset.scanner(columns=["patch_id"], batch_size=1 << 20).to_batches()
+        owners = (split_patch_ids(b.column("patch_id").to_numpy())[0] for b in batches)
+        return sum(int(np.count_nonzero(~contains(images, owner))) for owner in owners)
 
     def parts(self, rows: int, *, after: int = -1) -> list[TablePart]:
         """The table cut between fragments into parts of about `rows` rows.
