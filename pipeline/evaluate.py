@@ -24,7 +24,7 @@ from schemas.location import local_folder
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.specs import Floats
 from schemas.tables import Ids
-from stages.evaluate_tokens import RANKS, TokenFigures, evaluate_tokens
+from stages.evaluate_tokens import RANKS, Measured, TokenFigures, evaluate_tokens, likelihood_gain
 from stages.exact_search import NO_IMAGE, Nearest, Queries, true_distances
 from stages.fit_weights import corpus_prior
 from stages.index_contents import left_out
@@ -57,7 +57,11 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class EvaluatedIndex:
-    """An index and its figures."""
+    """An index and its figures.
+
+    gain: by how many nats a token it makes the true one likelier than the first index listed does;
+    None for that one itself, and where the two were asked other questions.
+    """
 
     name: str
     kind: str
@@ -67,11 +71,13 @@ class EvaluatedIndex:
     weights: tuple[float, ...] | None
     protocol: str
     figures: TokenFigures
+    gain: Measured | None
 
     def to_json(self) -> dict[str, Any]:
         """What the index is, and its figures beside."""
-        own = {name: value for name, value in vars(self).items() if name != "figures"}
-        return own | self.figures.to_json()
+        own = {n: value for n, value in vars(self).items() if n not in ("figures", "gain")}
+        gain = None if self.gain is None else vars(self.gain)
+        return own | self.figures.to_json() | {"nll_gain_over_first": gain}
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def evaluate(
     asked: dict[str, Queries] = {}
     exact: dict[tuple[Any, ...], Nearest] = {}
     priors: dict[tuple[str, int], Probabilities] = {}
-    found = []
+    found: list[EvaluatedIndex] = []
     for name in names:
         index = PatchIndex.open(layout.root, name)
         made = index.manifest
@@ -194,10 +200,13 @@ def evaluate(
             copies=answer.copies,
             seed=settings.seed,
         )
+        gain = None
+        if found and found[0].keys == made.keys.name:
+            gain = likelihood_gain(found[0].figures, figures, queries.images, seed=settings.seed)
         found.append(
             EvaluatedIndex(
                 *(name, made.kind, made.keys.name, made.count, index.nprobe, made.weights),
-                *(queries.protocol, figures),
+                *(queries.protocol, figures, gain),
             )
         )
     return Evaluation(layout.root, settings.k, tuple(found))

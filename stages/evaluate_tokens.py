@@ -7,7 +7,7 @@ tokens of the corpus are the harder comparison, since frequent tokens lie close 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,8 @@ class TokenFigures:
     first k. random_distance, prior_distance: expected distance to a code drawn uniformly, and to a
     token drawn from the corpus. nll: nats a token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on
     the other half of the pictures; curves: merge → the same at each of `temperatures`, ε chosen so.
-    prior_nll: that of the corpus prior alone.
+    prior_nll: that of the corpus prior alone. nats: float64 [Q], what `nll` is the mean of, by which
+    two indexes that answered the same queries are compared.
     """
 
     recall: dict[str, Measured]
@@ -72,6 +73,7 @@ class TokenFigures:
     queries: int
     pictures: int
     mean_results: float
+    nats: Probabilities = field(compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The object that scripts read."""
@@ -178,7 +180,19 @@ def evaluate_tokens(
         queries=len(truth),
         pictures=len(np.unique(images)),
         mean_results=float(answer.count.mean()),
+        nats=best,
     )
+
+
+def likelihood_gain(
+    other: TokenFigures, one: TokenFigures, images: Ids, *, seed: int = 0
+) -> Measured:
+    """By how many nats a token `one` is likelier than `other`, the same queries having been asked.
+
+    images: int64 [Q]. The interval is of a paired bootstrap: above zero, `one` is the better.
+    """
+    [gain] = _measured((other.nats - one.nats)[:, None], images, seed)
+    return gain
 
 
 def _to_every_code(codes: Floats, tokens: npt.NDArray[np.uint16]) -> Floats:

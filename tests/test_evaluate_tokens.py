@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from schemas.tables import split_patch_ids
-from stages.evaluate_tokens import BACKOFFS, TEMPERATURES, TokenFigures, evaluate_tokens
+from stages.evaluate_tokens import (
+    BACKOFFS,
+    TEMPERATURES,
+    TokenFigures,
+    evaluate_tokens,
+    likelihood_gain,
+)
 from stages.exact_search import Nearest, Queries, exact_search
 from stages.fit_weights import corpus_prior
 from stages.plot_evaluation import draw_evaluation
@@ -127,6 +133,13 @@ def test_copies_count_in_the_sum_alone(
     )
     assert counted.curves["nearest"] == figures.curves["nearest"]
     assert counted.nll.mean < figures.nll.mean
+    gain = likelihood_gain(figures, counted, queries.images)
+    assert gain.mean == pytest.approx(figures.nll.mean - counted.nll.mean)
+    assert 0 < gain.low < gain.mean < gain.high
+    # Pairing matters: the difference is better known than either.
+    assert gain.high - gain.low < figures.nll.high - figures.nll.low
+    none = likelihood_gain(figures, figures, queries.images)
+    assert (none.low, none.mean, none.high) == (0, 0, 0)
 
 
 def test_results_that_are_missing_count_as_none(world: World, queries: Queries) -> None:

@@ -170,6 +170,11 @@ def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     assert list(fields) == ["flat", "ivfpq"]
     assert fields["flat"]["recall_at_10"] == 1
     assert len(fields["flat"]["token_distance"]) == 100
+    assert exact.gain is None
+    assert coarse.gain is not None
+    difference = exact.figures.nll.mean - coarse.figures.nll.mean
+    assert coarse.gain.mean == pytest.approx(difference)
+    assert fields["ivfpq"]["nll_gain_over_first"]["mean"] == coarse.gain.mean
     [alone] = evaluate(EvaluateSettings(indexed, ("flat",), 3, 120, k=200)).indexes
     assert alone == exact
 
