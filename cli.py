@@ -301,6 +301,47 @@ def info(db: Database = DEFAULT_DB, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def evaluate(
+    db: Database = DEFAULT_DB,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of an index; may be repeated.  [default: all]"),
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask with.")] = 200,
+    queries: Annotated[int, typer.Option(min=1, help="Positions to ask about.")] = 2000,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a position.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which pictures and positions are drawn.")] = 0,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Ray cluster for exact search over large tables.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures to this PNG.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """How near retrieved tokens are to the true ones, and how likely these become, by index."""
+    from pipeline.evaluate import EvaluateSettings
+    from pipeline.evaluate import evaluate as run_evaluate
+
+    settings = EvaluateSettings(db, tuple(index or ()), pictures, queries, k, seed, ray)
+    with _bar(quiet or as_json, "rows") as bar:
+        task = bar.add_task("asking")
+        found = run_evaluate(
+            settings,
+            lambda step, done, total: bar.update(
+                task, description=step, completed=done, total=total
+            ),
+            lambda cost: typer.echo(f"note: {cost}", err=True),
+        )
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.to_text())
+    if plot is not None:
+        from stages.plot_evaluation import draw_evaluation
+
+        draw_evaluation([(one.name, one.figures) for one in found.indexes], found.title, plot)
+        if not quiet and not as_json:
+            typer.echo(f"plot: {plot}")
+
+
+@app.command()
 def verify(
     db: Database = DEFAULT_DB,
     full: Annotated[

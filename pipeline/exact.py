@@ -21,7 +21,8 @@ from stages.read_patches import PatchTable, TablePart
 
 LONG = 60.0
 """Seconds from which a search is announced."""
-FEW_BLOCKS = 16
+FEW_ROWS = 4_000_000
+"""Up to so many the search is over before its cost is read."""
 ROWS_A_TASK = 5_000_000
 RAY_FROM = 50_000_000
 """Rows from which tasks are worth an embedded Ray's start."""
@@ -54,7 +55,7 @@ def exact_neighbors(
         with ray_cluster(resources or RayResources()):
             cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             cores = max(1, int(cluster.get("CPU", 1)))
-            announce_cost(table, codes, queries, k, cores, announce)
+            announce_cost(table, codes, queries, cores, announce)
             return search_on_ray(
                 table,
                 codes,
@@ -65,7 +66,7 @@ def exact_neighbors(
                 left_out=left_out,
                 progress=progress,
             )
-    announce_cost(table, codes, queries, k, cores, announce)
+    announce_cost(table, codes, queries, cores, announce)
     return exact_search(
         *(table.blocks(), codes, queries, k),
         weights=weights,
@@ -76,17 +77,18 @@ def exact_neighbors(
 
 
 def announce_cost(
-    table: PatchTable, codes: Floats, queries: Queries, k: int, cores: int, announce: Announce
+    table: PatchTable, codes: Floats, queries: Queries, cores: int, announce: Announce
 ) -> float:
-    """Seconds the search will take, from how long the first block takes; said when it is long.
+    """Seconds the search will take on so many cores, told when it is long; 0 for a small table.
 
-    0 for a table of a few blocks. Later blocks are faster than the first, so it is an upper bound.
+    Taken from the first block and its single nearest entries: in a long search nearly all blocks go
+    by as fast as that, whatever k is, for few of their entries are near enough.
     """
     block = next(table.blocks(), None)
-    if block is None or table.count <= FEW_BLOCKS * len(block.patch_ids):
+    if block is None or table.count <= FEW_ROWS:
         return 0.0
     started = time.perf_counter()
-    exact_search([block], codes, queries, k)
+    exact_search([block], codes, queries, 1)
     seconds = (time.perf_counter() - started) * table.count / len(block.patch_ids) / cores
     if seconds > LONG:
         announce(

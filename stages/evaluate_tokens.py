@@ -7,7 +7,7 @@ tokens of the corpus are the harder comparison, since frequent tokens lie close 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from stages.retrieved_distribution import (
     negative_log_likelihood,
     true_token_probability,
 )
+from stages.sample_queries import halves
 
 RANKS = 100
 RECALL_DEPTHS = (1, 10, 100)
@@ -54,7 +55,8 @@ class TokenFigures:
     first k. random_distance, prior_distance: expected distance to a code drawn uniformly, and to a
     token drawn from the corpus. nll: nats a token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on
     the other half of the pictures; curves: merge → the same at each of `temperatures`, ε chosen so.
-    prior_nll: that of the corpus prior alone.
+    prior_nll: that of the corpus prior alone. nats: float64 [Q], what `nll` is the mean of, by which
+    two indexes that answered the same queries are compared.
     """
 
     recall: dict[str, Measured]
@@ -71,6 +73,7 @@ class TokenFigures:
     queries: int
     pictures: int
     mean_results: float
+    nats: Probabilities = field(compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The object that scripts read."""
@@ -130,7 +133,7 @@ def evaluate_tokens(
     hits = np.logical_or.accumulate(real & (tokens == truth[:, None]), axis=1)
     to_all = _to_every_code(codes, truth)
     alone = -np.log(prior[truth])
-    fold = _halves(images, seed)
+    fold = halves(images, seed)
     chances = {
         merge: true_token_probability(answer, truth, temperatures, merge, copies)
         for merge in MERGES
@@ -177,7 +180,19 @@ def evaluate_tokens(
         queries=len(truth),
         pictures=len(np.unique(images)),
         mean_results=float(answer.count.mean()),
+        nats=best,
     )
+
+
+def likelihood_gain(
+    other: TokenFigures, one: TokenFigures, images: Ids, *, seed: int = 0
+) -> Measured:
+    """By how many nats a token `one` is likelier than `other`, the same queries having been asked.
+
+    images: int64 [Q]. The interval is of a paired bootstrap: above zero, `one` is the better.
+    """
+    [gain] = _measured((other.nats - one.nats)[:, None], images, seed)
+    return gain
 
 
 def _to_every_code(codes: Floats, tokens: npt.NDArray[np.uint16]) -> Floats:
@@ -186,16 +201,6 @@ def _to_every_code(codes: Floats, tokens: npt.NDArray[np.uint16]) -> Floats:
     both = squares[tokens][:, None] + squares - 2 * codes[tokens] @ codes.T
     distances: Floats = np.sqrt(np.maximum(both, 0))
     return distances
-
-
-def _halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:
-    """Which queries are in the first half: half of the pictures, or of one picture's queries."""
-    names, group = np.unique(images, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    if len(names) < 2:
-        return rng.permutation(len(images)) < len(images) / 2
-    chosen: npt.NDArray[np.bool_] = (rng.permutation(len(names)) < len(names) / 2)[group]
-    return chosen
 
 
 def _choose(

@@ -246,7 +246,8 @@ def _offer(best: _Best, span: slice, vectors: Floats, exclude: Ids, tile: _Entri
     if not len(flat):
         return
     query, entry = np.divmod(flat, len(tile.rows))
-    difference = tile.vectors[entry] - vectors[query]
+    difference = np.take(tile.vectors, entry, axis=0)
+    difference -= np.take(vectors, query, axis=0)
     distances = np.einsum("nd,nd->n", difference, difference)
     packed = _pack(distances, tile.rows[entry])
     near = packed < best.last[span][query]

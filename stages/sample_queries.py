@@ -1,6 +1,7 @@
 """Positions to ask about: from held-out pictures, or from a database's own with these left out."""
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.specs import KeySpec, TokenizerSpec
 from schemas.tables import Ids
@@ -45,20 +46,37 @@ def sample_queries(
     rng = np.random.default_rng(seed)
     at = np.sort(rng.choice(total, min(queries, total), replace=False))
     picture, position = np.divmod(at, per_picture)
-    said = "held-out pictures" if chosen == "heldout" else "pictures of the database"
+    if chosen == "heldout":
+        said = "held-out pictures"
+    else:
+        said = "pictures of the database, their own excluded"
     return Queries(
         every.reshape(total, size)[at],
         grids[picture, positions[position]],
         ids[picture],
         own_and_copies(images, ids)[picture],
-        f"{len(at)} queries from {len(ids)} {said}, their own excluded",
+        f"{len(at)} queries from {len(ids)} {said}",
     )
 
 
 def own_and_copies(images: ImageTable, ids: Ids) -> Ids:
-    """Each picture's id and those of its copies, int64 [N, M], filled up with -1."""
+    """The pictures with patches that are one of these or a copy of it: int64 [N, M], filled with -1."""
     rows = images.rows(ids.tolist())
     copies = images.copies(row.sha256 for row in rows.values())
-    own = [copies[rows[int(image)].sha256] for image in ids]
-    widest = max(len(group) for group in own)
+    rows |= images.rows(copy for group in copies.values() for copy in group)
+    own = [
+        [copy for copy in copies[rows[int(image)].sha256] if rows[copy].split == "database"]
+        for image in ids
+    ]
+    widest = max(1, *(len(group) for group in own))
     return np.array([group + [NO_IMAGE] * (widest - len(group)) for group in own], np.int64)
+
+
+def halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:
+    """Which queries are in the first half, bool [Q]: of the pictures, or of a single one's queries."""
+    names, group = np.unique(images, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    if len(names) < 2:
+        return rng.permutation(len(images)) < len(images) / 2
+    chosen: npt.NDArray[np.bool_] = (rng.permutation(len(names)) < len(names) / 2)[group]
+    return chosen

@@ -1,6 +1,6 @@
 """Certificates: recall as a loop counts it, and the smallest nprobe that reaches a target."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,23 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arrag_runtime import PatchIndex
 from schemas.errors import BadInputError
 from schemas.specs import key_vectors
 from schemas.tables import Ids, split_patch_ids
-from stages.certificate import Certificate, Index, Target, certify, recall_at
+from stages.certificate import Certificate, Target, certify, recall_at
 from stages.exact_search import NO_IMAGE, Nearest, Queries, exact_search, true_distances
-from tests.patch_world import CODES, World, build_index, make_world
+from tests.patch_world import CODES, World, make_world
+from tests.plain_search import PlainSearch
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Indexes: exact; exact distances in eight lists; product-quantised in eight lists."""
-    made = make_world(tmp_path_factory.mktemp("db"), 3, 8)
-    build_index(made, "flat", kind="flat")
-    build_index(made, "lists", kind="ivfpq", index_key="IVF8,Flat", nprobe=1)
-    build_index(made, "quantised", kind="ivfpq", index_key="IVF8,PQ2x2", nprobe=1)
-    return made
+    """Few codes, so that many keys are equally near."""
+    return make_world(tmp_path_factory.mktemp("db"), 3, 8)
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +37,13 @@ def exact(world: World, queries: Queries) -> Nearest:
     return exact_search(world.table.blocks(), CODES, queries, 2048)
 
 
-@dataclass
-class Opened:
-    """A search as certificates see it."""
-
-    index: PatchIndex
-    lists: int | None
-
-    @property
-    def nprobe(self) -> Any:
-        return self.index.nprobe
-
-    @nprobe.setter
-    def nprobe(self, value: Any) -> None:
-        self.index.nprobe = value
-
-    def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Any:
-        return self.index.search(keys, k, exclude=exclude)
+KEYS = {"flat": "Flat", "lists": "IVF8,Flat", "quantised": "IVF8,PQ2x2"}
 
 
-def opened(world: World, name: str) -> Opened:
-    lists = None if name == "flat" else 8
-    return Opened(PatchIndex.open(world.layout.root, name), lists)
+@pytest.fixture(scope="module")
+def indexes(world: World) -> dict[str, PlainSearch]:
+    """Exact; exact distances in eight lists; product-quantised in eight lists."""
+    return {name: PlainSearch(world, key) for name, key in KEYS.items()}
 
 
 @given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([1, 3, 10, 40]))
@@ -89,9 +70,11 @@ def test_recall_equals_a_loop(seed: int, k: int) -> None:
         assert found[row] == pytest.approx(min(hits, reachable) / reachable)
 
 
-def test_an_exact_index_is_certified_so(world: World, queries: Queries, exact: Nearest) -> None:
+def test_an_exact_index_is_certified_so(
+    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest
+) -> None:
     """No list, no nprobe; recall 1 at every k, the same distribution, the same distances."""
-    made = certify(opened(world, "flat"), queries, exact, Target())
+    made = certify(indexes["flat"], queries, exact, Target())
     assert made.reached
     assert made.chosen.nprobe is None
     assert list(made.chosen.recall) == ["1", "10", "100", "2048"]
@@ -105,10 +88,10 @@ def test_an_exact_index_is_certified_so(world: World, queries: Queries, exact: N
 
 @pytest.mark.parametrize("target", ["0.5", "0.8", "0.95@100", "1"])
 def test_nprobe_is_the_smallest_that_reaches_the_target(
-    world: World, queries: Queries, exact: Nearest, target: str
+    indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest, target: str
 ) -> None:
     """As trying every one says; the index is left at it; recall grows with the lists."""
-    index, wanted = opened(world, "lists"), Target.parse(target)
+    index, wanted = indexes["lists"], Target.parse(target)
     made = certify(index, queries, exact, wanted)
     recalls = []
     for nprobe in range(1, 9):
@@ -128,9 +111,11 @@ def test_nprobe_is_the_smallest_that_reaches_the_target(
     assert again.chosen.recall == made.chosen.recall
 
 
-def test_a_target_out_of_reach_is_admitted(world: World, queries: Queries, exact: Nearest) -> None:
+def test_a_target_out_of_reach_is_admitted(
+    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest
+) -> None:
     """A coarse quantiser; true distances decide, the index's own are far off."""
-    index = opened(world, "quantised")
+    index = indexes["quantised"]
 
     def distances_of(ids: Ids) -> npt.NDArray[np.float32]:
         return true_distances(world.table.blocks(), CODES, queries, ids)
@@ -165,27 +150,22 @@ def _vectors(world: World, answer: Any) -> Any:
 
 def test_held_out_queries_exclude_nothing(world: World, queries: Queries) -> None:
     """With no picture to leave out, searches are asked to exclude none."""
-    asked: list[Any] = []
-
-    class Watched(Opened):
-        def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Any:
-            asked.append(exclude)
-            return super().search(keys, k, exclude=exclude)
-
     everyone = replace(queries, exclude=np.full((len(queries.keys), 2), NO_IMAGE))
     exact = exact_search(world.table.blocks(), CODES, everyone, 100)
-    watched: Index = Watched(PatchIndex.open(world.layout.root, "flat"), None)
-    made = certify(watched, everyone, exact, Target())
-    assert asked
-    assert not any(exclude is not None for exclude in asked)
+    index = PlainSearch(world, "Flat")
+    made = certify(index, everyone, exact, Target())
+    assert index.asked
+    assert not any(exclude is not None for exclude in index.asked)
     assert list(made.chosen.recall) == ["1", "10", "100"]
 
 
-def test_certificates_become_json(world: World, queries: Queries, exact: Nearest) -> None:
+def test_certificates_become_json(
+    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest
+) -> None:
     """And say which nprobe is tried while they are made."""
     seen: list[int | None] = []
     made = certify(
-        opened(world, "lists"), queries, exact, Target(1.0, 2048), threads=3, progress=seen.append
+        indexes["lists"], queries, exact, Target(1.0, 2048), threads=3, progress=seen.append
     )
     fields = made.to_json()
     assert sorted(n for n in seen if n) == [one["nprobe"] for one in fields["tried"]]
@@ -208,8 +188,8 @@ def test_targets_that_make_no_sense_are_refused(text: str) -> None:
 
 
 def test_a_deeper_target_than_the_exact_neighbours_is_refused(
-    world: World, queries: Queries
+    world: World, indexes: dict[str, PlainSearch], queries: Queries
 ) -> None:
     shallow = exact_search(world.table.blocks(), CODES, queries, 5)
     with pytest.raises(BadInputError, match="up to k 10, not 5"):
-        certify(opened(world, "flat"), queries, shallow, Target())
+        certify(indexes["flat"], queries, shallow, Target())

@@ -11,13 +11,8 @@ from schemas.errors import BadInputError
 from schemas.specs import key_vectors
 from schemas.tables import patch_ids
 from stages.exact_search import Queries
-from stages.fit_weights import (
-    WeightSettings,
-    _Candidates,
-    _loss,
-    corpus_prior,
-    fit_weights,
-)
+from stages.fit_rates import Candidates, likelihood_loss
+from stages.fit_weights import WeightSettings, corpus_prior, fit_weights
 from stages.read_patches import PatchBlock
 from tests.patch_world import CODES, KEYS
 
@@ -102,11 +97,11 @@ def test_slopes_equal_differences(latent: bool) -> None:
     else:
         queries = queries_of(entries, range(6), 5)
     prior = corpus_prior(entries.next_tokens, 24)
-    made = _Candidates.search(entries, CODES, queries, prior, (1.0,) * 4, 260)
+    made = Candidates.search(entries, CODES, queries, prior, (1.0,) * 4, 260)
     assert not made.real.all()
     rates, logit = np.array([0.7, 1.4, 0.2, 3.0]), -1.3
     # float32 distances, so the steps are wide and the comparison is of the third digit.
-    value, slopes = _loss(made, rates, logit)
+    value, slopes = likelihood_loss(made, rates, logit)
     for at in range(5):
         step = 0.02
         ends = []
@@ -117,7 +112,7 @@ def test_slopes_equal_differences(latent: bool) -> None:
                 moved[at] += sign * step
             else:
                 shifted += sign * step
-            ends.append(_loss(made, np.exp(moved), shifted)[0])
+            ends.append(likelihood_loss(made, np.exp(moved), shifted)[0])
         assert slopes[at] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=5e-3, abs=1e-5)
     assert value == pytest.approx(_by_loop(entries, queries, prior, rates, logit), abs=1e-4)
 
