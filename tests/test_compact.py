@@ -10,6 +10,7 @@ from typing import Any
 
 import lance
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
@@ -22,10 +23,11 @@ from pipeline.lease import lease
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.verify import verify
 from schemas.errors import DatabaseBusyError
+from schemas.index_settings import IndexSettings
 from schemas.location import exists
-from schemas.manifest import Layout
+from schemas.manifest import IndexManifest, Layout, read_codebook
 from schemas.tables import split_patch_ids
-from stages.build_index import IndexSettings
+from stages.index_contents import index_contents
 from stages.patch_table import Committer, read_ledger
 from tests.removal_world import KEYS, add_shard, make_database, shard_of, write_shard
 
@@ -35,7 +37,7 @@ def layout(tmp_path: Path) -> Layout:
     """Four shards of six pictures, two of them copies, with an index and two removals."""
     made = make_database(tmp_path / "db")
     add_shard(made, 3, [3, 100, 101, 102, 103, 104])
-    index_database(made.root, IndexSettings())
+    index_database(made.root, IndexSettings("flat"))
     remove(made, "key = '0/3.jpg'")
     remove(made, "shard LIKE '%2%' OR key LIKE '2/1%'")
     return made
@@ -118,15 +120,30 @@ def test_no_file_holds_their_bytes_any_more(layout: Layout) -> None:
     assert len(list((Path(layout.patches(KEYS)) / "_versions").glob("*.manifest"))) == 1
 
 
-def test_indexes_hold_nothing_of_them(layout: Layout) -> None:
-    gone = removed_ids(layout)
-    held = PatchIndex.open(layout.root, "flat").entries(0, 10**6)[0]
-    assert set(split_patch_ids(held)[0].tolist()) & gone
-    assert compact(layout.root).indexes == ("flat",)
-    opened = PatchIndex.open(layout.root, "flat")
-    held = opened.entries(0, 10**6)[0]
-    assert not set(split_patch_ids(held)[0].tolist()) & gone
-    assert sorted(held.tolist()) == tables(layout)["patches"]["patch_id"].to_pylist()
+def held_by(layout: Layout, name: str) -> npt.NDArray[np.int64]:
+    """The ids of all patches in an index, hidden or not."""
+    folder = Path(layout.index(name))
+    contents = index_contents(folder, IndexManifest.read(folder), read_codebook(layout))
+    return np.concatenate([block.patch_ids for block in contents])
+
+
+def test_indexes_hold_nothing_of_them(tmp_path: Path) -> None:
+    """One of codes loses them, one of vectors is built again."""
+    layout = make_database(tmp_path / "db")
+    index_database(layout.root, IndexSettings("flat"))
+    index_database(layout.root, IndexSettings(lists=4, max_copies=1))
+    parts = IndexManifest.read(layout.index("codebook")).parts
+    gone = set(remove(layout, "key LIKE '1/%'"))
+    for name in ("flat", "codebook"):
+        assert set(split_patch_ids(held_by(layout, name))[0].tolist()) & gone
+    assert compact(layout.root).indexes == ("codebook", "flat")
+    left = tables(layout)["patches"]["patch_id"].to_pylist()
+    for name in ("flat", "codebook"):
+        assert sorted(held_by(layout, name).tolist()) == left
+        assert PatchIndex.open(layout.root, name).count == len(left)
+    assert not set(split_patch_ids(np.array(left))[0].tolist()) & gone
+    assert IndexManifest.read(layout.index("codebook")).parts != parts
+    assert wrong(layout) == []
     assert compact(layout.root).indexes == ()
 
 
@@ -147,7 +164,7 @@ def test_small_fragments_are_merged_without_any_removal(tmp_path: Path) -> None:
 
 def test_everything_may_be_removed(tmp_path: Path) -> None:
     layout = make_database(tmp_path / "db")
-    index_database(layout.root, IndexSettings())
+    index_database(layout.root, IndexSettings("flat"))
     remove(layout, "true")
     assert compact(layout.root).images == 18
     assert {name: len(rows) for name, rows in tables(layout).items()} == {"images": 0, "patches": 0}
@@ -277,9 +294,8 @@ def check_recovery(
     after = counts(layout)
     assert after["removed"] == len(gone) + 1
     assert after["images"] == said["images"] - 1
-    assert not set(
-        split_patch_ids(PatchIndex.open(layout.root).entries(0, 10**6)[0])[0].tolist()
-    ) & (gone | set(late))
+    held = split_patch_ids(held_by(layout, "flat"))[0]
+    assert not set(held.tolist()) & (gone | set(late))
 
 
 @pytest.mark.slow
