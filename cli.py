@@ -461,7 +461,7 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
 
 def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
-    from pipeline.index import stale_index
+    from pipeline.index_plan import stale_index
 
     stale = stale_index(db)
     if stale is None:

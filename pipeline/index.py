@@ -5,8 +5,6 @@ starts again. An index that is in place is never changed: a grown one is a new f
 old one's files, so whoever searches the old one goes on doing so.
 """
 
-import hashlib
-import json
 import re
 import shutil
 import time
@@ -19,9 +17,16 @@ import faiss
 import numpy as np
 
 from arrag_runtime.codebook_search import CodebookSearch
-from arrag_runtime.patch_index import PatchIndex, index_folders, newest_index, open_engine
-from arrag_runtime.removed import Tombstones
+from arrag_runtime.patch_index import PatchIndex, open_engine
 from pipeline.exact import exact_neighbors
+from pipeline.index_plan import (
+    index_to_grow,
+    prepare,
+    put_index,
+    still_stands,
+    unwanted_pictures,
+    work_folder,
+)
 from pipeline.index_steps import (
     Progress,
     copies_left_aside,
@@ -36,11 +41,8 @@ from schemas.errors import ArragError, BadInputError
 from schemas.index_settings import IndexSettings, size_in_bytes
 from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
 from schemas.location import (
-    building_folder,
     finish_replacements,
     local_folder,
-    put_folder,
-    remove,
 )
 from schemas.manifest import (
     INDEX_FILE,
@@ -56,12 +58,11 @@ from schemas.specs import Floats
 from schemas.tables import Ids
 from stages.build_index import train_and_fill
 from stages.certificate import Target, certify
-from stages.codebook_index import part_rows
 from stages.exact_search import Queries, true_distances
 from stages.fit_weights import FittedWeights, WeightSettings, fit_weights
 from stages.index_contents import left_out
 from stages.patch_table import Committer, read_ledger
-from stages.read_images import ImageTable, duplicate_images
+from stages.read_images import ImageTable
 from stages.read_patches import PatchTable
 from stages.sample_queries import sample_queries
 
@@ -69,8 +70,6 @@ QUERY_PICTURES, QUERIES = 100, 1000
 DEEPEST = 2048
 MOST_PARTS = 8
 """A search pays for every part; when there would be more, they are merged."""
-OUTGROWN = 4
-"""With this many times the keys that its lists were trained for, an index is built anew."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ def index_database(
         name = name or str(settings.kind)
         finish_replacements(layout.indexes)
         codes = read_codebook(layout)
-        unwanted = _left_out(layout, settings)
-        older = _older(layout, name, settings, table, unwanted, compacted=compacted)
-        work = _work_folder(layout, name, settings, table, older, unwanted)
+        unwanted = unwanted_pictures(layout, settings)
+        older = index_to_grow(layout, name, settings, table, unwanted, compacted=compacted)
+        work = work_folder(layout, name, settings, table, older, unwanted)
         job = _Job(layout, manifest, settings, table, codes, work, resources, progress)
         try:
             codebook = settings.kind == "codebook"
@@ -137,7 +136,7 @@ def index_database(
             shutil.rmtree(work, ignore_errors=True)
             raise
         final.write(work)
-        _put(layout.index(name), work)
+        put_index(layout.index(name), work)
         return final
 
 
@@ -158,7 +157,7 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
     _require_memory(job, table.count * (layout.size + 2))
     unwanted = work / LEFT_OUT_FILE
     unwanted_file = unwanted if unwanted.exists() else None
-    rewritten = older is not None and not _still_stands(older, table)
+    rewritten = older is not None and not still_stands(older, table)
     kept = () if older is None else older.parts
     grows = older is None or (table.mark > older.mark and not rewritten)
     parts = (*kept, _next_part(kept)) if grows else kept
@@ -194,7 +193,7 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
         # It did not hold all rows of the table, so what it lacks is not known.
         unwanted_ids = left_out(work)
         shutil.rmtree(work)
-        _prepare(work, unwanted_ids)
+        prepare(work, unwanted_ids)
         return _build_codebook(job, None)
     resident = entries * (layout.size + 2)
     return IndexManifest(
@@ -374,14 +373,6 @@ def _require_memory(job: _Job, size: int) -> None:
         )
 
 
-def _left_out(layout: Layout, settings: IndexSettings) -> Ids:
-    """The pictures that are not to be taken, ascending: removed ones, and copies if unwanted."""
-    removed = Tombstones(layout).ids
-    if settings.dedup == "images":
-        removed = np.union1d(removed, duplicate_images(ImageTable(layout.images), removed))
-    return removed
-
-
 def _holds_unwanted(job: _Job, older: IndexManifest | None) -> bool:
     """Whether an index may hold pictures that have since been removed, or become copies."""
     if older is None:
@@ -390,111 +381,6 @@ def _holds_unwanted(job: _Job, older: IndexManifest | None) -> bool:
     return len(np.setdiff1d(left_out(job.work), before)) > 0
 
 
-@dataclass(frozen=True)
-class StaleIndex:
-    """An index to be built: its name, None for that of its kind, and how."""
-
-    name: str | None
-    settings: IndexSettings
-
-
-def stale_index(database: str | Path) -> StaleIndex | None:
-    """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
-    layout = Layout(database)
-    table = PatchTable(layout.patches(DatabaseManifest.read(layout).keys))
-    if not table.count:
-        return None
-    if not index_folders(layout):
-        return StaleIndex(None, IndexSettings())
-    newest = IndexManifest.read(newest_index(layout))
-    if newest.settings["rows"] == table.count and newest.mark == table.mark:
-        return None
-    return StaleIndex(newest.name, IndexSettings.from_json(newest.settings))
-
-
-SAME_BUILD = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies", "dedup", "seed")
-"""The settings that the files of an index depend on."""
-
-
-def _still_stands(older: IndexManifest, table: PatchTable) -> bool:
-    """Whether the rows that an index was made from stand in the fragments they stood in."""
-    return table.rows_up_to(older.mark) == int(older.settings["rows"])
-
-
-def _older(
-    layout: Layout,
-    name: str,
-    settings: IndexSettings,
-    table: PatchTable,
-    unwanted: Ids,
-    *,
-    compacted: bool,
-) -> IndexManifest | None:
-    """The index of this name where it can be built upon: made the same way from rows that stand,
-    or that a compaction has just moved, and holding all pictures that are wanted now."""
-    try:
-        older = IndexManifest.read(layout.index(name))
-    except ArragError:
-        return None
-    if older.kind != "codebook" or _settings_of(older.settings) != _settings_of(settings.to_json()):
-        return None
-    if not (compacted or _still_stands(older, table)):
-        return None
-    if len(np.setdiff1d(left_out(local_folder(layout.index(name))), unwanted)):
-        return None
-    outgrown = table.count > OUTGROWN * older.settings["trained_for"]
-    return None if outgrown else older
-
-
-def _settings_of(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings.get(name) for name in SAME_BUILD}
-
-
-def _work_folder(
-    layout: Layout,
-    name: str,
-    settings: IndexSettings,
-    table: PatchTable,
-    older: IndexManifest | None,
-    unwanted: Ids,
-) -> Path:
-    """The folder in which the index is being built, as a killed build of the same plan left it."""
-    plan = {
-        "table_version": table.version,
-        "settings": _settings_of(settings.to_json()),
-        "grows": None if older is None else [older.table_version, *older.parts],
-        "left_out": hashlib.sha256(unwanted.tobytes()).hexdigest(),
-        # Where the table is cut into parts.
-        "rows": part_rows(settings) if settings.kind == "codebook" else None,
-    }
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    work = building_folder(layout.indexes, name)
-    resumable = settings.kind == "codebook" and (work / f"plan-{digest}").exists()
-    if not resumable:
-        shutil.rmtree(work, ignore_errors=True)
-        _prepare(work, unwanted)
-        (work / f"plan-{digest}").touch()
-    return work
-
-
-def _prepare(work: Path, unwanted: Ids) -> None:
-    """A new work folder that says which pictures are left out."""
-    work.mkdir(parents=True)
-    if len(unwanted):
-        np.save(work / LEFT_OUT_FILE, unwanted)
-
-
 def _next_part(parts: Sequence[str]) -> str:
     """A name that none of these parts has."""
     return f"part-{1 + max((int(part.rpartition('-')[2]) for part in parts), default=-1):04}"
-
-
-STEPS = ("plan-*", "weights.json", "fill-*", "slice-*", ".*.writing")
-"""What a build needs on its way only; a killed one may have left some of it."""
-
-
-def _put(place: str, work: Path) -> None:
-    """Put a finished index in place of an older one of its name."""
-    for left in (path for pattern in STEPS for path in work.glob(pattern)):
-        remove(str(left))
-    put_folder(work, place)
