@@ -168,6 +168,8 @@ def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     assert "recall@100" in text
     assert "distance of the nearest" in text
     assert "flat, -" in text
+    [gains] = (line for line in text.splitlines() if "gain over flat" in line)
+    assert gains.split()[3] == "-"
     fields = found.to_json()["indexes"]
     assert list(fields) == ["flat", "ivfpq"]
     assert fields["flat"]["recall_at_10"] == 1
