@@ -59,7 +59,7 @@ from schemas.tables import Ids
 from stages.build_index import train_and_fill
 from stages.certificate import Target, certify
 from stages.exact_search import Queries, true_distances
-from stages.fit_weights import FittedWeights, WeightSettings, fit_weights
+from stages.fit_weights import FittedWeights, WeightSettings, learn_weights
 from stages.index_contents import left_out
 from stages.patch_table import Committer, read_ledger
 from stages.read_images import ImageTable
@@ -290,28 +290,13 @@ def _weights(
 
 def _fit(job: _Job) -> FittedWeights:
     """Learn the weights from two disjoint samples of the table's own pictures."""
-    settings = WeightSettings(seed=job.settings.seed)
-    images = ImageTable(job.layout.images)
-    asked = sample_queries(
-        *(images, job.manifest.tokenizer, job.manifest.keys),
-        pictures=2 * settings.pictures,
-        queries=2 * settings.queries,
-        seed=settings.seed,
-        split="database",
-    )
-    pictures = np.unique(asked.images)
-    judges = np.random.default_rng(settings.seed).permutation(pictures)[: len(pictures) // 2]
-    judge = np.isin(asked.images, judges)
-    judged = replace(
-        asked.take(judge),
-        protocol=f"{np.count_nonzero(judge)} queries from {len(judges)} pictures that were not used",
-    )
-    return fit_weights(
-        job.table.sample(settings.entries, seed=settings.seed),
+    return learn_weights(
+        job.table,
+        ImageTable(job.layout.images),
+        job.manifest.tokenizer,
+        job.manifest.keys,
         job.codes,
-        asked.take(~judge),
-        judged,
-        settings,
+        WeightSettings(seed=job.settings.seed),
         lambda step: job.progress(f"learning weights, {step}", 0, 1),
     )
 
