@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from arrag_runtime import daid
 from arrag_runtime.generate import Generated, generate
-from arrag_runtime.patch_index import Neighbors, PatchIndex
+from arrag_runtime.neighbors import Neighbors, neighbors
+from arrag_runtime.patch_index import PatchIndex
 from arrag_runtime.retriever import Retriever
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "attach_faid",
     "daid",
     "generate",
+    "neighbors",
 ]
 
 

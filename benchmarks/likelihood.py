@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arrag_runtime import Neighbors, daid
-from arrag_runtime.patch_index import require_faiss
+from arrag_runtime import Neighbors, daid, neighbors
+from arrag_runtime.codebook_search import require_faiss
 from arrag_runtime.training_model import teacher_forced
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.neighborhood import MISSING
@@ -82,7 +82,7 @@ class ExactNeighbors:
         vectors = key_vectors(self._hood.keys(grid[None])[0], self._codes)
         distances, rows = self._index.search(vectors, min(k, self._index.ntotal))
         count = np.full(len(rows), rows.shape[1], np.int64)
-        return Neighbors(self._tokens[rows], distances, rows, count)
+        return neighbors(self._tokens[rows], distances, rows, count)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from stages.encode_images import EncodeSettings, encode_shard
 from stages.extract_patches import extract_patches
 from stages.patch_table import ShardResult, table_paths, write_fragments
 from stages.sources import open_source
+from stages.suppress import read_suppressed, without_removed
 from stages.tokenizers import load_tokenizer
 
 
@@ -55,7 +56,9 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
         started = time.perf_counter()
         packed, error = pa.py_buffer(b""), None
         try:
-            packed = pack_records(open_source(settings.source).read(shard))
+            removed = read_suppressed(Layout(settings.database))
+            items = open_source(settings.source).read(shard)
+            packed = pack_records(without_removed(items, removed))
         except Exception as raised:
             error = _describe(raised)
         inputs.append(_one_binary(packed))

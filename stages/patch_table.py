@@ -1,8 +1,9 @@
-"""The only Lance writer: fragments in workers, one commit in the driver.
+"""The Lance writer of builds: fragments in workers, one commit in the driver.
 
 A shard is committed in a fixed order (patches, rejects, images, then its row in the ledger), and
 the ledger's row alone says that the shard is done. Whatever a killed build left behind is either a
 file that no table knows, or fragments newer than the last ledger row; `recover` drops the latter.
+A compaction says so in the ledger before it starts, since its fragments are newer and complete.
 """
 
 import datetime
@@ -63,12 +64,27 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """The pictures that a compaction takes out of a shard, by id, and what they count for."""
+
+    shard: str
+    source: str
+    images: tuple[int, ...]
+    heldout: int
+    patches: int
+
+
+@dataclass(frozen=True)
 class LedgerState:
-    """What the ledger says: shards recorded (planned or done), and each table's mark."""
+    """What the ledger says: shards recorded (planned or done), and each table's mark.
+
+    totals: `COUNTS` and "removed". compacting: a compaction was begun and has not ended.
+    """
 
     recorded: tuple[RecordedShard, ...]
     marks: Mapping[str, int]
     totals: Mapping[str, int]
+    compacting: bool = False
 
     @property
     def done(self) -> frozenset[str]:
@@ -107,11 +123,12 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
 def read_ledger(layout: Layout) -> LedgerState:
     """The ledger as it stands; nothing where there is none yet."""
     if not exists(join(layout.ledger, "_versions")):
-        return LedgerState((), {}, dict.fromkeys(COUNTS, 0))
+        return LedgerState((), {}, dict.fromkeys((*COUNTS, "removed"), 0))
     rows = lance.dataset(layout.ledger).to_table().to_pylist()
     shards: dict[str, RecordedShard] = {}
     marks: dict[str, int] = {}
-    totals = dict.fromkeys(COUNTS, 0)
+    totals = dict.fromkeys((*COUNTS, "removed"), 0)
+    open_compactions = 0
     for row in rows:
         if row["state"] == "planned":
             shard = Shard(row["source"], row["shard"], tuple(row["members"]))
@@ -119,28 +136,35 @@ def read_ledger(layout: Layout) -> LedgerState:
     for row in rows:
         if row["state"] == "done":
             shards[row["shard"]] = RecordedShard(shards[row["shard"]].shard, row["inputs"])
-            for name, mark in row["fragments"]:
-                marks[name] = max(marks.get(name, -1), mark)
-            for name in totals:
-                totals[name] += row[name]
-    return LedgerState(tuple(shards.values()), marks, totals)
+        elif row["state"] == "removed":
+            totals["removed"] -= row["images"]
+        open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
+        for name, mark in row["fragments"] or ():
+            marks[name] = max(marks.get(name, -1), mark)
+        for name in COUNTS:
+            totals[name] += row[name] or 0
+    return LedgerState(tuple(shards.values()), marks, totals, open_compactions > 0)
 
 
 class Committer:
     """The one writer of a database's tables; its holder has the lease."""
 
     def __init__(self, layout: Layout, keys: KeySpec) -> None:
+        self._paths = table_paths(layout, keys)
         self._ledger = lance.dataset(layout.ledger)
-        self._tables = {
-            name: lance.dataset(path) for name, path in table_paths(layout, keys).items()
-        }
+        self._tables = {name: lance.dataset(path) for name, path in self._paths.items()}
         self._commits = 0
 
     def recover(self, state: LedgerState) -> int:
         """Drop what shards without a ledger row left in the tables; returns the rows dropped.
 
-        Only fragments newer than the last ledger row are looked at.
+        Only fragments newer than the last ledger row are looked at. After a compaction that was
+        interrupted they are all complete, since it started from a recovered database: it is ended
+        where it stands, and nothing is dropped.
         """
+        if state.compacting:
+            self.end_compaction()
+            return 0
         done = {shard_number(shard) for shard in state.done}
         dropped = 0
         for name, table in self._tables.items():
@@ -174,27 +198,52 @@ class Committer:
                 f"shard {result.shard}: {result.inputs} inputs, but {result.images} images and"
                 f" {rejects} rejects; nothing of it was committed"
             )
-        versions, marks = {}, {}
         for name in COMMIT_ORDER:
             if fragments := result.fragments.get(name):
                 self._append(name, fragments)
-            versions[name] = self._tables[name].version
-            marks[name] = max(
-                (f.fragment_id for f in self._tables[name].get_fragments()), default=-1
-            )
         self._append_ledger(
             [
                 {"shard": result.shard, "source": result.source, "attempt": result.attempt}
                 | {"state": "done", "inputs": result.inputs, "images": result.images}
                 | {"heldout": result.heldout, "patches": result.patches, "rejects": rejects}
-                | {"versions": list(versions.items()), "fragments": list(marks.items())}
-                | {"time": _now()}
+                | self._marks()
             ]
         )
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
             for table in (*self._tables.values(), self._ledger):
                 table.cleanup_old_versions(older_than=KEEP_VERSIONS)
+
+    def begin_compaction(self, losses: Iterable[Loss]) -> None:
+        """Record what the tables are about to lose, before they do."""
+        counts = {"inputs": 0, "rejects": 0, "time": _now()}
+        rows: list[dict[str, object]] = [
+            {"shard": "", "source": "", "attempt": 0, "state": "compacting", "time": _now()}
+        ]
+        rows += [
+            {"shard": loss.shard, "source": loss.source, "attempt": 0, "state": "removed"}
+            | {"images": -len(loss.images), "heldout": -loss.heldout, "patches": -loss.patches}
+            | {"members": [str(image) for image in loss.images]}
+            | counts
+            for loss in losses
+        ]
+        self._append_ledger(rows)
+
+    def end_compaction(self) -> None:
+        """Record the tables' new versions and marks; what is in them now is complete."""
+        self._tables = {name: lance.dataset(path) for name, path in self._paths.items()}
+        row = {"shard": "", "source": "", "attempt": 0, "state": "compacted"}
+        self._append_ledger([row | self._marks()])
+
+    def _marks(self) -> dict[str, object]:
+        """The versions and marks of a ledger row, and its time."""
+        tables = {name: self._tables[name] for name in COMMIT_ORDER}
+        marks = {
+            name: max((f.fragment_id for f in table.get_fragments()), default=-1)
+            for name, table in tables.items()
+        }
+        versions = [(name, table.version) for name, table in tables.items()]
+        return {"versions": versions, "fragments": list(marks.items()), "time": _now()}
 
     def _append(self, name: str, fragments: Sequence[str]) -> None:
         table = self._tables[name]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.index import index_database
+from schemas.index_settings import IndexSettings
 from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
 from schemas.records import ImageRecord, Shard
 from schemas.specs import TokenizerSpec, key_spec, normalised
 from schemas.tables import REJECTS_SCHEMA
-from stages.build_index import IndexSettings
 from stages.encode_images import EncodedImage, EncodedShard
 from stages.extract_patches import extract_patches
 from stages.patch_table import (

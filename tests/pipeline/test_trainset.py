@@ -17,12 +17,12 @@ from pipeline.export_trainset import export_trainset
 from pipeline.index import index_database
 from pipeline.trainset import TrainsetReport, TrainsetSettings, make_trainset
 from schemas.errors import ArragError, BadInputError, IncompatibleError
+from schemas.index_settings import IndexSettings
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.neighborhood import CAUSAL_1, MISSING
 from schemas.records import SourceSettings
 from schemas.specs import key_vectors
 from schemas.tables import list_values
-from stages.build_index import IndexSettings
 from stages.patch_table import RowTable
 from tests.pipeline.captioned_world import make_captioned
 from tests.pipeline.conftest import write_picture
