@@ -2,6 +2,7 @@
 
 open the source and the database → plan what the ledger lacks → record the plan → run the shards on
 Ray → commit each as it comes back → retry what failed → describe the run in the manifest.
+With `retry_rejects` the work is the rejects that have these reasons instead, and nothing else.
 """
 
 import logging
@@ -23,13 +24,16 @@ from pipeline.ray_run import (
     run_shards,
     worker_count,
 )
+from pipeline.retry import plan_retry, require_reasons
 from pipeline.shard_worker import WorkerSettings
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
-from schemas.records import Shard
+from schemas.records import Attempt
 from stages.decode import DecodeSettings
+from stages.download import DownloadSettings
 from stages.encode_images import EncodeSettings
-from stages.patch_table import Committer, ShardResult, read_ledger
+from stages.fetch import user_agent
+from stages.patch_table import Committer, LedgerState, ShardResult, read_ledger
 from stages.sources import open_source
 
 log = logging.getLogger(__name__)
@@ -49,6 +53,7 @@ class BuildReport:
     images: int = 0
     heldout: int = 0
     patches: int = 0
+    retried: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -68,6 +73,7 @@ class BuildReport:
         self.images += result.images
         self.heldout += result.heldout
         self.patches += result.patches
+        self.retried += len(result.retried)
         self.rejects.update(result.rejects)
         self.stage_seconds.update(result.seconds)
         if result.agreement is not None:
@@ -89,12 +95,17 @@ def build(
     started = time.perf_counter()
     layout = Layout(settings.database)
     source = open_source(settings.source)
+    require_reasons(settings.retry_rejects)
+    user_agent(settings.download.contact)  # Refuses a contact that fits no header.
     report = BuildReport()
     with lease(layout, "arrag-db build"):
         # Everything that can refuse the build comes before the first thing it creates.
         manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
-        work = plan(source, state)
+        if settings.retry_rejects:
+            work = _plan_again(layout, state, settings)
+        else:
+            work = plan(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
         if work.todo:
@@ -109,8 +120,11 @@ def build(
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)
+                    committer.plan_again(a for a in work.todo if a.rows)
                     total += len(work.todo)
                     _run(work, worker, workers, settings, committer, report, total, progress)
+                    if settings.retry_rejects:
+                        break
                     # A tar that proved longer than one shard has more to list now.
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
@@ -146,7 +160,15 @@ def _worker_settings(
             ),
         ),
         threads=settings.resources.threads,
+        download=_absolute(settings.download),
     )
+
+
+def _absolute(download: DownloadSettings) -> DownloadSettings:
+    """Workers have another working folder."""
+    if download.keep_images is None:
+        return download
+    return replace(download, keep_images=str(Path(download.keep_images).expanduser().absolute()))
 
 
 def _run(
@@ -161,7 +183,7 @@ def _run(
 ) -> None:
     """Run the planned shards, failed ones again, and commit what comes back."""
     started = time.perf_counter()
-    left: dict[str, Shard] = {shard.id: shard for shard in work.todo}
+    left: dict[str, Attempt] = {attempt.shard.id: attempt for attempt in work.todo}
     progress(total, report)
     for attempt in range(1, ATTEMPTS + 1):
         for outcome in run_shards(list(left.values()), worker, settings.resources, workers):
@@ -181,7 +203,15 @@ def _run(
 
 
 def _without(work: Plan, failed: dict[str, str]) -> Plan:
-    return replace(work, todo=tuple(shard for shard in work.todo if shard.id not in failed))
+    return replace(work, todo=tuple(a for a in work.todo if a.shard.id not in failed))
+
+
+def _plan_again(layout: Layout, state: LedgerState, settings: BuildSettings) -> Plan:
+    """The rejects to try again. Raises BadInputError where there is no database yet."""
+    DatabaseManifest.read(layout)
+    again = plan_retry(layout, state, settings.source.name, settings.retry_rejects)
+    wanted = {attempt.shard.id for attempt in again}
+    return Plan((), again, len(state.done - wanted), ())
 
 
 def _describe_run(
@@ -195,6 +225,7 @@ def _describe_run(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "min_side": settings.min_side,
         "max_pixels": settings.max_pixels,
+        "retry_rejects": list(settings.retry_rejects),
         "shards": report.shards_done,
         "failed": len(report.failed),
         "images": report.images,

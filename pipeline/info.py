@@ -1,6 +1,5 @@
 """What a database holds, as the ledger, the rejects and the index manifests say."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from arrag_runtime.patch_index import index_folders
 from schemas.location import join, names, size
 from schemas.manifest import INDEX_FILE, DatabaseManifest, IndexManifest, Layout
 from stages.patch_table import read_ledger
+from stages.read_rejects import open_rejects
 
 
 def info(database: str | Path) -> dict[str, Any]:
@@ -17,15 +17,8 @@ def info(database: str | Path) -> dict[str, Any]:
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     state = read_ledger(layout)
-    reasons = lance.dataset(layout.rejects).to_table(columns=["reason", "shard"])
-    done = state.done
-    rejects = Counter(
-        reason
-        for reason, shard in zip(
-            reasons["reason"].to_pylist(), reasons["shard"].to_pylist(), strict=True
-        )
-        if shard in done
-    )
+    reasons = open_rejects(layout.rejects, state, ["reason"])["reason"]
+    rejects = {entry["values"]: entry["counts"] for entry in reasons.value_counts().to_pylist()}
     spec, keys = manifest.tokenizer, manifest.keys
     return {
         "database": layout.root,
@@ -34,8 +27,8 @@ def info(database: str | Path) -> dict[str, Any]:
         "heldout": state.totals["heldout"],
         "patches": state.totals["patches"],
         "rejects": dict(sorted(rejects.items())),
-        "shards": len(done),
-        "shards_open": len(state.recorded) - len(done),
+        "shards": len(state.done),
+        "shards_open": len(state.recorded) - len(state.done),
         "sources": list(manifest.sources),
         "tokenizer": spec.name,
         "grid": [spec.grid_height, spec.grid_width],

@@ -28,6 +28,8 @@ from schemas.tables import (
     split_patch_ids,
 )
 from stages.extract_patches import extract_patches
+from stages.patch_table import read_ledger
+from stages.read_rejects import open_rejects
 
 IMAGES_PER_SHARD = 64
 SHOWN = 3
@@ -78,7 +80,8 @@ class _Tables:
         self.manifest = manifest
         self.images = lance.dataset(layout.images)
         self.patches = lance.dataset(layout.patches(manifest.keys))
-        self.rejects = lance.dataset(layout.rejects)
+        self.rejects = lance.dataset(layout.rejects).to_table(columns=["shard", "attempt"])
+        self.open_rejects = open_rejects(layout.rejects, read_ledger(layout))
         self.done = lance.dataset(layout.ledger).to_table(filter="state = 'done'").to_pylist()
         self.patch_counts, self.patch_fragments = _by_shard(
             self.patches, "patch_id", ROW_BITS + POSITION_BITS
@@ -144,7 +147,8 @@ def _counts(tables: _Tables) -> Iterator[Check]:
     unbalanced = [names[n] for n, c in ledger.items() if c["inputs"] != c["images"] + c["rejects"]]
     detail = "{inputs} inputs = {images} images + {rejects} rejects".format_map(totals)
     yield Check("inputs = images + rejects", not unbalanced, _named(detail, unbalanced))
-    rejected = tables.rejects.to_table(columns=["shard"])["shard"].to_pylist()
+    yield _rejects_kept(tables)
+    rejected = tables.open_rejects["shard"].to_pylist()
     for name, held in (
         ("images", tables.image_counts),
         ("rejects", Counter(shard_number(shard) for shard in rejected)),
@@ -158,6 +162,24 @@ def _counts(tables: _Tables) -> Iterator[Check]:
                 known = ledger[number][name]
                 wrong.append(f"{names[number]} has {held[number]} of {known}")
         yield Check(f"{name} per shard", not wrong, _named(f"{held.total()} rows", wrong))
+
+
+def _rejects_kept(tables: _Tables) -> Check:
+    """Every attempt's rejects are still there, also those that a later attempt closed."""
+    held = Counter(
+        zip(*(tables.rejects[name].to_pylist() for name in ("shard", "attempt")), strict=True)
+    )
+    known: Counter[tuple[str, int]] = Counter()
+    for row in tables.done:
+        known[row["shard"], row["attempt"]] = row["rejects"] + len(row["members"] or ())
+    wrong = [
+        f"attempt {attempt} of {shard} has {held[shard, attempt]} of {known[shard, attempt]}"
+        for shard, attempt in held.keys() | known.keys()
+        if held[shard, attempt] != known[shard, attempt]
+    ]
+    retried = sum(len(row["members"] or ()) for row in tables.done)
+    detail = f"{held.total()} rows, {retried} of them tried again"
+    return Check("rejects of every attempt", not wrong, _named(detail, wrong))
 
 
 def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
