@@ -54,6 +54,7 @@ class ShardDownload:
         self._bytes = 0
         self._counting = threading.Lock()
         self._places: dict[int, tuple[int, int]] = {}
+        self._written = 0
         self._failure: Exception | None = None
         self._spool = tempfile.TemporaryFile()  # noqa: SIM115
 
@@ -161,9 +162,9 @@ class ShardDownload:
         if data is None or self._failure is not None:
             return
         try:
-            place = self._spool.seek(0, io.SEEK_END)
             self._spool.write(data)
-            self._places[meta["row"]] = place, len(data)
+            self._places[meta["row"]] = self._written, len(data)
+            self._written += len(data)
         except Exception as error:
             self._stop(error)
 
