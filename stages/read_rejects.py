@@ -1,7 +1,6 @@
 """Reading rejects: the table is only appended to, and this says which of its rows still hold."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import lance
 import numpy as np
@@ -13,7 +12,7 @@ from stages.patch_table import LedgerState
 NEEDED = ("shard", "attempt", "row")
 
 
-def open_rejects(path: Path, state: LedgerState, columns: Sequence[str] = ()) -> pa.Table:
+def open_rejects(path: str, state: LedgerState, columns: Sequence[str] = ()) -> pa.Table:
     """The rejects that are open: shard, attempt, row and these columns of them.
 
     A reject is open when its attempt is done and no later done attempt of its shard took its row.
