@@ -114,7 +114,7 @@ def build(
         str | None, typer.Option(help="URL or mail address that servers are told.")
     ] = None,
     keep_images: Annotated[
-        Path | None, typer.Option(help="Keep fetched files in this folder, a tar a shard.")
+        str | None, typer.Option(help="Keep fetched files in this folder, a tar a shard.")
     ] = None,
     retry_rejects: Annotated[
         str | None,
@@ -158,7 +158,7 @@ def build(
             shard_deadline=shard_deadline,
             allow_private_hosts=allow_private_hosts,
             contact=user_agent_contact,
-            keep_images=str(keep_images) if keep_images else None,
+            keep_images=keep_images,
         ),
         retry_rejects=_parse_reasons(retry_rejects),
     )

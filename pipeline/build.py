@@ -26,6 +26,7 @@ from pipeline.ray_run import (
 )
 from pipeline.retry import plan_retry, require_reasons
 from pipeline.shard_worker import WorkerSettings
+from schemas.errors import BadInputError
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import Attempt
@@ -95,6 +96,7 @@ def build(
     started = time.perf_counter()
     layout = Layout(settings.database)
     source = open_source(settings.source)
+    settings = replace(settings, download=_absolute(settings.download))
     require_reasons(settings.retry_rejects)
     user_agent(settings.download.contact)  # Refuses a contact that fits no header.
     report = BuildReport()
@@ -160,14 +162,19 @@ def _worker_settings(
             ),
         ),
         threads=settings.resources.threads,
-        download=_absolute(settings.download),
+        download=settings.download,
     )
 
 
 def _absolute(download: DownloadSettings) -> DownloadSettings:
-    """Workers have another working folder."""
+    """With the folder for kept images as workers find it, who have another working folder."""
     if download.keep_images is None:
         return download
+    if "://" in download.keep_images:
+        raise BadInputError(
+            f"--keep-images {download.keep_images} is no folder; name one that every worker can"
+            " write to"
+        )
     return replace(download, keep_images=str(Path(download.keep_images).expanduser().absolute()))
 
 

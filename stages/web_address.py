@@ -23,7 +23,7 @@ NAME = re.compile(r"[a-z0-9_.-]{1,253}")
 SAFE = "/%:@!$&'()*+,;=~"
 """What stays as it is in a path, next to letters, digits, "-", "_" and "."."""
 
-LOOKUPS = 32
+LOOKUPS = 64
 """Threads that look up names: one that hangs cannot be stopped, only left behind."""
 
 REMEMBERED, REMEMBER_FOR = 20_000, 60.0
