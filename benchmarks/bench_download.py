@@ -46,7 +46,7 @@ SERVERS = 2
 
 
 def pictures() -> list[bytes]:
-    """Small JPEG files, 5 to 15 KB, the same ones every time."""
+    """Small JPEG files of 13 KB, the same ones every time."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(KINDS):

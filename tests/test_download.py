@@ -30,7 +30,7 @@ from stages.download_engine import load_engine
 from tests.web import Web, answer, raw, serve, silent
 
 FIRST = Attempt(Shard("links", "0" * 16, ()))
-SETTINGS = DownloadSettings(threads=6, timeout=5, allow_private_hosts=True)
+SETTINGS = DownloadSettings(threads=6, timeout=15, allow_private_hosts=True)
 Outcomes = list[ImageRecord | Reject]
 
 

@@ -33,7 +33,7 @@ from tests.web import (
 )
 
 PICTURE = jpeg(1)
-SETTINGS = FetchSettings(timeout=5, max_bytes=100_000, allow_private_hosts=True)
+SETTINGS = FetchSettings(timeout=10, max_bytes=100_000, allow_private_hosts=True)
 HASTY = replace(SETTINGS, timeout=0.6)
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -201,7 +201,7 @@ def named(**hosts: str) -> Callable[[str, int], Sequence[str]]:
 
 def test_private_hosts_are_not_even_connected_to() -> None:
     """Neither by address nor by name nor by a redirect; a public one is passed on."""
-    settings = FetchSettings(timeout=2)
+    settings = FetchSettings(timeout=10)
     resolve = named(inside_example="127.0.0.1", both_example="1.1.1.1 127.0.0.1")
     with serve({"/": answer(PICTURE)}) as web, Fetcher(settings, resolve=resolve) as guarded:
         for host in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "inside.example", "both.example"):
@@ -219,7 +219,7 @@ def test_a_redirect_to_a_private_host_is_not_followed(monkeypatch: pytest.Monkey
     resolve = named(public_example=public, inside_example="127.0.0.1")
     with (
         serve({"/": answer(PICTURE)}) as inside,
-        Fetcher(FetchSettings(timeout=2), resolve=resolve) as guarded,
+        Fetcher(FetchSettings(timeout=10), resolve=resolve) as guarded,
     ):
         for target in (inside.url("/"), inside.url("/", "inside.example")):
             with serve({"/": redirect(target)}, address=public) as web:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import lance
@@ -11,18 +12,22 @@ from pipeline.build import BuildReport, build
 from pipeline.database import BuildSettings
 from pipeline.info import info
 from pipeline.ray_run import RayResources
+from pipeline.shard_worker import WorkerSettings, read_shard, shard_rows
 from pipeline.verify import verify
 from schemas.errors import BadInputError
 from schemas.manifest import Layout
-from schemas.records import SourceSettings
+from schemas.records import Attempt, ImageRecord, Reject, SourceSettings, unpack_records
+from schemas.specs import key_spec
 from stages.download import DownloadSettings
+from stages.encode_images import EncodeSettings
 from stages.patch_table import read_ledger
+from stages.sources import open_source
 from tests.conftest import jpeg
 from tests.link_source import link_settings
 from tests.pipeline.tables import all_rows, assert_same_rows
 from tests.web import Page, Web, answer, serve, silent
 
-DOWNLOAD = DownloadSettings(threads=8, timeout=1, allow_private_hosts=True)
+DOWNLOAD = DownloadSettings(threads=8, timeout=3, allow_private_hosts=True)
 
 
 def settings(database: Path, source: SourceSettings, **changes: object) -> BuildSettings:
@@ -79,7 +84,7 @@ def test_every_link_ends_as_a_row_or_a_reject_and_can_be_tried_again(
     database = tmp_path / "db"
     source = link_settings(listed, shard_size=5)
     kept = tmp_path / "kept"
-    keeping = DownloadSettings(8, 1, allow_private_hosts=True, keep_images=str(kept))
+    keeping = DownloadSettings(8, 3, allow_private_hosts=True, keep_images=str(kept))
     first = build(settings(database, source, download=keeping))
     expected = {"http-5xx": 2, "timeout": 1, "missing": 1, "sha-mismatch": 1, "not-an-image": 1}
     assert (first.inputs, first.images, reasons(first)) == (9, 3, expected)
@@ -165,6 +170,38 @@ def test_a_network_that_fails_stops_the_shard_and_commits_nothing(
         assert (mended.images, mended.failed) == (56, {})
         build(settings(tmp_path / "other", source))
     assert_same_rows(tmp_path / "other", tmp_path / "db")
+
+
+def worker(source: SourceSettings, **changes: object) -> WorkerSettings:
+    """A worker's settings, as far as reading needs them."""
+    encode = EncodeSettings()
+    download = replace(DOWNLOAD, **changes)  # type: ignore[arg-type]
+    keys = key_spec("causal-1", "skip", "codebook")
+    return WorkerSettings(
+        *("nowhere", source, "sample", None, "cpu", "float32", False, keys, encode, 1, download)
+    )
+
+
+def test_reading_a_shard_again_takes_its_rows_alone(web: Web, listed: Path) -> None:
+    """And a shard that fails says why, in a row like others."""
+    source = link_settings(listed)
+    (shard,) = open_source(source).listing(()).shards
+    (rows,) = shard_rows([Attempt(shard, 2, (2, 7, 8))])
+    answer = read_shard(rows, worker(source))
+    assert answer["error"].to_pylist() == [None]
+    items = list(unpack_records(answer["inputs"][0].as_buffer()))
+    assert [(item.row, type(item)) for item in items] == [
+        *((2, Reject), (7, ImageRecord), (8, ImageRecord)),
+    ]
+    assert sorted(web.paths()) == ["/2", "/6", "/7"]
+    for attempt, changes, error in (
+        (Attempt(shard, 2, (2, 9)), {}, "has no row 9 any more; its input has changed"),
+        (Attempt(shard), {"shard_deadline": 0.1, "threads": 1}, "given up after 0.1 s"),
+        (Attempt(shard), {"max_shard_bytes": 100}, "over 100 bytes"),
+    ):
+        (rows,) = shard_rows([attempt])
+        (said,) = read_shard(rows, worker(source, **changes))["error"].to_pylist()
+        assert error in said
 
 
 def test_a_reason_that_no_reject_has_is_refused(tmp_path: Path, listed: Path) -> None:

@@ -11,7 +11,7 @@ from tests.web import serve
 from tests.web_like import faulty_pages, mended_pages, write_list
 
 LINKS = 60
-OPTIONS = ("--allow-private-hosts", "--timeout", "3", "--shard-size", "25", "--no-index")
+OPTIONS = ("--allow-private-hosts", "--timeout", "6", "--shard-size", "25", "--no-index")
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
