@@ -14,15 +14,14 @@ import ssl
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from email.message import Message
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import IO, Any
 from urllib.parse import urljoin
 
 from schemas.errors import BadInputError
+from stages.http_answer import AGENT, CHUNK, decoded, require_usable
 from stages.web_address import (
     FetchError,
     HostLookup,
@@ -32,21 +31,13 @@ from stages.web_address import (
     system_resolve,
 )
 
-AGENT = "arrag"
-NO_USE = frozenset(("noai", "noimageai", "noindex", "noimageindex"))
-"""Directives of X-Robots-Tag that img2dataset respects by default, and so do we."""
-
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
-BY_STATUS = {401: "http-403", 403: "http-403", 451: "http-403", 429: "http-429"}
-BY_STATUS |= {404: "http-404", 410: "http-404"}
 MAX_ADDRESSES = 4
 """Addresses of one host that are tried; each gets its share of the time that is left."""
 
 HEAD_BYTES = 256 * 1024
 FRAMING_BYTES = 1 << 20
-CHUNK = 64 * 1024
 IN_MEMORY = 1 << 20
-COMPRESSED = {b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ class Fetcher:
                     response = self._ask(address, stream)
                     onward = response.headers.get("Location")
                     if response.status not in REDIRECTS or not onward:
-                        _require_usable(response)
+                        require_usable(response)
                         return self._body(response, stream)
                 except TimeoutError as error:
                     raise FetchError("timeout", "the answer was not complete in time") from error
@@ -184,7 +175,7 @@ class Fetcher:
         body = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
         try:
             size = 0
-            for piece in _decoded(response):
+            for piece in decoded(response):
                 size += len(piece)
                 if size > limit:
                     raise FetchError("too-large", f"more than {limit} bytes")
@@ -259,54 +250,6 @@ class _Reader(io.BufferedReader):
         if size is None or size < 0:
             raise http.client.HTTPException("a chunk of negative size")
         return super().read(size)
-
-
-def _decoded(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body in small pieces, decompressed where it is compressed although nobody asked for it."""
-    label = response.headers.get("Content-Encoding", "").strip().lower()
-    chunk = response.read(CHUNK)
-    if label not in ("gzip", "x-gzip", "deflate") or chunk[:2] not in COMPRESSED:
-        while chunk:
-            yield chunk
-            chunk = response.read(CHUNK)
-        return
-    inflate = zlib.decompressobj(32 + zlib.MAX_WBITS)
-    while chunk and not inflate.eof:
-        while chunk and not inflate.eof:
-            yield inflate.decompress(chunk, CHUNK)
-            chunk = inflate.unconsumed_tail
-        chunk = response.read(CHUNK)
-    while not inflate.eof and (rest := inflate.decompress(b"", CHUNK)):
-        yield rest
-    if not inflate.eof:
-        raise EOFError("the compressed body ends early")
-
-
-def _require_usable(response: http.client.HTTPResponse) -> None:
-    """Raise FetchError for a status that is no success, and where the server forbids the use."""
-    status = response.status
-    if not 200 <= status < 300:
-        reason = BY_STATUS.get(status, "http-5xx" if 500 <= status < 600 else "http-other")
-        raise FetchError(reason, f"status {status} {response.reason[:80]}".rstrip())
-    if is_disallowed(response.headers):
-        raise FetchError("disallowed", "its X-Robots-Tag forbids this use")
-
-
-def is_disallowed(headers: Message) -> bool:
-    """Whether an X-Robots-Tag forbids the use, for all or for us.
-
-    Read as img2dataset does: "noai, noindex" for all, "NAME: noai" for one. What it misses is
-    respected too: directives for all before one that has a colon of its own.
-    """
-    for value in headers.get_all("X-Robots-Tag", []):
-        agent, colon, listed = str(value).partition(":")
-        for_all = not colon or "," in agent
-        if not for_all and agent.strip().lower() != AGENT:
-            continue
-        directives = (str(value) if for_all else listed).split(",")
-        if any(directive.strip().lower() in NO_USE for directive in directives):
-            return True
-    return False
 
 
 def _join(url: str, onward: str) -> str:

@@ -16,7 +16,8 @@ import trustme
 from schemas.errors import BadInputError
 from schemas.records import REASONS
 from stages.download_engine import load_engine
-from stages.fetch import Fetcher, FetchSettings, is_disallowed, user_agent
+from stages.fetch import Fetcher, FetchSettings, user_agent
+from stages.http_answer import is_disallowed
 from stages.web_address import FetchError, why_blocked
 from tests.conftest import jpeg
 from tests.web import (
