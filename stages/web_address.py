@@ -18,6 +18,8 @@ PORTS = {"http": 80, "https": 443}
 LONGEST = 8192
 """Characters a URL may have; servers refuse longer ones themselves."""
 
+LONGEST_DETAIL = 300
+
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 NAME = re.compile(r"[a-z0-9_.-]{1,253}")
 SAFE = "/%:@!$&'()*+,;=~"
@@ -44,12 +46,15 @@ Resolve = Callable[[str, int], Sequence[str]]
 
 
 class FetchError(Exception):
-    """A URL that gave nothing usable. `reason` is one of `schemas.records.REASONS`."""
+    """A URL that gave nothing usable. `reason` is one of `schemas.records.REASONS`.
+
+    `detail` is one printable line, since parts of it come from outside and reach terminals.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = "".join(c if c.isprintable() else "?" for c in detail[:LONGEST_DETAIL])
+        super().__init__(f"{reason}: {self.detail}")
 
 
 @dataclass(frozen=True)

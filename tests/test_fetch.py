@@ -49,7 +49,8 @@ def outcome(fetcher: Fetcher, url: str) -> bytes | str:
     except FetchError as error:
         refusal = error
     assert refusal.reason in REASONS
-    assert "\n" not in refusal.detail
+    assert refusal.detail.isprintable()
+    assert 0 < len(refusal.detail) <= 300
     return refusal.reason
 
 
@@ -90,6 +91,7 @@ HOSTILE: dict[str, tuple[Page, bytes | str]] = {
     "451": (answer(b"?", "451 Unavailable For Legal Reasons"), "http-403"),
     "500": (answer(b"?", "500 Oops"), "http-5xx"),
     "503": (answer(b"?", "503 Busy"), "http-5xx"),
+    "a terminal's escapes": (raw(b"HTTP/1.1 500 \x1b[2J\x00\r\n\r\n"), "http-5xx"),
     "999": (answer(b"?", "999 Request denied"), "http-other"),
     "a status that is no number": (raw(b"HTTP/1.1 abc OK\r\n\r\n"), "broken-response"),
     "no HTTP": (raw(b"SSH-2.0-OpenSSH_9.0\r\n"), "broken-response"),
