@@ -110,6 +110,8 @@ def build(
             work = plan(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
+        if work.todo or state.unfinished:
+            _recover(layout, manifest, state, report)
         if work.todo:
             with ray_cluster(settings.resources):
                 workers = worker_count(settings.resources)
@@ -117,8 +119,6 @@ def build(
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
                 committer = Committer(layout, manifest.keys)
-                if dropped := committer.recover(state):
-                    report.notes.append(f"dropped {dropped} rows that a killed build left")
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)
@@ -133,6 +133,14 @@ def build(
         if exists(layout.manifest):
             _describe_run(layout, manifest, settings, report)
     return report
+
+
+def _recover(
+    layout: Layout, manifest: DatabaseManifest, state: LedgerState, report: BuildReport
+) -> None:
+    """Drop what a killed build left in the tables; a database that is yet to be made has none."""
+    if exists(layout.manifest) and (dropped := Committer(layout, manifest.keys).recover(state)):
+        report.notes.append(f"dropped {dropped} rows that a killed build left")
 
 
 def _worker_settings(
