@@ -6,11 +6,12 @@ Everything heavy is imported inside the command that needs it, so that `--help` 
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from pipeline.build import BuildReport
+    from pipeline.checks import Check
     from pipeline.query import QueryAnswer
+    from pipeline.ray_run import RayResources
+    from schemas.index_settings import IndexSettings
     from schemas.manifest import IndexManifest
 
 app = typer.Typer(
@@ -35,6 +39,10 @@ app = typer.Typer(
 Database = Annotated[
     str,
     typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
+]
+Databases = Annotated[
+    list[str],
+    typer.Option("--db", envvar="ARRAG_DB", help="A database; several are searched as one."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
@@ -198,14 +206,43 @@ def build(
 def index(
     db: Database = DEFAULT_DB,
     kind: Annotated[
-        str | None, typer.Option(help="flat or ivfpq.  [default: flat up to 50,000 keys]")
+        str | None,
+        typer.Option(help="codebook, ivfpq or flat.  [default: codebook; latent keys: by size]"),
     ] = None,
     index_key: Annotated[
-        str | None, typer.Option(help="A faiss factory string.  [default: OPQ8_32,IVFn,PQ8x8]")
+        str | None,
+        typer.Option(help="ivfpq: a faiss factory string.  [default: OPQ8_32,IVFn,PQ8x8]"),
     ] = None,
-    memory: Annotated[str, typer.Option(help="What the index may take in memory.")] = "4GB",
+    lists: Annotated[
+        int | None, typer.Option(min=1, help="codebook: coarse lists.  [default: by --query-ms]")
+    ] = None,
+    query_ms: Annotated[
+        float, typer.Option(min=0.01, help="codebook: milliseconds a query may scan on one core.")
+    ] = 0.5,
+    target_recall: Annotated[
+        str, typer.Option(help="nprobe is the smallest that reaches it; R or R@K.")
+    ] = "0.95",
     nprobe: Annotated[
-        int | None, typer.Option(min=1, help="Lists a search visits.  [default: tuned]")
+        int | None, typer.Option(min=1, help="Lists a search visits.  [default: by the target]")
+    ] = None,
+    min_recall: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail below this recall at the target's K.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="codebook: equal, learned, or one number an offset: 1,2,…")
+    ] = "equal",
+    max_copies: Annotated[
+        int, typer.Option(min=1, help="codebook: more identical entries are stored once.")
+    ] = 16,
+    dedup: Annotated[
+        str, typer.Option(help="codebook: none, or images to leave out copies of pictures.")
+    ] = "none",
+    memory: Annotated[str, typer.Option(help="What the index may take in memory.")] = "4GB",
+    worker_memory: Annotated[
+        str, typer.Option(help="codebook: what a process may take while it fills.")
+    ] = "1GB",
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Fill and measure on this Ray cluster.")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the index.  [default: its kind]")
@@ -213,11 +250,29 @@ def index(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build an index over the patches and measure its recall against exact search."""
-    from stages.build_index import IndexSettings
+    """Build an index over the patches, or bring one up to date, and certify it.
 
-    settings = IndexSettings(kind, index_key, memory, nprobe)
-    made = _run_index(db, settings, name, quiet or as_json)
+    What is measured against exact search is printed and kept. A killed build of a codebook index goes
+    on where it stopped; a grown table adds only what is new.
+    """
+    from pipeline.ray_run import RayResources
+    from schemas.index_settings import IndexSettings
+
+    settings = IndexSettings(
+        kind=kind,
+        index_key=index_key,
+        memory=memory,
+        worker_memory=worker_memory,
+        lists=lists,
+        query_ms=query_ms,
+        nprobe=nprobe,
+        target_recall=target_recall,
+        weights=weights,
+        max_copies=max_copies,
+        dedup=dedup,
+    )
+    resources = None if ray is None else RayResources(ray)
+    made = _run_index(db, settings, name, quiet or as_json, min_recall, resources)
     if as_json:
         from pipeline.info import info as read_info
 
@@ -228,7 +283,7 @@ def index(
 
 @app.command()
 def query(
-    db: Database = DEFAULT_DB,
+    db: Databases = [DEFAULT_DB],  # noqa: B006 (typer copies it)
     image: Annotated[Path | None, typer.Option(help="Ask with a picture's positions.")] = None,
     row: Annotated[int | None, typer.Option(help="Only this row of the grid (with --col).")] = None,
     col: Annotated[int | None, typer.Option(help="Only this column (with --row).")] = None,
@@ -243,6 +298,10 @@ def query(
     exclude_self: Annotated[
         bool, typer.Option("--exclude-self", help="Leave out what comes from the image itself.")
     ] = False,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Search in these pictures only, such as \"source = 'cc12m'\"."),
+    ] = None,
     tokenizer_weights: Annotated[
         str | None, typer.Option(help="Where the database's tokenizer weights are, if they moved.")
     ] = None,
@@ -255,16 +314,19 @@ def query(
     from pipeline.query import query as run_query
 
     settings = QuerySettings(
-        db, image, row, col, _parse_tokens(tokens), k, index, exclude_self, tokenizer_weights
+        *(db[0], image, row, col, _parse_tokens(tokens), k, index, exclude_self),
+        *(tokenizer_weights, tuple(db[1:]), where),
     )
     answer = run_query(settings)
+    for note in answer.notes:
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(answer.to_json()))
     elif table:
         _print_results(answer)
     if sheet is not None:
         title = f"Query {image.name if image else tokens}"
-        _draw(answer, db, title, sheet, tokenizer_weights, quiet or as_json)
+        _draw(answer, db[0], title, sheet, tokenizer_weights, quiet or as_json)
 
 
 @app.command()
@@ -278,15 +340,65 @@ def info(db: Database = DEFAULT_DB, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def evaluate(
+    db: Database = DEFAULT_DB,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of an index; may be repeated.  [default: all]"),
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask with.")] = 200,
+    queries: Annotated[int, typer.Option(min=1, help="Positions to ask about.")] = 2000,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a position.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which pictures and positions are drawn.")] = 0,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Ray cluster for exact search over large tables.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures to this PNG.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """How near retrieved tokens are to the true ones, and how likely these become, by index."""
+    from pipeline.evaluate import EvaluateSettings
+    from pipeline.evaluate import evaluate as run_evaluate
+
+    settings = EvaluateSettings(db, tuple(index or ()), pictures, queries, k, seed, ray)
+    with _bar(quiet or as_json, "rows") as bar:
+        task = bar.add_task("asking")
+        found = run_evaluate(
+            settings,
+            lambda step, done, total: bar.update(
+                task, description=step, completed=done, total=total
+            ),
+            lambda cost: typer.echo(f"note: {cost}", err=True),
+        )
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.to_text())
+    if plot is not None:
+        from stages.plot_evaluation import draw_evaluation
+
+        draw_evaluation([(one.name, one.figures) for one in found.indexes], found.title, plot)
+        if not quiet and not as_json:
+            typer.echo(f"plot: {plot}")
+
+
+@app.command()
 def verify(
     db: Database = DEFAULT_DB,
     full: Annotated[
         bool, typer.Option("--full", help="Recompute every picture's patches.")
     ] = False,
+    removed: Annotated[
+        str | None,
+        typer.Option(help="Prove that nothing of this receipt (id or file) can be retrieved."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Prove a database sound: counts, ids, contents, indexes. Exits with 1 when it is not."""
+    if removed is not None:
+        from pipeline.verify_removed import verify_removed
+
+        _print_checks(verify_removed(db, removed), f"receipt {removed} does not hold", as_json)
+        return
     from pipeline.verify import verify as run_verify
 
     with _bar(quiet or as_json, "shards") as bar:
@@ -296,16 +408,83 @@ def verify(
             full=full,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    failed = [check for check in checks if not check.ok]
-    if as_json:
-        listed = [vars(check) for check in checks]
-        typer.echo(json.dumps({"ok": not failed, "checks": listed}, indent=1))
-    else:
-        for check in checks:
-            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
-    if failed:
-        names = "; ".join(check.name for check in failed)
-        raise ArragError(f"database {db} is not sound: {names}")
+    _print_checks(checks, f"database {db} is not sound", as_json)
+
+
+@app.command()
+def remove(
+    db: Database = DEFAULT_DB,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Pictures of which this holds, as in \"url LIKE '%x.org/%'\"."),
+    ] = None,
+    image_id: Annotated[
+        list[int] | None, typer.Option(help="A picture's id; may be repeated.")
+    ] = None,
+    sha256: Annotated[
+        list[str] | None, typer.Option(help="The hash of original bytes; may be repeated.")
+    ] = None,
+    like: Annotated[
+        list[Path] | None, typer.Option(help="A file with the picture's bytes; may be repeated.")
+    ] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Another database's list: csv, jsonl, parquet.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write this database's list to a file, and do nothing else.")
+    ] = None,
+    why: Annotated[str, typer.Option(help="The reason, for the list and the receipt.")] = "",
+    only_these: Annotated[
+        bool, typer.Option("--only-these", help="Leave copies with the same bytes in.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take pictures out: no search returns them from now on, and no build brings them back.
+
+    Works beside a running build. `arrag-db compact` takes their bytes out of tables and indexes.
+    """
+    from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
+
+    if export is not None:
+        rows = export_list(db, export)
+        typer.echo(json.dumps({"exported": rows}) if as_json else f"{rows:,} rows: {export}")
+        return
+    request = RemovalRequest(
+        where,
+        tuple(image_id or ()),
+        tuple(sha256 or ()),
+        tuple(like or ()),
+        import_,
+        only_these,
+    )
+    if not (dry_run or why.strip()):
+        raise BadInputError("a removal needs a reason, for the list and the receipt; give --why")
+    removal = plan_removal(db, request)
+    if not as_json:
+        typer.echo(removal.to_text())
+    if as_json and not (dry_run or yes):
+        raise BadInputError("--json asks nothing; add --yes to remove, or --dry-run to look")
+    if dry_run or removal.is_empty:
+        if as_json:
+            typer.echo(json.dumps(removal.to_json(), indent=1))
+        return
+    if not yes:
+        typer.confirm("Take them out?", abort=True)
+    receipt = carry_out(db, removal, why, shlex.join(["arrag-db", *sys.argv[1:]]))
+    typer.echo(json.dumps(vars(receipt), indent=1) if as_json else receipt.to_text(db))
+
+
+@app.command()
+def compact(db: Database = DEFAULT_DB, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Take the bytes of removed pictures out of tables and indexes; merge small fragments."""
+    from pipeline.compact import compact as run_compact
+
+    with _bar(quiet or as_json, "steps") as bar:
+        task = bar.add_task("compacting", total=None)
+        done = run_compact(db, lambda step: bar.update(task, description=step, advance=1))
+    typer.echo(json.dumps(vars(done), indent=1) if as_json else done.to_text())
 
 
 def _parse_reasons(text: str | None) -> tuple[str, ...]:
@@ -340,17 +519,29 @@ def _index_after_build(db: str, quiet: bool) -> None:
         _print_index(made)
 
 
-def _run_index(db: str, settings: Any, name: str | None, quiet: bool) -> "IndexManifest":
+def _run_index(
+    db: str,
+    settings: "IndexSettings",
+    name: str | None,
+    quiet: bool,
+    min_recall: float | None = None,
+    resources: "RayResources | None" = None,
+) -> "IndexManifest":
     from pipeline.index import index_database
 
-    with _bar(quiet, "keys") as bar:
-        task = bar.add_task("training the index")
-
-        def show(done: int, total: int) -> None:
-            state = "filling" if done < total else "measuring recall"
-            bar.update(task, description=f"{state} the index", completed=done, total=total)
-
-        return index_database(db, settings, name=name, progress=show)
+    with _bar(quiet, "") as bar:
+        task = bar.add_task("starting")
+        return index_database(
+            db,
+            settings,
+            name=name,
+            min_recall=min_recall,
+            resources=resources,
+            progress=lambda step, done, total: bar.update(
+                task, description=step, completed=done, total=total
+            ),
+            announce=lambda cost: typer.echo(f"note: {cost}", err=True),
+        )
 
 
 def _draw(
@@ -366,7 +557,6 @@ def _draw(
         task = bar.add_task("reconstructing")
         drawn = draw_sheet(
             answer,
-            layout,
             tokenizer,
             title,
             lambda done, total: bar.update(task, completed=done, total=total),
@@ -374,6 +564,19 @@ def _draw(
     save_sheet(drawn, sheet)
     if not quiet:
         typer.echo(f"contact sheet: {sheet}")
+
+
+def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> None:
+    """Every check on a line, or as one object; a failed one makes the command fail."""
+    failed = [check for check in checks if not check.ok]
+    if as_json:
+        listed = [vars(check) for check in checks]
+        typer.echo(json.dumps({"ok": not failed, "checks": listed}, indent=1))
+    else:
+        for check in checks:
+            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+    if failed:
+        raise ArragError(f"{failure}: {'; '.join(check.name for check in failed)}")
 
 
 def _print_build(report: "BuildReport", retry: str | None) -> None:
@@ -397,12 +600,9 @@ def _print_build(report: "BuildReport", retry: str | None) -> None:
 
 
 def _print_index(made: "IndexManifest") -> None:
-    probe = f", nprobe {made.nprobe}" if made.nprobe else ""
-    typer.echo(
-        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys, recall@10"
-        f" {made.recall_at_10:.3f} ({made.recall_protocol['queries']}),"
-        f" {made.ms_per_query:.2f} ms a query"
-    )
+    from pipeline.info import index_to_text
+
+    typer.echo(index_to_text(made))
 
 
 def _print_results(answer: "QueryAnswer") -> None:

@@ -24,6 +24,7 @@ from pipeline.ray_run import (
     run_shards,
     worker_count,
 )
+from pipeline.remove import take_out_suppressed
 from pipeline.retry import plan_retry, require_reasons
 from pipeline.shard_worker import WorkerSettings
 from schemas.errors import BadInputError
@@ -131,6 +132,12 @@ def build(
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
         if exists(layout.manifest):
+            # What was removed while its shard was under way has come in all the same.
+            if receipt := take_out_suppressed(layout.root, "arrag-db build"):
+                report.notes.append(
+                    f"{receipt.images} pictures on the list of removed ones came in and are hidden"
+                    f" (receipt {receipt.id})"
+                )
             _describe_run(layout, manifest, settings, report)
     return report
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.ray_run import RayResources
 from schemas.errors import BadInputError, IncompatibleError
-from schemas.location import exists, names
+from schemas.location import exists, in_store, names
 from schemas.manifest import (
     PRECISIONS,
     DatabaseManifest,
@@ -19,6 +19,7 @@ from schemas.specs import Floats, KeySpec, key_spec, require_same_tokenizer
 from schemas.tables import require_grid_fits
 from stages.download import DownloadSettings
 from stages.patch_table import create_tables, read_ledger
+from stages.take_out import create_list
 from stages.tokenizers import load_tokenizer
 
 DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
@@ -95,13 +96,17 @@ def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseM
 def create_database(layout: Layout, manifest: DatabaseManifest, codebook: Floats) -> None:
     """Make the empty tables; the manifest comes last, so where it stands the rest is complete."""
     create_tables(layout, manifest.tokenizer, manifest.keys)
+    if in_store(layout.root):
+        create_list(layout)
     write_codebook(layout, codebook)
     manifest.write(layout)
 
 
 def _require_room(layout: Layout) -> None:
     """A folder without a manifest may only hold what a killed creation leaves: empty tables."""
-    ours = {p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects)}
+    ours = {
+        p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects, layout.removed)
+    }
     ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.lease, layout.codebook))}
     others = [name for name in names(layout.root) if name not in ours and name[0] != "."]
     if others:

@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import pyarrow as pa
 
 from arrag_runtime.patch_index import index_folders
-from schemas.location import join, names, size
-from schemas.manifest import INDEX_FILE, DatabaseManifest, IndexManifest, Layout
+from arrag_runtime.removed import Tombstones
+from schemas.location import exists, join, names, size
+from schemas.manifest import DatabaseManifest, IndexManifest, Layout
+from schemas.tables import contains
+from stages.certificate import Certificate
 from stages.patch_table import read_ledger
+from stages.read_images import ImageTable, duplicate_images
 from stages.read_rejects import open_rejects
+from stages.take_out import booked_removals
 
 
 def info(database: str | Path) -> dict[str, Any]:
@@ -20,13 +26,17 @@ def info(database: str | Path) -> dict[str, Any]:
     reasons = open_rejects(layout.rejects, state, ["reason"])["reason"]
     rejects = {entry["values"]: entry["counts"] for entry in reasons.value_counts().to_pylist()}
     spec, keys = manifest.tokenizer, manifest.keys
+    waiting = _removed_waiting(layout, manifest)
     return {
         "database": layout.root,
         "inputs": state.totals["inputs"],
-        "images": state.totals["images"],
-        "heldout": state.totals["heldout"],
-        "patches": state.totals["patches"],
+        "images": state.totals["images"] - waiting["images"],
+        "heldout": state.totals["heldout"] - waiting["heldout"],
+        "patches": state.totals["patches"] - waiting["patches"],
         "rejects": dict(sorted(rejects.items())),
+        "removed": state.totals["removed"] + waiting["images"],
+        "removed_waiting": waiting["images"],
+        "duplicates": len(duplicate_images(ImageTable(layout.images), Tombstones(layout).ids)),
         "shards": len(state.done),
         "shards_open": len(state.recorded) - len(state.done),
         "sources": list(manifest.sources),
@@ -46,22 +56,46 @@ def info(database: str | Path) -> dict[str, Any]:
     }
 
 
+def _removed_waiting(layout: Layout, manifest: DatabaseManifest) -> dict[str, int]:
+    """What is removed and still in the tables: pictures, held-out ones of them, and patches."""
+    splits: dict[int, str] = {}
+    if exists(layout.removed):
+        table = lance.dataset(layout.removed).to_table(
+            columns=["image_id", "split"], filter="image_id IS NOT NULL"
+        )
+        booked = booked_removals(layout)
+        there = table.filter(pa.array(~contains(booked, table["image_id"].to_numpy())))
+        splits = dict(zip(*(column.to_pylist() for column in there.columns), strict=True))
+    spec = manifest.tokenizer
+    per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
+    held_out = list(splits.values()).count("heldout")
+    return {
+        "images": len(splits),
+        "heldout": held_out,
+        "patches": per_image * (len(splits) - held_out),
+    }
+
+
 def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str, Any]:
     index = IndexManifest.read(folder)
     current = lance.dataset(layout.patches(index.keys)).count_rows()
     return {
         "kind": index.kind,
+        "entries": index.entries,
+        "left_out": index.left_out,
+        "parts": len(index.parts),
+        "weights": index.weights,
         "index_key": index.index_key,
         "keys": index.count,
         "nprobe": index.nprobe,
         "recall_at_10": index.recall_at_10,
-        "recall_protocol": index.recall_protocol,
+        "recall": index.certificate["chosen"]["recall"],
+        "certificate": index.certificate,
         "code_bytes_per_key": index.code_bytes_per_key,
-        # faiss reads its file into memory; ids and next tokens stay mapped.
-        "resident_bytes_per_key": size(join(folder, INDEX_FILE)) / max(index.count, 1),
+        "resident_bytes_per_key": index.resident_bytes_per_key,
         "ms_per_query": index.ms_per_query,
         "table_version": index.table_version,
-        "up_to_date": index.count == current,
+        "up_to_date": index.settings["rows"] == current,
     }
 
 
@@ -79,12 +113,19 @@ def to_text(fields: dict[str, Any]) -> str:
     lines = [
         f"{fields['database']}: {fields['images']:,} images, {fields['patches']:,} patches",
         f"  inputs {fields['inputs']:,} = {fields['images']:,} images + {rejects:,} rejects"
-        f" ({fields['heldout']:,} of the images held out)",
+        f"{_removed(fields)} ({fields['heldout']:,} of the images held out)",
         f"  shards {fields['shards']} done, {fields['shards_open']} open;"
         f" sources {', '.join(fields['sources']) or 'none'}",
         f"  tokenizer {fields['tokenizer']}, grid {grid}, {fields['vocabulary']:,} codes",
         f"  keys {fields['neighborhood']}, border {fields['border']}, {fields['key_space']} space",
     ]
+    if fields["removed_waiting"]:
+        lines.append(
+            f"  {fields['removed_waiting']:,} of the removed are hidden and still on disk: run"
+            " `arrag-db compact`"
+        )
+    if fields["duplicates"]:
+        lines.append(f"  {fields['duplicates']:,} of the images are copies of another one")
     lines += [f"  reject {reason}: {count:,}" for reason, count in fields["rejects"].items()]
     sizes = {name: f"{size / 1e6:.1f} MB" for name, size in fields["bytes"].items()}
     lines.append("  on disk " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
@@ -94,8 +135,41 @@ def to_text(fields: dict[str, Any]) -> str:
         lines.append(
             f"  index {name}: {index['index_key']}{probe}, {index['keys']:,} keys,"
             f" recall@10 {index['recall_at_10']:.3f}, {index['ms_per_query']:.2f} ms a query,"
-            f" {index['code_bytes_per_key']:.0f} bytes of code a key{stale}"
+            f" {index['code_bytes_per_key']:.1f} bytes of code a key,"
+            f" {index['resident_bytes_per_key']:.1f} resident{stale}"
         )
+        recalls = ", ".join(f"@{k} {recall:.3f}" for k, recall in index["recall"].items())
+        lines.append(f"    recall {recalls}; {index['certificate']['protocol']}")
     if not fields["indexes"]:
         lines.append("  no index yet: run `arrag-db index`")
     return "\n".join(lines)
+
+
+def index_to_text(made: IndexManifest) -> str:
+    """An index and its certificate, for people who have just built it."""
+    probe = f", nprobe {made.nprobe}" if made.nprobe else ""
+    lines = [
+        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys in {made.entries:,} entries,"
+        f" {made.code_bytes_per_key:.1f} bytes of code a key,"
+        f" {made.resident_bytes_per_key:.1f} resident",
+    ]
+    if made.weights is not None:
+        said = ", ".join(f"{weight:.2f}" for weight in made.weights)
+        lines.append(f"  weights of the offsets {said}; distances are in these units")
+    if fitted := made.metrics.get("weights"):
+        low, high = fitted["gain_interval"]
+        lines.append(
+            f"  learned: {fitted['equal']:.3f} → {fitted['learned']:.3f} nats a token on"
+            f" {fitted['judged_on']}; gain {fitted['gain']:.3f} ({low:.3f} to {high:.3f})"
+        )
+    if made.left_out:
+        lines.append(f"  {made.left_out:,} pictures are left out: removed ones or copies")
+    lines += [
+        "  " + line for line in Certificate.from_json(made.certificate).to_text().splitlines()
+    ]
+    return "\n".join(lines)
+
+
+def _removed(fields: dict[str, Any]) -> str:
+    """What the sum of inputs has besides images and rejects, once something was taken out."""
+    return f" + {fields['removed']:,} removed" if fields["removed"] else ""

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.patch_index import Neighbors, PatchIndex
+from arrag_runtime.index_group import IndexGroup
+from arrag_runtime.neighbors import Neighbors
+from arrag_runtime.patch_index import PatchIndex
 from schemas.errors import BadInputError
 from schemas.manifest import DatabaseManifest, Layout, read_codebook
 from schemas.specs import require_same_tokenizer
-from schemas.tables import split_patch_ids
+from schemas.tables import Ids, split_patch_ids
 from stages.decode import DecodeSettings, UndecodableError, decode
 from stages.read_images import ImageRow, ImageTable
 from stages.tokenizers import Tokenizer, load_tokenizer
@@ -25,6 +27,8 @@ class QuerySettings:
 
     exclude_self leaves out what comes from the image itself and its copies, known by the hash of
     their bytes. tokenizer_weights says where the database's weights are now, if they have moved.
+    others: databases searched together with the first; where: a filter on the images' columns, such
+    as "source = 'cc12m'", to search in these pictures only.
     """
 
     database: str | Path
@@ -36,11 +40,22 @@ class QuerySettings:
     index: str | None = None
     exclude_self: bool = False
     tokenizer_weights: str | None = None
+    others: tuple[str | Path, ...] = ()
+    where: str | None = None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where the databases are."""
+        return tuple(Layout(database) for database in (self.database, *self.others))
 
 
 @dataclass(frozen=True)
 class Neighbor:
-    """One retrieved entry and where it came from. distance: squared L2."""
+    """One retrieved entry and where it came from.
+
+    distance: squared L2, in the index's weighted units where it has weights; copies: how many
+    identical entries it stands for; database: the root of the one it is from.
+    """
 
     rank: int
     distance: float
@@ -53,6 +68,8 @@ class Neighbor:
     url: str | None
     key: str
     licence: str | None
+    copies: int
+    database: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class QueryAnswer:
     index: str
     kind: str
     grid: npt.NDArray[np.uint16] | None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -106,7 +124,8 @@ def query(settings: QuerySettings) -> QueryAnswer:
         raise BadInputError("--row and --col say where in an --image; with --tokens leave them out")
     if (settings.row is None) != (settings.col is None):
         raise BadInputError("--row and --col go together; give both, or neither for every position")
-    index = PatchIndex.open(layout.root, settings.index)
+    index = IndexGroup([PatchIndex.open(one.root, settings.index) for one in settings.layouts])
+    keep, notes = _kept(settings)
     grid = None
     if settings.tokens is not None:
         positions: list[tuple[int | None, int | None]] = [(None, None)]
@@ -119,31 +138,56 @@ def query(settings: QuerySettings) -> QueryAnswer:
             manifest,
         )
         positions, keys = _picture_keys(grid, settings, manifest)
-    own = _own_images(layout, settings)
+    own = _own_images(settings)
     exclude = np.tile(np.array(own, np.int64), (len(keys), 1)) if own else None
-    found = index.search(keys, settings.k, exclude=exclude)
-    rows = _image_rows(layout, found)
+    found = index.search(keys, settings.k, exclude=exclude, keep=keep)
+    rows = _image_rows(settings.layouts, found)
     results = tuple(
         PositionResult(
             row,
             col,
             tuple(keys[n].tolist()),
             None if grid is None else int(grid[row, col]),
-            _trace(found, n, rows, manifest.tokenizer.grid_width),
+            _trace(found, n, rows, settings.layouts, manifest.tokenizer.grid_width),
         )
         for n, (row, col) in enumerate(positions)
     )
-    return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid)
+    return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid, notes)
 
 
-def _own_images(layout: Layout, settings: QuerySettings) -> list[int]:
+def _kept(settings: QuerySettings) -> tuple[list[Ids | None] | None, tuple[str, ...]]:
+    """For each database the pictures that the filter keeps, ascending, and what that costs."""
+    if settings.where is None:
+        return None, ()
+    kept: list[Ids | None] = []
+    total = 0
+    for layout in settings.layouts:
+        images = ImageTable(layout.images)
+        batches = images.batches(["image_id"], 1 << 18, settings.where)
+        ids = [batch.column("image_id").to_numpy() for batch in batches]
+        kept.append(np.sort(np.concatenate([np.empty(0, np.int64), *ids])))
+        total += images.count
+    chosen = sum(len(ids) for ids in kept if ids is not None)
+    if not chosen:
+        raise BadInputError(f"--where '{settings.where}' keeps none of {total:,} pictures")
+    share = chosen / total
+    return kept, (
+        f"--where keeps {chosen:,} of {total:,} pictures ({share:.2%}), so about"
+        f" {1 / share:,.0f} times as many entries are looked at",
+    )
+
+
+def _own_images(settings: QuerySettings) -> list[int]:
     """The ids of the query's own picture and its copies, where they are to be left out."""
     if not settings.exclude_self:
         return []
     if settings.image is None:
         raise BadInputError("--exclude-self leaves out the --image itself; --tokens names none")
     sha256 = hashlib.sha256(_read(settings.image)).hexdigest()
-    return ImageTable(layout.images).copies([sha256]).get(sha256, [])
+    own: list[int] = []
+    for layout in settings.layouts:
+        own += ImageTable(layout.images).copies([sha256]).get(sha256, [])
+    return own
 
 
 def load_database_tokenizer(
@@ -228,20 +272,30 @@ def _range_with_keys(manifest: DatabaseManifest) -> str:
     return f"use rows {rows.min()}..{rows.max()} and columns {cols.min()}..{cols.max()}"
 
 
-def _image_rows(layout: Layout, found: Neighbors) -> dict[int, ImageRow]:
-    ids = split_patch_ids(found.patch_ids[found.patch_ids >= 0])[0]
-    return ImageTable(layout.images).rows(np.unique(ids).tolist())
+def _image_rows(layouts: Sequence[Layout], found: Neighbors) -> dict[tuple[int, int], ImageRow]:
+    """The pictures that results come from, by database and id."""
+    rows = {}
+    real = found.patch_ids >= 0
+    for number, layout in enumerate(layouts):
+        ids = split_patch_ids(found.patch_ids[real & (found.origin == number)])[0]
+        for image, row in ImageTable(layout.images).rows(np.unique(ids).tolist()).items():
+            rows[number, image] = row
+    return rows
 
 
 def _trace(
-    found: Neighbors, query: int, rows: dict[int, ImageRow], width: int
+    found: Neighbors,
+    query: int,
+    rows: dict[tuple[int, int], ImageRow],
+    layouts: Sequence[Layout],
+    width: int,
 ) -> tuple[Neighbor, ...]:
     """The real neighbours of one query, each with the picture and position it came from."""
     neighbors = []
     for rank in range(int(found.count[query])):
-        patch = int(found.patch_ids[query, rank])
+        patch, number = int(found.patch_ids[query, rank]), int(found.origin[query, rank])
         image, position = (int(x) for x in split_patch_ids(np.int64(patch)))  # type: ignore[arg-type]
-        origin = rows.get(image)
+        origin = rows.get((number, image))
         neighbors.append(
             Neighbor(
                 rank=rank + 1,
@@ -255,6 +309,8 @@ def _trace(
                 url=origin.url if origin else None,
                 key=origin.key if origin else "",
                 licence=origin.licence if origin else None,
+                copies=int(found.copies[query, rank]),
+                database=layouts[number].root,
             )
         )
     return tuple(neighbors)

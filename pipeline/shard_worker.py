@@ -33,6 +33,7 @@ from stages.encode_images import EncodeSettings, encode_shard
 from stages.extract_patches import extract_patches
 from stages.patch_table import ShardResult, table_paths, write_fragments
 from stages.sources import open_source
+from stages.suppress import read_suppressed, without_removed
 from stages.tokenizers import load_tokenizer
 
 
@@ -98,11 +99,18 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
 
 
 def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ImageRecord | Reject]:
-    """The attempt's inputs in order, with links downloaded, and kept where that is asked for."""
+    """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
+
+    What is on the list of removed pictures is turned away: before it is downloaded where its
+    address or hash is known, and before it is kept by its bytes.
+    """
+    removed = read_suppressed(Layout(settings.database))
     items = open_source(settings.source).read(attempt.shard)
     if attempt.rows:
         items = _only(items, attempt)
-    return download_links(items, settings.download, attempt)
+    return download_links(
+        without_removed(items, removed), settings.download, attempt, removed=removed
+    )
 
 
 def _only(

@@ -26,16 +26,18 @@ INK, FAINT, FRAME, KEY = (24, 24, 27), (113, 113, 122), (225, 29, 72), (37, 99, 
 
 def draw_sheet(
     answer: QueryAnswer,
-    layout: Layout,
     tokenizer: Tokenizer,
     title: str,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Image.Image:
     """Draw up to eight of the answer's positions, spread evenly, with up to eight results each."""
     results = _spread(answer.results, MAX_ROWS)
-    sources = {n.image_id for result in results for n in result.neighbors[:MAX_NEIGHBORS]}
+    shown = [n for result in results for n in result.neighbors[:MAX_NEIGHBORS]]
     height = answer.manifest.tokenizer.grid_height
-    grids = ImageTable(layout.images).grids(sorted(sources), height)
+    grids: dict[int, npt.NDArray[np.uint16]] = {}
+    for database in {n.database for n in shown}:
+        sources = {n.image_id for n in shown if n.database == database}
+        grids |= ImageTable(Layout(database).images).grids(sorted(sources), height)
     pictures = dict(_reconstruct(grids, tokenizer, progress))
     asked = None if answer.grid is None else tokenizer.decode(answer.grid[None])[0]
     columns = max((min(len(r.neighbors), MAX_NEIGHBORS) for r in results), default=0)

@@ -6,7 +6,6 @@ grids for at least 64 pictures of every shard, or for all of them.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from arrag_runtime.patch_index import PatchIndex, index_folders
+from arrag_runtime.removed import Tombstones
+from pipeline.checks import Check, named
+from pipeline.verify_removed import removed_checks
 from schemas.errors import ArragError
+from schemas.location import local_folder
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.split import is_held_out
 from schemas.tables import (
@@ -28,21 +31,12 @@ from schemas.tables import (
     split_patch_ids,
 )
 from stages.extract_patches import extract_patches
+from stages.index_contents import checksum, index_contents, left_out
 from stages.patch_table import read_ledger
+from stages.read_patches import PatchTable
 from stages.read_rejects import open_rejects
 
 IMAGES_PER_SHARD = 64
-SHOWN = 3
-"""How many offenders a failed check names."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was checked. `detail` says what was seen, and for a failure where."""
-
-    name: str
-    ok: bool
-    detail: str
 
 
 def verify(
@@ -61,6 +55,7 @@ def verify(
             _schemas(tables),
             _ledger_once(tables.done),
             *_counts(tables),
+            *removed_checks(layout),
             _unique("image ids unique", tables.images, "image_id"),
             _unique("patch ids unique", tables.patches, "patch_id"),
             _splits(tables),
@@ -82,7 +77,9 @@ class _Tables:
         self.patches = lance.dataset(layout.patches(manifest.keys))
         self.rejects = lance.dataset(layout.rejects).to_table(columns=["shard", "attempt"])
         self.open_rejects = open_rejects(layout.rejects, read_ledger(layout))
-        self.done = lance.dataset(layout.ledger).to_table(filter="state = 'done'").to_pylist()
+        ledger = lance.dataset(layout.ledger)
+        self.done = ledger.to_table(filter="state = 'done'").to_pylist()
+        self.losses = ledger.to_table(filter="state = 'removed'").to_pylist()
         self.patch_counts, self.patch_fragments = _by_shard(
             self.patches, "patch_id", ROW_BITS + POSITION_BITS
         )
@@ -123,13 +120,13 @@ def _schemas(tables: _Tables) -> Check:
         "patches": (tables.patches.schema, patches_schema(spec, keys)),
     }
     wrong = [name for name, (held, schema) in wanted.items() if not held.equals(schema)]
-    return Check("tables agree with the manifest", not wrong, _named(keys.name, wrong))
+    return Check("tables agree with the manifest", not wrong, named(keys.name, wrong))
 
 
 def _ledger_once(rows: list[dict[str, Any]]) -> Check:
     counts = Counter((row["shard"], row["attempt"]) for row in rows)
     twice = [shard for (shard, _), count in counts.items() if count > 1]
-    return Check("every shard recorded once", not twice, _named(f"{len(rows)} rows", twice))
+    return Check("every shard recorded once", not twice, named(f"{len(rows)} rows", twice))
 
 
 def _counts(tables: _Tables) -> Iterator[Check]:
@@ -141,12 +138,22 @@ def _counts(tables: _Tables) -> Iterator[Check]:
         names[number] = row["shard"]
         for field in ("inputs", "images", "patches", "rejects"):
             ledger[number][field] += row[field]
+    for row in tables.losses:
+        for field in ("images", "patches"):
+            ledger[shard_number(row["shard"])][field] += row[field]
+        ledger[shard_number(row["shard"])]["removed"] -= row["images"]
     totals: Counter[str] = Counter()
     for counts in ledger.values():
         totals.update(counts)
-    unbalanced = [names[n] for n, c in ledger.items() if c["inputs"] != c["images"] + c["rejects"]]
+    unbalanced = [
+        names[number]
+        for number, c in ledger.items()
+        if c["inputs"] != c["images"] + c["rejects"] + c["removed"]
+    ]
     detail = "{inputs} inputs = {images} images + {rejects} rejects".format_map(totals)
-    yield Check("inputs = images + rejects", not unbalanced, _named(detail, unbalanced))
+    if totals["removed"]:
+        detail += f" + {totals['removed']} removed"
+    yield Check("inputs = images + rejects", not unbalanced, named(detail, unbalanced))
     yield _rejects_kept(tables)
     rejected = tables.open_rejects["shard"].to_pylist()
     for name, held in (
@@ -161,7 +168,7 @@ def _counts(tables: _Tables) -> Iterator[Check]:
             elif held[number] != ledger[number][name]:
                 known = ledger[number][name]
                 wrong.append(f"{names[number]} has {held[number]} of {known}")
-        yield Check(f"{name} per shard", not wrong, _named(f"{held.total()} rows", wrong))
+        yield Check(f"{name} per shard", not wrong, named(f"{held.total()} rows", wrong))
 
 
 def _rejects_kept(tables: _Tables) -> Check:
@@ -177,7 +184,7 @@ def _rejects_kept(tables: _Tables) -> Check:
         for entry in held.keys() | known.keys()
         if held[entry] != known.get(entry, 0)
     ]
-    return Check("rejects of every attempt", not wrong, _named(f"{held.total()} rows", wrong))
+    return Check("rejects of every attempt", not wrong, named(f"{held.total()} rows", wrong))
 
 
 def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
@@ -199,7 +206,7 @@ def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
         open_ids.sort()
         twice.update(open_ids[1:][open_ids[1:] == open_ids[:-1]].tolist())
         reach = max(reach, high)
-    return Check(name, not twice, _named(f"{total} ids", twice))
+    return Check(name, not twice, named(f"{total} ids", twice))
 
 
 def _splits(tables: _Tables) -> Check:
@@ -212,9 +219,7 @@ def _splits(tables: _Tables) -> Check:
             held += held_out
             if (row["split"] == "heldout") != held_out:
                 wrong.append(row["key"])
-    return Check(
-        "held-out pictures are those of the hash", not wrong, _named(f"{held} held", wrong)
-    )
+    return Check("held-out pictures are those of the hash", not wrong, named(f"{held} held", wrong))
 
 
 def _owners(tables: _Tables) -> Check:
@@ -226,7 +231,7 @@ def _owners(tables: _Tables) -> Check:
         owners = np.unique(split_patch_ids(batch.column("patch_id").to_numpy())[0])
         strays.update(owners[~np.isin(owners, allowed, assume_unique=True)].tolist())
     detail = f"{len(allowed)} pictures have patches"
-    return Check("patches belong to pictures in the database", not strays, _named(detail, strays))
+    return Check("patches belong to pictures in the database", not strays, named(detail, strays))
 
 
 def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None]) -> Check:
@@ -246,7 +251,7 @@ def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None])
                 wrong.append(shard)
         progress(done, len(shards))
     detail = f"{checked} pictures of {len(shards)} shards recomputed"
-    return Check("keys and next tokens equal the grids", not wrong, _named(detail, wrong))
+    return Check("keys and next tokens equal the grids", not wrong, named(detail, wrong))
 
 
 def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
@@ -268,39 +273,22 @@ def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
 
 
 def _index(layout: Layout, folder: str) -> Check:
-    """An index holds just the patches of the table version it names."""
+    """An index holds just the patches of the table version it names, less what it leaves out."""
     short = folder.rpartition("/")[2]
     name = f"index {short} matches its table"
     try:
         index = IndexManifest.read(folder)
-        opened = PatchIndex.open(layout.root, short)
-        table = lance.dataset(layout.patches(index.keys))
-        if table.version != index.table_version:
-            try:
-                table = table.checkout_version(index.table_version)
-            except (OSError, ValueError):
-                return Check(
-                    name, False, f"table version {index.table_version} is gone; index again"
-                )
+        PatchIndex.open(layout.root, short)
+        table = PatchTable(layout.patches(index.keys), index.table_version)
+        local = local_folder(folder)
+        hidden = np.union1d(left_out(local), Tombstones(layout).ids)
+        whole = index.kind == "codebook"
+        contents = index_contents(local, index, read_codebook(layout))
+        held, found = checksum(contents, hidden, keys=whole)
+        rows, wanted = checksum(table.blocks(), hidden, keys=whole)
     except ArragError as error:
         return Check(name, False, str(error))
-    start = 0
-    for batch in table.scanner(columns=["patch_id", "next_token"], scan_in_order=True).to_batches():
-        ids, tokens = opened.entries(start, batch.num_rows)
-        same = np.array_equal(ids, batch.column("patch_id").to_numpy()) and np.array_equal(
-            tokens, batch.column("next_token").to_numpy()
-        )
-        if not same:
-            return Check(name, False, f"entries {start}..{start + batch.num_rows} differ")
-        start += batch.num_rows
-    detail = f"{opened.count} entries, table version {index.table_version} has {start} rows"
-    return Check(name, start == opened.count, detail)
-
-
-def _named(detail: str, offenders: Any) -> str:
-    """The detail and, for a failure, the first offenders."""
-    listed = sorted(map(str, offenders))
-    if not listed:
-        return detail
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return f"{detail}; wrong: {', '.join(listed[:SHOWN])}{more}"
+    detail = f"{held} keys, table version {index.table_version} has {rows}"
+    if found != wanted and held == rows:
+        detail += ", and they differ"
+    return Check(name, found == wanted and held == rows, detail)

@@ -14,8 +14,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,32 +128,25 @@ def remove(place: str) -> None:
         store.delete_file(path)
 
 
-@contextmanager
-def draft_folder(parent: str) -> Iterator[Path]:
-    """A local folder to fill, which `put_folder` then moves to its place below the parent.
+def building_folder(parent: str, name: str) -> Path:
+    """The local folder in which this name below the parent is built; it outlives a killed process.
 
-    On a disk it lies there as `.draft`; of a killed process `tidy_drafts` takes it away.
+    On a disk it lies beside its place, for a store in the cache.
     """
-    if in_store(parent):
-        with tempfile.TemporaryDirectory(prefix="arrag-") as folder:
-            yield Path(folder)
-        return
-    draft = Path(parent) / DRAFT
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    if not in_store(parent):
+        return Path(parent) / f".building-{name}"
+    return _cache() / f"building-{_digest(parent.encode())}-{name}"
 
 
 def put_folder(draft: Path, place: str) -> None:
     """Put a finished draft, which has a `manifest.json`, where an older folder may be.
 
-    On a disk it is renamed. On a store its files are uploaded with the manifest last and the old
+    The draft is gone afterwards. On a disk it is renamed. On a store its files are uploaded with the manifest last and the old
     one gone before: where a manifest stands, what it describes is whole.
     """
     if in_store(place):
         _upload(draft, place)
+        shutil.rmtree(draft)
         return
     final = Path(place)
     old = final.with_name(f"{OLD}{final.name}")
@@ -165,14 +156,13 @@ def put_folder(draft: Path, place: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-DRAFT, OLD = ".draft", ".old-"
+OLD = ".old-"
 
 
-def tidy_drafts(parent: str) -> None:
-    """Take away drafts that a killed process left below this folder, and put back what it moved."""
+def finish_replacements(parent: str) -> None:
+    """Finish the replacements below this folder that a killed process left half done."""
     if in_store(parent):
         return
-    shutil.rmtree(Path(parent) / DRAFT, ignore_errors=True)
     for old in Path(parent).glob(f"{OLD}*"):
         final = old.with_name(old.name.removeprefix(OLD))
         if final.exists():
@@ -190,7 +180,7 @@ def local_folder(place: str) -> Path:
     if not in_store(place):
         return Path(place)
     manifest = read_bytes(join(place, "manifest.json"))
-    cached = Path(os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser()
+    cached = _cache()
     kept = cached / f"{_digest(place.encode())}-{_digest(manifest)}"
     if kept.is_dir():
         return kept
@@ -282,6 +272,10 @@ def _filesystem(scheme: str, bucket: str) -> Any:
 
 
 YES = ("1", "true", "yes")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser()
 
 
 def _digest(data: bytes) -> str:

@@ -22,7 +22,9 @@ from schemas.specs import Floats, KeySpec, TokenizerSpec
 FORMAT = 1
 PRECISIONS = ("float32", "bfloat16")
 INDEX_FILE, IDS_FILE, TOKENS_FILE = "index.faiss", "patch_ids.npy", "next_tokens.npy"
-"""The files of an index besides its manifest; ids and next tokens in the order of its entries."""
+"""The files of a flat or ivfpq index; ids and next tokens in the order of its entries."""
+LEFT_OUT_FILE = "left_out.npy"
+"""int64, ascending: the pictures of the table that an index leaves out, removed ones or copies."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ class Layout:
     @property
     def rejects(self) -> str:
         return join(self.root, "rejects.lance")
+
+    @property
+    def removed(self) -> str:
+        return join(self.root, "removed.lance")
+
+    @property
+    def receipts(self) -> str:
+        return join(self.root, "receipts")
 
     def patches(self, keys: KeySpec) -> str:
         return join(self.root, "patches", f"{keys.name}.lance")
@@ -129,19 +139,33 @@ class DatabaseManifest:
 
 @dataclass(frozen=True)
 class IndexManifest:
-    """An index's own description: what it was made from, how, and how good it is."""
+    """An index's own description: what it was made from, how, and how good it is.
+
+    count: keys, identical ones included; entries: what is stored of them; mark: the highest fragment
+    of the table that is in it, so that a later one is new; left_out: pictures whose keys were in the
+    table and were not taken, their ids in `LEFT_OUT_FILE`; parts: the folders of a codebook index;
+    weights: one an offset, None for equal ones; temperature: the one that was fitted with them;
+    certificate: what was measured against exact search, at every nprobe that was tried.
+    """
 
     name: str
     kind: str
     index_key: str
     keys: KeySpec
     table_version: int
+    mark: int
     count: int
+    entries: int
     nprobe: int | None
     code_bytes_per_key: float
+    resident_bytes_per_key: float
     ms_per_query: float
     recall_at_10: float
-    recall_protocol: dict[str, Any]
+    certificate: dict[str, Any]
+    left_out: int = 0
+    parts: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
+    temperature: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -165,7 +189,15 @@ class IndexManifest:
         if fields.pop("format", None) != FORMAT:
             raise IncompatibleError(f"{path} is of another format than {FORMAT}; index again")
         with _complete(path):
-            return IndexManifest(**fields | {"keys": KeySpec.from_json(fields["keys"])})
+            weights = fields["weights"]
+            return IndexManifest(
+                **fields
+                | {
+                    "keys": KeySpec.from_json(fields["keys"]),
+                    "parts": tuple(fields["parts"]),
+                    "weights": None if weights is None else tuple(weights),
+                }
+            )
 
 
 @contextmanager

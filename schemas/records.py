@@ -115,6 +115,7 @@ REASONS = {
     "broken-archive": "the tar is damaged from here on",
     "name-twice": "a sample holds two files of one extension",
     "no-image": "a sample without a picture",
+    "removed": "its bytes or its address are on the database's list of removed pictures",
     "empty": "zero bytes",
     "not-an-image": "the bytes are no picture in a known format",
     "truncated": "the picture ends early or is damaged",

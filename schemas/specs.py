@@ -119,23 +119,30 @@ def normalised(codebook: npt.NDArray[Any]) -> Floats:
     return unit
 
 
-def key_vectors(keys: npt.NDArray[Any], codes: Floats) -> Floats:
+def key_vectors(
+    keys: npt.NDArray[Any], codes: Floats, weights: tuple[float, ...] | None = None
+) -> Floats:
     """Keys as search vectors: float32 [N, n · d].
 
     keys: uint16 tokens [N, n], looked up in the normalised codebook `codes` [V, d] with a zero
-    vector for `MISSING`; or float latents [N, n · d], cast.
+    vector for `MISSING`; or float latents [N, n · d], cast. weights: one an offset; its root scales
+    that neighbour's vector, so squared distances become Σ_o w_o · ‖q_o − k_o‖².
     Raises BadInputError for a token outside the codebook.
     """
+    dimension = codes.shape[1]
     if keys.dtype.kind == "f":
-        return np.ascontiguousarray(keys, dtype=np.float32)
-    vocabulary, dimension = codes.shape
-    missing = keys == MISSING
-    outside = (keys >= vocabulary) & ~missing
-    if outside.any():
-        raise BadInputError(
-            f"token {int(keys[outside].flat[0])} is outside the codebook of {vocabulary} codes;"
-            f" tokens are 0..{vocabulary - 1}"
-        )
-    vectors: Floats = codes[np.where(missing, 0, keys)]
-    vectors[missing] = 0
-    return vectors.reshape(len(keys), keys.shape[1] * dimension)
+        width = keys.shape[1] // dimension
+        vectors: Floats = np.asarray(keys, np.float32).reshape(len(keys), width, dimension)
+    else:
+        missing = keys == MISSING
+        outside = (keys >= len(codes)) & ~missing
+        if outside.any():
+            raise BadInputError(
+                f"token {int(keys[outside].flat[0])} is outside the codebook of {len(codes)} codes;"
+                f" tokens are 0..{len(codes) - 1}"
+            )
+        vectors = codes[np.where(missing, 0, keys)]
+        vectors[missing] = 0
+    if weights is not None:
+        vectors = vectors * np.sqrt(np.asarray(weights, np.float32))[:, None]
+    return np.ascontiguousarray(vectors.reshape(len(keys), vectors.shape[1] * dimension))

@@ -49,6 +49,15 @@ def split_patch_ids(ids: Ids) -> tuple[Ids, Ids]:
     return ids >> POSITION_BITS, ids & (MAX_POSITIONS - 1)
 
 
+def contains(ids: Ids, wanted: Ids) -> npt.NDArray[np.bool_]:
+    """For each of `wanted` (any shape) whether it is among `ids`, which are sorted."""
+    if not len(ids):
+        return np.zeros(wanted.shape, bool)
+    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    found: npt.NDArray[np.bool_] = ids[at] == wanted
+    return found
+
+
 def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
     """A row a picture. tokens: the grid in raster order; latents: float16, same order."""
     fields = [
@@ -100,6 +109,25 @@ REJECTS_SCHEMA = pa.schema(
     ]
 )
 
+REMOVED_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("url", pa.string()),
+        pa.field("key", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("when", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("why", pa.string(), nullable=False),
+        pa.field("receipt", pa.string(), nullable=False),
+    ]
+)
+"""What was taken out. A row with an image_id hides that picture from every search at once.
+
+A sha256 (of the original bytes) or url keeps what has it out of later builds; it is null where
+other pictures that stay have it too. Rows without an image_id only keep out.
+"""
+
 LEDGER_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string(), nullable=False),
@@ -128,6 +156,11 @@ done attempt of its shard took its row (`stages.read_rejects`).
 
 `versions` are the table versions its rows were committed at, `fragments` each table's highest
 fragment then: on the next start only later fragments are examined.
+A compaction writes, before it touches a table, a row `compacting` (of no shard) and a row `removed`
+for every shard that loses pictures: `images`, `heldout` and `patches` are negative, `members` the
+ids of the pictures. So the sums over `done` and `removed` rows are what the tables hold, and
+inputs = images + rejects + pictures removed. A row `compacted` with the new marks ends it; while
+there is one `compacting` row more than `compacted` ones, it was interrupted.
 """
 
 

@@ -1,7 +1,7 @@
-"""Patches table to index: trained on a uniform sample, filled from a stream.
+"""Patches table to a flat or ivfpq index: trained on a uniform sample, filled from a stream.
 
 The only user of autofaiss: its advisers say whether memory suffices before anything runs, it trains
-and scores the index on the sample and tunes its search. Filling streams blocks from a table scan,
+and scores the index on the sample. Filling streams blocks from a table scan,
 so memory grows with the index alone and not with the table.
 """
 
@@ -17,35 +17,23 @@ from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 from autofaiss import build_index as autofaiss_build_index
-from autofaiss import tune_index
 from autofaiss.external.build import estimate_memory_required_for_index_creation
 from autofaiss.external.metadata import IndexMetadata
-from autofaiss.utils.cast import cast_bytes_to_memory_string, cast_memory_to_bytes
+from autofaiss.utils.cast import cast_bytes_to_memory_string
 
 from schemas.errors import BadInputError
+from schemas.index_settings import IndexSettings, size_in_bytes
 from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from schemas.specs import Floats, key_vectors
+from schemas.tables import Ids, contains, split_patch_ids
 from stages.read_patches import PatchTable
 
 POINTS_PER_LIST = 39
 """faiss' own minimum of training points a list; below it centroids are badly placed."""
 TRAINING_POINTS_PER_LIST = 100
 """The released AR-RAG index was trained on this many."""
-FLAT_UP_TO = 50_000
-"""Below this many keys exact search is as fast as anything and needs a few megabytes."""
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """kind: "flat", "ivfpq" or None (by size). memory: what the index may take in memory."""
-
-    kind: str | None = None
-    index_key: str | None = None
-    memory: str = "4GB"
-    nprobe: int | None = None
-    max_query_ms: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,6 @@ class FilledIndex:
     index: Any
     kind: str
     index_key: str
-    nprobe: int | None
     trained_on: int
     metrics: dict[str, Any]
 
@@ -67,45 +54,34 @@ def default_index_key(keys: int, dimension: int) -> str:
     return f"OPQ8_{rotated},IVF{lists},PQ8x8"
 
 
-def choose_kind(settings: IndexSettings, keys: int) -> str:
-    """The kind asked for, or the one that suits this many keys."""
-    if settings.kind is not None:
-        return settings.kind
-    return "flat" if keys <= FLAT_UP_TO and settings.index_key is None else "ivfpq"
-
-
 def train_and_fill(
     table: PatchTable,
     codes: Floats,
     folder: Path,
     settings: IndexSettings,
+    left_out: Ids,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> FilledIndex:
     """Train on a sample of the table, add every key, and write the index's files to `folder`.
 
-    codes: the normalised codebook float32 [V, d]. Raises BadInputError when the memory does not
+    codes: the normalised codebook float32 [V, d]; settings: with their kind resolved; left_out: ids
+    of pictures whose keys are not added, ascending. Raises BadInputError when the memory does not
     suffice, the table is empty or too small, or autofaiss gives up.
     """
     if table.count == 0:
         raise BadInputError("the patches table is empty, so there is nothing to index; build first")
     dimension = key_vectors(table.take([0]).keys, codes).shape[1]
-    kind = choose_kind(settings, table.count)
     metrics: dict[str, Any] = {}
-    if settings.index_key is not None and kind != "ivfpq":
-        raise BadInputError(f"--index-key {settings.index_key} is for --kind ivfpq, not {kind}")
-    if kind == "flat":
+    if settings.kind == "flat":
         key, trained_on = "Flat", 0
         _require_memory(table.count * dimension * 4, settings, key)
         index = faiss.IndexFlatL2(dimension)
-    elif kind == "ivfpq":
+    else:
         key = settings.index_key or default_index_key(table.count, dimension)
         index, trained_on, metrics = _train(table, codes, dimension, key, settings)
-    else:
-        raise BadInputError(f"unknown index kind '{kind}'; choose one of flat, ivfpq")
-    _fill(index, table, codes, folder, progress)
-    nprobe = _tune(index, key, settings)
+    index = _fill(index, table, codes, folder, left_out, progress)
     faiss.write_index(index, str(folder / INDEX_FILE))
-    return FilledIndex(index, kind, key, nprobe, trained_on, metrics)
+    return FilledIndex(index, str(settings.kind), key, trained_on, metrics)
 
 
 def _train(
@@ -163,49 +139,30 @@ def _fill(
     table: PatchTable,
     codes: Floats,
     folder: Path,
+    left_out: Ids,
     progress: Callable[[int, int], None],
-) -> None:
-    """Add every key of the table in order, with its id and next token at the same place."""
-    ids = _mapped(folder / IDS_FILE, np.int64, table.count)
-    tokens = _mapped(folder / TOKENS_FILE, np.uint16, table.count)
+) -> Any:
+    """The index with every key of the table in order, ids and next tokens written beside it.
+
+    Where faiss sees a GPU an index with lists is filled there (not run on one yet).
+    """
+    ids: list[Ids] = []
+    tokens: list[npt.NDArray[np.uint16]] = []
     done = 0
+    filled, resources = index, None
+    if has_gpu() and _inner_ivf(index) is not None:
+        resources = faiss.StandardGpuResources()
+        filled = faiss.index_cpu_to_gpu(resources, 0, index)
     for block in table.blocks():
-        index.add(key_vectors(block.keys, codes))
-        end = done + len(block.patch_ids)
-        ids[done:end], tokens[done:end] = block.patch_ids, block.next_tokens
-        done = end
+        taken = ~contains(left_out, split_patch_ids(block.patch_ids)[0])
+        filled.add(key_vectors(block.keys[taken], codes))
+        ids.append(block.patch_ids[taken])
+        tokens.append(block.next_tokens[taken])
+        done += len(block.patch_ids)
         progress(done, table.count)
-    ids.flush()
-    tokens.flush()
-
-
-def _mapped(path: Path, dtype: type, count: int) -> Any:
-    """A new .npy file of `count` values, mapped for writing."""
-    return np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-        path, mode="w+", dtype=dtype, shape=(count,)
-    )
-
-
-def _tune(index: Any, key: str, settings: IndexSettings) -> int | None:
-    """Set nprobe on the inner IVF and read it back from there; None for an index without lists."""
-    ivf = _inner_ivf(index)
-    if ivf is None:
-        return None
-    if settings.nprobe is not None:
-        ivf.nprobe = settings.nprobe
-    else:
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                tune_index(
-                    index,
-                    key,
-                    save_on_disk=False,
-                    max_index_query_time_ms=settings.max_query_ms,
-                    verbose=logging.ERROR,
-                )
-        except (NotImplementedError, ValueError):
-            ivf.nprobe = min(16, ivf.nlist)
-    return int(_inner_ivf(index).nprobe)
+    np.save(folder / IDS_FILE, np.concatenate(ids))
+    np.save(folder / TOKENS_FILE, np.concatenate(tokens))
+    return index if resources is None else faiss.index_gpu_to_cpu(filled)
 
 
 def has_gpu() -> bool:
@@ -248,10 +205,7 @@ def _inner_ivf(index: Any) -> Any:
 
 
 def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
-    try:
-        allowed = cast_memory_to_bytes(settings.memory)
-    except ValueError as error:
-        raise BadInputError(f"--memory '{settings.memory}' is not a size such as 4GB") from error
+    allowed = size_in_bytes("--memory", settings.memory)
     if size > allowed:
         raise BadInputError(
             f"an index {key} takes about {cast_bytes_to_memory_string(size)} of memory, more than"

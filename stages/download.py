@@ -17,6 +17,7 @@ from schemas.records import Attempt, ImageRecord, LinkRecord, Reject
 from stages.download_engine import ShardDownload
 from stages.fetch import Fetcher, FetchSettings
 from stages.keep_images import keep_images
+from stages.suppress import Suppressed, without_removed
 from stages.web_address import FetchError
 
 TRANSIENT = frozenset(
@@ -24,6 +25,7 @@ TRANSIENT = frozenset(
 )
 """Reasons that may lie with us or with the moment; others are the link's own."""
 
+NOTHING_REMOVED = Suppressed()
 SUSPICIOUS_SHARE, SUSPICIOUS_LINKS = 0.9, 50
 
 
@@ -71,9 +73,11 @@ def download_links(
     attempt: Attempt,
     *,
     open_fetcher: Callable[[FetchSettings], Fetcher] = Fetcher,
+    removed: Suppressed = NOTHING_REMOVED,
 ) -> Iterator[Ready | ImageRecord | Reject]:
     """A shard's inputs in the order of their rows, links fetched; what is no link passes through.
 
+    Fetched bytes that are on the list `removed` become rejects, and are not kept.
     Raises ShardError when the deadline or the room on disk is used up, or when one transient reason
     makes up over 90 % of at least 50 links: a machine that lost its network must not write off its
     shards. Of rejects that are tried again most may fail again.
@@ -105,7 +109,7 @@ def download_links(
         download.run()
         if not attempt.rows:
             _require_plausible(download.refused.values(), len(links))
-        fetched = download.records()
+        fetched = without_removed(download.records(), removed)
         if settings.keep_images is not None:
             fetched = keep_images(fetched, Path(settings.keep_images), attempt)
         yield from _by_row(ready, fetched)

@@ -1,9 +1,10 @@
-"""The only Lance writer: fragments in workers, one commit in the driver.
+"""The Lance writer of builds: fragments in workers, one commit in the driver.
 
 A shard is committed in a fixed order (patches, rejects, images, then its row in the ledger), and
 the ledger's row alone says that the shard is done. Whatever a killed build left behind is either a
 file that no table knows, or fragments newer than the last ledger row; `recover` drops the latter.
 Rejects that are tried again are a later attempt of their shard (see `schemas.tables`).
+A compaction says so in the ledger before it starts, since its fragments are newer and complete.
 """
 
 import datetime
@@ -76,11 +77,23 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """The pictures that a compaction takes out of a shard, by id, and what they count for."""
+
+    shard: str
+    source: str
+    images: tuple[int, ...]
+    heldout: int
+    patches: int
+
+
+@dataclass(frozen=True)
 class LedgerState:
     """What the ledger says: shards recorded (planned or done), and each table's mark.
 
     attempts: a shard's last done attempt; taken: for shards that were tried again, the last done
     attempt that took a row; unfinished: rows of attempts that were planned and are not done.
+    totals: `COUNTS` and "removed". compacting: a compaction was begun and has not ended.
     """
 
     recorded: tuple[RecordedShard, ...]
@@ -89,6 +102,7 @@ class LedgerState:
     attempts: Mapping[str, int] = field(default_factory=dict)
     taken: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     unfinished: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    compacting: bool = False
 
     @property
     def done(self) -> frozenset[str]:
@@ -127,11 +141,12 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
 def read_ledger(layout: Layout) -> LedgerState:
     """The ledger as it stands; nothing where there is none yet."""
     if not exists(join(layout.ledger, "_versions")):
-        return LedgerState((), {}, dict.fromkeys(COUNTS, 0))
+        return LedgerState((), {}, dict.fromkeys((*COUNTS, "removed"), 0))
     rows = lance.dataset(layout.ledger).to_table().to_pylist()
     shards: dict[str, RecordedShard] = {}
     marks: dict[str, int] = {}
-    totals = dict.fromkeys(COUNTS, 0)
+    totals = dict.fromkeys((*COUNTS, "removed"), 0)
+    open_compactions = 0
     attempts: dict[str, int] = {}
     planned: dict[tuple[str, int], frozenset[int]] = {}
     taken: dict[str, dict[int, int]] = defaultdict(dict)
@@ -151,15 +166,21 @@ def read_ledger(layout: Layout) -> LedgerState:
             planned.pop((row["shard"], row["attempt"]), None)
             if row["attempt"] > 1:
                 taken[row["shard"]].update(dict.fromkeys(_rows(row), row["attempt"]))
-            for name, mark in row["fragments"]:
-                marks[name] = max(marks.get(name, -1), mark)
-            for name in totals:
-                totals[name] += row[name]
+        elif row["state"] == "removed":
+            totals["removed"] -= row["images"]
+        open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
+        for name, mark in row["fragments"] or ():
+            marks[name] = max(marks.get(name, -1), mark)
+        for name in COUNTS:
+            totals[name] += row[name] or 0
     unfinished: dict[str, frozenset[int]] = {}
     for (shard_id, _), open_rows in planned.items():
         unfinished[shard_id] = unfinished.get(shard_id, frozenset()) | open_rows
     recorded = tuple(shards.values())
-    return LedgerState(recorded, marks, totals, attempts, dict(taken), unfinished)
+    return LedgerState(
+        *(recorded, marks, totals, attempts, dict(taken), unfinished),
+        compacting=open_compactions > 0,
+    )
 
 
 def _rows(ledger_row: Mapping[str, Any]) -> frozenset[int]:
@@ -171,18 +192,21 @@ class Committer:
     """The one writer of a database's tables; its holder has the lease."""
 
     def __init__(self, layout: Layout, keys: KeySpec) -> None:
+        self._paths = table_paths(layout, keys)
         self._ledger = lance.dataset(layout.ledger)
-        self._tables = {
-            name: lance.dataset(path) for name, path in table_paths(layout, keys).items()
-        }
+        self._tables = {name: lance.dataset(path) for name, path in self._paths.items()}
         self._commits = 0
 
     def recover(self, state: LedgerState) -> int:
         """Drop what attempts without a ledger row left in the tables; returns the rows dropped.
 
         Only fragments newer than the last ledger row are looked at, and of these only such are
-        dropped that hold nothing else, so that tables may also be compacted.
+        dropped that hold nothing else. After a compaction that was interrupted they are all
+        complete, since it started from a recovered database: it is ended where it stands.
         """
+        if state.compacting:
+            self.end_compaction()
+            return 0
         dropped = 0
         for name, table in self._tables.items():
             mark = state.marks.get(name, -1)
@@ -226,27 +250,53 @@ class Committer:
                 f" but {result.images} images and {sum(result.rejects.values())} rejects; nothing of"
                 " it was committed"
             )
-        versions, marks = {}, {}
         for name in COMMIT_ORDER:
             if fragments := result.fragments.get(name):
                 self._append(name, fragments)
-            versions[name] = self._tables[name].version
-            marks[name] = max(
-                (f.fragment_id for f in self._tables[name].get_fragments()), default=-1
-            )
         self._append_ledger(
             [
                 {"shard": result.shard, "source": result.source, "attempt": result.attempt}
                 | {"state": "done", "inputs": result.inputs, "images": result.images}
                 | {"heldout": result.heldout, "patches": result.patches, "rejects": rejects}
-                | {"versions": list(versions.items()), "fragments": list(marks.items())}
-                | {"members": [str(row) for row in result.retried] or None, "time": _now()}
+                | {"members": [str(row) for row in result.retried] or None}
+                | self._marks()
             ]
         )
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
             for table in (*self._tables.values(), self._ledger):
                 table.cleanup_old_versions(older_than=KEEP_VERSIONS)
+
+    def begin_compaction(self, losses: Iterable[Loss]) -> None:
+        """Record what the tables are about to lose, before they do."""
+        counts = {"inputs": 0, "rejects": 0, "time": _now()}
+        rows: list[dict[str, object]] = [
+            {"shard": "", "source": "", "attempt": 0, "state": "compacting", "time": _now()}
+        ]
+        rows += [
+            {"shard": loss.shard, "source": loss.source, "attempt": 0, "state": "removed"}
+            | {"images": -len(loss.images), "heldout": -loss.heldout, "patches": -loss.patches}
+            | {"members": [str(image) for image in loss.images]}
+            | counts
+            for loss in losses
+        ]
+        self._append_ledger(rows)
+
+    def end_compaction(self) -> None:
+        """Record the tables' new versions and marks; what is in them now is complete."""
+        self._tables = {name: lance.dataset(path) for name, path in self._paths.items()}
+        row = {"shard": "", "source": "", "attempt": 0, "state": "compacted"}
+        self._append_ledger([row | self._marks()])
+
+    def _marks(self) -> dict[str, object]:
+        """The versions and marks of a ledger row, and its time."""
+        tables = {name: self._tables[name] for name in COMMIT_ORDER}
+        marks = {
+            name: max((f.fragment_id for f in table.get_fragments()), default=-1)
+            for name, table in tables.items()
+        }
+        versions = [(name, table.version) for name, table in tables.items()]
+        return {"versions": versions, "fragments": list(marks.items()), "time": _now()}
 
     def _append(self, name: str, fragments: Sequence[str]) -> None:
         table = self._tables[name]

@@ -1,5 +1,6 @@
 """Reading pictures' rows: grids, and where a picture came from."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ import pyarrow as pa
 
 from schemas.errors import BadInputError
 from schemas.location import exists
-from schemas.tables import Ids, list_values
+from schemas.tables import Ids, contains, list_values
 
+GRIDS = ("tokens", "latents")
 COLUMNS = ("image_id", "key", "source", "caption", "url", "licence", "split", "sha256")
 
 
@@ -36,6 +38,7 @@ class ImageTable:
         if not exists(path):
             raise BadInputError(f"no images at {path}; build them with `arrag-db build`")
         self._dataset = lance.dataset(path)
+        self.version: int = self._dataset.version
         self.count: int = self._dataset.count_rows()
 
     def rows(self, image_ids: Iterable[int]) -> dict[int, ImageRow]:
@@ -77,12 +80,72 @@ class ImageTable:
         order = np.argsort(table["image_id"].to_numpy())
         return chosen, list_values(table["tokens"])[order]
 
-    def batches(self, columns: list[str], size: int = 4096) -> Iterator[pa.RecordBatch]:
-        """All rows, some columns, in blocks."""
-        yield from self._dataset.scanner(columns=columns, batch_size=size).to_batches()
+    def schema(self, columns: Iterable[str]) -> pa.Schema:
+        """The schema of some columns."""
+        return pa.schema([self._dataset.schema.field(name) for name in columns])
+
+    def batches(
+        self, columns: list[str], size: int = 4096, where: str | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """All rows, or those of a Lance filter, some columns, in blocks.
+
+        Raises BadInputError, naming the columns, for a filter that cannot be used.
+        """
+        try:
+            scanner = self._dataset.scanner(columns=columns, batch_size=size, filter=where)
+            yield from scanner.to_batches()
+        except ValueError as error:
+            if where is None:
+                raise
+            known = [name for name in self._dataset.schema.names if name not in GRIDS]
+            raise BadInputError(
+                f"--where '{where}' cannot be used: {_reason(error)}; the columns are"
+                f" {', '.join(known)}"
+            ) from error
 
     def _select(self, image_ids: Iterable[int], columns: Iterable[str]) -> pa.Table:
         wanted = ", ".join(str(int(image)) for image in image_ids)
         if not wanted:
             return self._dataset.schema.empty_table().select(list(columns))
         return self._dataset.to_table(columns=list(columns), filter=f"image_id IN ({wanted})")
+
+
+def _reason(error: Exception) -> str:
+    """What Lance says of a filter, without the places in its own source."""
+    text = str(error).splitlines()[0].partition(", /")[0].partition(". Valid fields")[0]
+    return re.sub(r"^(Invalid user input: |Schema error: |Error tokenizing statement: )+", "", text)
+
+
+def duplicate_images(images: ImageTable, hidden: Ids | None = None) -> Ids:
+    """The ids of pictures that are a copy of one with a lower id, sorted.
+
+    Copies have the same original bytes by their sha256. Pictures among `hidden` (sorted ids) count
+    as absent. The hashes are streamed twice: first the beginnings of all, 8 bytes a picture, then
+    in full those of the few pictures whose beginnings meet.
+    """
+    gone = np.empty(0, np.int64) if hidden is None else hidden
+    blocks = [hashes[:, 0].copy() for _, hashes in _hashes(images, gone)]
+    starts = np.sort(np.concatenate([np.empty(0, np.uint64), *blocks]))
+    met = np.unique(starts[1:][starts[1:] == starts[:-1]])
+    if not len(met):
+        return np.empty(0, np.int64)
+    rows = []
+    for ids, hashes in _hashes(images, gone):
+        at = np.minimum(np.searchsorted(met, hashes[:, 0]), len(met) - 1)
+        meets = met[at] == hashes[:, 0]
+        rows.append(np.column_stack([ids[meets].astype(np.uint64), hashes[meets]]))
+    # Equal hashes together, the lowest id first.
+    found = np.concatenate(rows)
+    found = found[np.lexsort(found.T)]
+    copy = (found[1:, 1:] == found[:-1, 1:]).all(axis=1)
+    return np.sort(found[1:][copy, 0].astype(np.int64))
+
+
+def _hashes(images: ImageTable, gone: Ids) -> Iterator[tuple[Ids, npt.NDArray[np.uint64]]]:
+    """Ids int64 [N] and hashes uint64 [N, 4] of the pictures that are not gone, in blocks."""
+    for batch in images.batches(["image_id", "sha256"], size=65_536):
+        text = "".join(batch.column("sha256").to_pylist())
+        hashes = np.frombuffer(bytes.fromhex(text), ">u8").reshape(batch.num_rows, 4)
+        ids = batch.column("image_id").to_numpy()
+        stays = ~contains(gone, ids)
+        yield ids[stays], hashes[stays].astype(np.uint64)

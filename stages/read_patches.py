@@ -13,10 +13,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import BadInputError
-from schemas.location import exists
-from schemas.tables import Ids, list_values
+from schemas.location import exists, join, names
+from schemas.manifest import Layout
+from schemas.specs import KeySpec, key_spec
+from schemas.tables import Ids, contains, list_values, split_patch_ids
 
 BLOCK = 131_072
+
+
+def patch_tables(layout: Layout) -> list[KeySpec]:
+    """The key specs that a database has a patches table for, by name."""
+    tables = names(join(layout.root, "patches"))
+    return [key_spec(*table.removesuffix(".lance").rsplit("-", 2)) for table in tables]
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,15 @@ class PatchBlock:
     patch_ids: Ids
     keys: npt.NDArray[Any]
     next_tokens: npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """Some neighbouring fragments of a table, by id; its rows are `start` to `start + count`."""
+
+    fragments: tuple[int, ...]
+    start: int
+    count: int
 
 
 class PatchTable:
@@ -40,14 +57,60 @@ class PatchTable:
             raise BadInputError(
                 f"version {version} of {path} is gone; index again with `arrag-db index`"
             ) from error
+        self.path = path
         self.version: int = self._dataset.version
         self.count: int = self._dataset.count_rows()
 
-    def blocks(self, size: int = BLOCK) -> Iterator[PatchBlock]:
-        """All rows in order, at most `size` at a time."""
-        scanner = self._dataset.scanner(batch_size=size, scan_in_order=True, batch_readahead=2)
+    def blocks(self, size: int = BLOCK, part: TablePart | None = None) -> Iterator[PatchBlock]:
+        """All rows, or those of one part, in order, at most `size` at a time."""
+        fragments = None
+        if part is not None:
+            fragments = [self._dataset.get_fragment(n) for n in part.fragments]
+        scanner = self._dataset.scanner(
+            batch_size=size, scan_in_order=True, batch_readahead=2, fragments=fragments
+        )
         for batch in scanner.to_batches():
             yield _block(pa.Table.from_batches([batch]))
+
+    @property
+    def mark(self) -> int:
+        """The highest number of a fragment, -1 without any; later rows get higher ones."""
+        return max((f.fragment_id for f in self._dataset.get_fragments()), default=-1)
+
+    def rows_up_to(self, mark: int) -> int:
+        """How many rows are in fragments up to this number."""
+        fragments = self._dataset.get_fragments()
+        return sum(f.count_rows() for f in fragments if f.fragment_id <= mark)
+
+    def count_without(self, images: Ids) -> int:
+        """How many rows belong to other pictures than these, ids in ascending order."""
+        if not len(images):
+            return self.count
+        batches = self._dataset.scanner(columns=["patch_id"], batch_size=1 << 20).to_batches()
+        owners = (split_patch_ids(b.column("patch_id").to_numpy())[0] for b in batches)
+        return sum(int(np.count_nonzero(~contains(images, owner))) for owner in owners)
+
+    def parts(self, rows: int, *, after: int = -1) -> list[TablePart]:
+        """The table cut between fragments into parts of about `rows` rows.
+
+        A part ends before the fragment that would exceed them; a larger fragment stands alone.
+        after: only fragments of higher numbers are taken; `start` counts from the first of these.
+        """
+        parts: list[TablePart] = []
+        members: list[int] = []
+        start = count = 0
+        for fragment in self._dataset.get_fragments():
+            if fragment.fragment_id <= after:
+                continue
+            held = fragment.count_rows()
+            if members and count + held > rows:
+                parts.append(TablePart(tuple(members), start, count))
+                members, start, count = [], start + count, 0
+            members.append(fragment.fragment_id)
+            count += held
+        if members:
+            parts.append(TablePart(tuple(members), start, count))
+        return parts
 
     def take(self, rows: Sequence[int] | Ids) -> PatchBlock:
         """The rows at these ordinals, in the order asked for."""

@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from arrag_runtime import Neighbors
+from arrag_runtime import Neighbors, PatchIndex
+from arrag_runtime.faiss_search import FaissSearch
+from arrag_runtime.neighbors import EntryPart, EntryTable
+from schemas.index_settings import IndexSettings
 from schemas.manifest import IndexManifest, Layout, write_codebook
 from schemas.records import Shard
 from schemas.specs import TokenizerSpec, key_spec, key_vectors, normalised
 from schemas.tables import fixed_lists, patch_ids, patches_schema
-from stages.build_index import FilledIndex, IndexSettings, train_and_fill
+from stages.build_index import FilledIndex, train_and_fill
 from stages.patch_table import PATCHES, Committer, ShardResult, create_tables, write_fragments
 from stages.read_patches import PatchTable
 
@@ -22,6 +25,8 @@ KEYS = key_spec("causal-1", "zero", "codebook")
 CODES = normalised(np.random.default_rng(1).normal(size=(24, 4)))
 PER_IMAGE = 49
 IMAGES = 15
+NONE = np.empty(0, np.int64)
+"""No pictures to leave out."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,42 @@ def build_index(world: World, name: str, **settings: Any) -> FilledIndex:
     """Train and fill an index of the world and write it with its manifest."""
     folder = Path(world.layout.index(name))
     folder.mkdir(parents=True)
-    filled = train_and_fill(world.table, CODES, folder, IndexSettings(**settings))
-    manifest_of(name, filled, world).write(folder)
+    wanted = IndexSettings(**settings)
+    filled = train_and_fill(world.table, CODES, folder, wanted, NONE)
+    manifest_of(name, filled, world, nprobe=wanted.nprobe).write(folder)
     return filled
 
 
-def manifest_of(name: str, filled: FilledIndex, world: World) -> IndexManifest:
+def manifest_of(
+    name: str, filled: FilledIndex, world: World, *, nprobe: int | None = None
+) -> IndexManifest:
     """What the index says of itself, but for its measurements."""
     return IndexManifest(
-        *(name, filled.kind, filled.index_key, KEYS, world.table.version, len(world.ids)),
-        *(filled.nprobe, 0.0, 0.0, 0.0, {}, {"patches_per_image": PER_IMAGE}),
+        name=name,
+        kind=filled.kind,
+        index_key=filled.index_key,
+        keys=KEYS,
+        table_version=world.table.version,
+        mark=world.table.mark,
+        count=filled.index.ntotal,
+        entries=filled.index.ntotal,
+        nprobe=nprobe,
+        code_bytes_per_key=0.0,
+        resident_bytes_per_key=0.0,
+        ms_per_query=0.0,
+        recall_at_10=0.0,
+        certificate={},
+        settings={"patches_per_image": PER_IMAGE, "rows": world.table.count},
     )
+
+
+def in_memory(manifest: IndexManifest, index: Any, world: World) -> PatchIndex:
+    """A faiss index over the first entries of the world, opened without files."""
+    none = np.empty(0, np.int64)
+    entries = EntryPart(
+        *(world.tokens[: index.ntotal], world.ids[: index.ntotal], none, np.zeros(1, int), none)
+    )
+    return PatchIndex(manifest, FaissSearch(index), EntryTable([entries]), CODES)
 
 
 def distances_by_loop(world: World, vector: Any, exclude: int) -> list[tuple[float, int]]:

@@ -27,7 +27,7 @@ LANCE_WRITES = frozenset(
         *("write_dataset", "write_fragments", "lance_write_fragments", "commit", "commit_batch"),
         *("delete", "merge_insert", "add_columns", "drop_columns", "alter_columns"),
         *("create_index", "create_scalar_index", "compact_files", "optimize", "write_lance"),
-        *("cleanup_old_versions", "restore"),
+        *("cleanup_old_versions", "restore", "delete_rows"),
     )
 )
 
@@ -96,14 +96,15 @@ def test_autofaiss_is_imported_in_one_file() -> None:
     assert files_importing("autofaiss") == {"stages/build_index.py"}
 
 
-def test_lance_is_written_in_one_file() -> None:
-    """Other files that import Lance only read."""
-    writer = "stages/patch_table.py"
-    assert named(TREES[writer]) & LANCE_WRITES
-    for path in files_importing("lance") - {writer}:
+def test_lance_is_written_in_two_files() -> None:
+    """One for what builds bring, one for what removals take out; others that import Lance read."""
+    writers = {"stages/patch_table.py", "stages/take_out.py"}
+    for path in writers:
+        assert named(TREES[path]) & LANCE_WRITES
+    for path in files_importing("lance") - writers:
         assert not named(TREES[path]) & LANCE_WRITES, path
     for path, tree in TREES.items():
-        if path != writer:
+        if path not in writers:
             assert not named(tree) & {"write_dataset", "write_lance", "merge_insert"}, path
 
 

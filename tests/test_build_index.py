@@ -1,4 +1,4 @@
-"""Building indexes: trained, filled, tuned, refused; and what opening makes of damaged folders."""
+"""Building flat and ivfpq indexes: trained, filled, refused; and what opening makes of damage."""
 
 import logging
 import os
@@ -12,17 +12,22 @@ import pytest
 
 from arrag_runtime import PatchIndex
 from schemas.errors import ArragError, BadInputError, IncompatibleError
+from schemas.index_settings import IndexSettings
 from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE, Layout
-from stages.build_index import IndexSettings, train_and_fill
-from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
+from stages.build_index import train_and_fill
+from stages.certificate import recall_at
+from stages.exact_search import NO_IMAGE, Queries, exact_search, true_distances
+from stages.index_contents import index_contents
 from stages.read_patches import PatchTable
 from tests.patch_world import (
     CODES,
     KEYS,
+    NONE,
     World,
     add_shard,
     build_index,
     check_neighbors,
+    in_memory,
     make_world,
     manifest_of,
 )
@@ -48,26 +53,34 @@ def test_a_trained_index_holds_every_entry(world: World, name: str) -> None:
     opened = PatchIndex.open(world.layout.root, name)
     inner = faiss.read_index(str(Path(world.layout.index(name)) / INDEX_FILE))
     assert inner.ntotal == opened.count == len(world.ids)
-    ids, tokens = opened.entries(0, opened.count)
-    assert np.array_equal(ids, world.ids)
-    assert np.array_equal(tokens, world.tokens)
-    assert opened.nprobe is not None
-    opened.nprobe = faiss.extract_index_ivf(inner).nlist
+    folder = Path(world.layout.index(name))
+    [held] = index_contents(folder, opened.manifest, CODES)
+    assert np.array_equal(held.patch_ids, world.ids)
+    assert np.array_equal(held.next_tokens, world.tokens)
+    assert opened.lists == faiss.extract_index_ivf(inner).nlist
+    opened.nprobe = opened.lists
     found = opened.search(world.keys[::50], 10)
     check_neighbors(found, world, 10)
-    queries = RecallQueries(world.vectors[::50], np.full(len(found.count), NO_IMAGE), "own keys")
-    recall = measure_recall(world.table, CODES, queries, found.patch_ids).mean()
+    nobody = np.full((len(found.count), 1), NO_IMAGE)
+    queries = Queries(world.keys[::50], world.tokens[::50], world.ids[::50], nobody, "own keys")
+    exact = exact_search(world.table.blocks(), CODES, queries, 10)
+    true = true_distances(world.table.blocks(), CODES, queries, found.patch_ids)
+    recall = recall_at(true, found.count, exact, 10).mean()
     by_chance = 10 / len(world.ids)
     assert recall > 10 * by_chance
 
 
 def test_nprobe_reaches_the_lists_behind_a_rotation(world: World) -> None:
-    """Set when built, kept on disk, and changed when opened: on the inner IVF each time."""
+    """What the manifest says, and what is set later: on the inner IVF each time."""
     on_disk = faiss.read_index(str(Path(world.layout.index(OPQ)) / INDEX_FILE))
     assert isinstance(on_disk, faiss.IndexPreTransform)
-    assert faiss.extract_index_ivf(on_disk).nprobe == 3
+    assert faiss.extract_index_ivf(on_disk).nprobe != 3
     opened = PatchIndex.open(world.layout.root, OPQ)
     assert opened.nprobe == 3
+    faiss.extract_index_ivf(on_disk).nprobe = 3
+    expected = on_disk.search(world.vectors[:20], len(world.ids))[1]
+    found = opened.search(world.keys[:20], len(world.ids))
+    assert found.count.tolist() == (expected >= 0).sum(axis=1).tolist()
     seen = []
     for nprobe in (1, 8):
         opened.nprobe = nprobe
@@ -80,21 +93,14 @@ def test_nprobe_reaches_the_lists_behind_a_rotation(world: World) -> None:
             opened.nprobe = wrong
 
 
-def test_a_tuned_nprobe_is_within_the_lists(world: World) -> None:
-    """Left to itself the search is tuned, and the number found is recorded."""
-    opened = PatchIndex.open(world.layout.root, PQ)
-    assert opened.nprobe is not None
-    assert 1 <= opened.nprobe <= 4
-    assert opened.manifest.nprobe == opened.nprobe
-
-
-def test_a_small_table_is_indexed_exactly_by_default(world: World, tmp_path: Path) -> None:
-    """Progress is told to the end, and a recall of 1 needs no training."""
+def test_progress_is_told_to_the_end(world: World, tmp_path: Path) -> None:
+    """Keys count when they are in; an exact index needs no training."""
     seen: list[tuple[int, int]] = []
     filled = train_and_fill(
-        world.table, CODES, tmp_path, IndexSettings(), lambda done, all_: seen.append((done, all_))
+        *(world.table, CODES, tmp_path, IndexSettings("flat"), NONE),
+        lambda done, all_: seen.append((done, all_)),
     )
-    assert (filled.kind, filled.index_key, filled.nprobe) == ("flat", "Flat", None)
+    assert (filled.kind, filled.index_key, filled.trained_on) == ("flat", "Flat", 0)
     assert seen[-1] == (len(world.ids), len(world.ids))
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
@@ -102,11 +108,9 @@ def test_a_small_table_is_indexed_exactly_by_default(world: World, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "hnsw"}, "'hnsw'.*flat, ivfpq"),
         ({"kind": "flat", "memory": "1KB"}, "Flat.*--memory 1KB"),
         ({"kind": "ivfpq", "index_key": OPQ, "memory": "1KB"}, "OPQ2_8.*--memory 1KB"),
         ({"kind": "ivfpq", "index_key": PQ, "memory": "1KB"}, "IVF4.*--memory 1KB"),
-        ({"kind": "flat", "memory": "much"}, "--memory 'much'"),
         ({"kind": "ivfpq", "index_key": "IVF100,PQ4x4"}, "IVF100.*3900 keys.*735"),
         ({"kind": "ivfpq", "index_key": "nonsense"}, "nonsense"),
         ({"kind": "ivfpq", "index_key": "IVF4,PQ5x4"}, "IVF4,PQ5x4"),
@@ -118,7 +122,7 @@ def test_settings_that_cannot_work_are_refused(
 ) -> None:
     """One line that names the setting and the value, whichever library found the fault."""
     with pytest.raises(BadInputError, match=message) as caught:
-        train_and_fill(world.table, CODES, tmp_path, IndexSettings(**settings))
+        train_and_fill(world.table, CODES, tmp_path, IndexSettings(**settings), NONE)
     assert "\n" not in str(caught.value)
 
 
@@ -127,13 +131,11 @@ def test_other_layouts_of_faiss_work_or_are_refused(world: World, tmp_path: Path
     """Whatever --index-key asks for ends in an index that finds keys, or in one line."""
     settings = IndexSettings(kind="ivfpq", index_key=key)
     try:
-        filled = train_and_fill(world.table, CODES, tmp_path, settings)
+        filled = train_and_fill(world.table, CODES, tmp_path, settings, NONE)
     except BadInputError as error:
         assert key in str(error)  # noqa: PT017
         return
-    opened = PatchIndex(
-        manifest_of("other", filled, world), filled.index, world.ids, world.tokens, CODES
-    )
+    opened = in_memory(manifest_of("other", filled, world), filled.index, world)
     found = opened.search(world.keys[::50], 10)
     check_neighbors(found, world, 10)
     assert (found.count > 0).all()
@@ -143,10 +145,10 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     """Nothing to index, with the next step; too few keys to train on likewise."""
     empty = make_world(tmp_path / "a", 1, 0)
     with pytest.raises(BadInputError, match=r"empty.*build first"):
-        train_and_fill(empty.table, CODES, tmp_path, IndexSettings())
+        train_and_fill(empty.table, CODES, tmp_path, IndexSettings("flat"), NONE)
     few = make_world(tmp_path / "b", 1, 2)
     with pytest.raises(BadInputError, match=r"256 keys.*98.*--kind flat"):
-        train_and_fill(few.table, CODES, tmp_path, IndexSettings(kind="ivfpq"))
+        train_and_fill(few.table, CODES, tmp_path, IndexSettings("ivfpq"), NONE)
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ def test_files_of_different_lengths_are_refused(copied: Layout, file: str) -> No
     """An index whose parts do not belong together never answers."""
     path = Path(copied.index("flat")) / file
     np.save(path, np.load(path)[:-1])
-    with pytest.raises(IncompatibleError, match=r"flat is damaged.*735.*734.*index again"):
+    with pytest.raises(IncompatibleError, match=r"flat is damaged: 73\d patch ids.*index again"):
         PatchIndex.open(copied.root, "flat")
 
 
@@ -170,7 +172,7 @@ def test_the_vectors_of_another_index_are_refused(copied: Layout) -> None:
     other = faiss.IndexFlatL2(16)
     other.add(np.zeros((9, 16), np.float32))
     faiss.write_index(other, str(Path(copied.index("flat")) / INDEX_FILE))
-    with pytest.raises(IncompatibleError, match="flat is damaged: 9 vectors, 735 ids"):
+    with pytest.raises(IncompatibleError, match="flat is damaged: 9 codes, 735 entries"):
         PatchIndex.open(copied.root, "flat")
 
 

@@ -1,4 +1,4 @@
-"""Searching an index and measuring it, against loops over every entry."""
+"""Searching flat and ivfpq indexes, against loops over every entry."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,26 +6,22 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from arrag_runtime import PatchIndex, Retriever
 from schemas.errors import BadInputError
 from schemas.manifest import INDEX_FILE, IndexManifest
-from schemas.specs import key_spec, key_vectors
+from schemas.specs import key_spec
 from schemas.tables import split_patch_ids
-from stages.measure_recall import NO_IMAGE, RecallQueries, measure_recall
-from stages.read_patches import PatchTable
+from stages.exact_search import NO_IMAGE
 from tests.patch_world import (
-    CODES,
     IMAGES,
     KEYS,
     PER_IMAGE,
     World,
-    add_shard,
     build_index,
     check_neighbors,
     distances_by_loop,
+    in_memory,
     make_world,
 )
 
@@ -98,56 +94,14 @@ def test_an_empty_list_gives_no_neighbours(world: World) -> None:
     index.train(centroids)
     index.add(world.vectors[8:9])
     made = IndexManifest(
-        *(
-            "lists",
-            "ivfpq",
-            "IVF2,Flat",
-            KEYS,
-            1,
-            1,
-            1,
-            64.0,
-            0.0,
-            0.0,
-            {},
-            {"patches_per_image": 1},
-        )
+        *("lists", "ivfpq", "IVF2,Flat", KEYS, 1, 1, 1, 1, 1),
+        *(64.0, 0.0, 0.0, 0.0, {}),
     )
-    opened = PatchIndex(made, index, world.ids[8:9], world.tokens[8:9], CODES)
+    alone = replace(world, ids=world.ids[8:9], tokens=world.tokens[8:9])
+    opened = in_memory(made, index, alone)
     found = opened.search_vectors(centroids, 3)
     check_neighbors(found, world, 3)
     assert found.count.tolist() == [1, 0]
-
-
-@given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([1, 5, 20, 690, 740]), own=st.booleans())
-def test_recall_equals_a_loop(world: World, seed: int, k: int, own: bool) -> None:
-    """Ties at the k-th distance are hits; the own picture is no neighbour; -1 is a miss."""
-    rng = np.random.default_rng(seed)
-    at = rng.choice(len(world.ids), 2, replace=False)
-    exclude = split_patch_ids(world.ids[at])[0] if own else np.full(2, NO_IMAGE)
-    answered = np.full((2, k), -1, np.int64)
-    expected = []
-    for row in range(2):
-        exact = distances_by_loop(world, world.vectors[at[row]], int(exclude[row]))
-        reachable = min(k, len(exact))
-        limit = exact[reachable - 1][0] + 1e-5
-        order = rng.permutation(min(len(exact), 2 * k))[:reachable]
-        given_up = rng.random(reachable) < 0.2
-        found = [exact[int(n)] for n, lost in zip(order, given_up, strict=True) if not lost]
-        answered[row, : len(found)] = [i for _, i in found]
-        expected.append(sum(d <= limit for d, _ in found) / reachable)
-    queries = RecallQueries(world.vectors[at], exclude, "test")
-    assert np.allclose(measure_recall(world.table, CODES, queries, answered), expected)
-
-
-def test_recall_of_an_exact_search_is_one(world: World, flat: PatchIndex) -> None:
-    """What the flat index answers is complete; answers with ids of no entry are worth nothing."""
-    own = split_patch_ids(world.ids[::30])[0]
-    queries = RecallQueries(world.vectors[::30], own, "test")
-    found = flat.search(world.keys[::30], 10, exclude=own)
-    assert (measure_recall(world.table, CODES, queries, found.patch_ids) == 1).all()
-    nowhere = np.full_like(found.patch_ids, 5)
-    assert (measure_recall(world.table, CODES, queries, nowhere) == 0).all()
 
 
 def test_a_retriever_searches_with_the_key_of_a_position(world: World, flat: PatchIndex) -> None:
@@ -173,7 +127,7 @@ def test_a_retriever_has_no_answer_where_there_is_no_key(world: World, flat: Pat
     """With border skip the first row and the outer columns have no neighbours to ask for."""
     skipping = replace(flat.manifest, keys=key_spec("causal-1", "skip", "codebook"))
     index = faiss.read_index(str(Path(world.layout.index("flat")) / INDEX_FILE))
-    retriever = Retriever(PatchIndex(skipping, index, world.ids, world.tokens, CODES), 3)
+    retriever = Retriever(in_memory(skipping, index, world), 3)
     grids = np.zeros((1, 7, 7), np.uint16)
     for at in ((0, 3), (3, 0), (3, 6)):
         assert retriever.at(grids, *at) is None
@@ -193,21 +147,3 @@ def test_searches_that_make_no_sense_are_refused(flat: PatchIndex) -> None:
     with pytest.raises(BadInputError, match="no lists"):
         flat.nprobe = 4
     assert flat.nprobe is None
-
-
-def test_recall_sees_past_a_picture_that_fills_the_first_places(tmp_path: Path) -> None:
-    """The neighbours of an excluded picture's own keys are those that come after all of its own."""
-    layout = make_world(tmp_path, 0, 0).layout
-    add_shard(layout, 1, np.stack([np.full((7, 7), 5), np.full((7, 7), 6)]).astype(np.uint16))
-    table = PatchTable(layout.patches(KEYS))
-    key = np.full((1, 4), 5, np.uint16)
-    own, other = split_patch_ids(table.take([0, 49]).patch_ids)[0]
-    queries = RecallQueries(key_vectors(key, CODES), np.array([own]), "test")
-    exact = ((key_vectors(table.take(range(49, 98)).keys, CODES) - queries.vectors) ** 2).sum(
-        axis=1
-    )
-    order = np.argsort(exact, kind="stable")
-    assert exact[order[9]] + 0.1 < exact[order[-10]]
-    for chosen, recall in ((order[:10], 1.0), (order[-10:], 0.0)):
-        answered = (other << 10) + chosen[None, :]
-        assert measure_recall(table, CODES, queries, answered).tolist() == [recall]

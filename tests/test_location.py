@@ -7,8 +7,9 @@ import pytest
 
 from schemas.errors import BadInputError
 from schemas.location import (
-    draft_folder,
+    building_folder,
     exists,
+    finish_replacements,
     in_store,
     join,
     local_folder,
@@ -19,7 +20,6 @@ from schemas.location import (
     read_bytes,
     remove,
     size,
-    tidy_drafts,
     write_bytes,
 )
 from schemas.manifest import Layout
@@ -92,44 +92,31 @@ def test_files_are_written_listed_and_taken_away(place: str) -> None:
 
 def filled(folder: Path, mark: str, *more: str) -> None:
     for name in ("data.bin", "manifest.json", *more):
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{mark} {name}")
 
 
 def test_a_finished_draft_takes_the_place_of_an_older_folder(place: str) -> None:
     make_folder(place)
     final = join(place, "lists")
-    with draft_folder(place) as draft:
-        filled(draft, "old", "parts/0")
-        put_folder(draft, final)
-    with draft_folder(place) as draft:
-        filled(draft, "new")
-        assert read_bytes(join(final, "data.bin")) == b"old data.bin"
-        put_folder(draft, final)
+    draft = building_folder(place, "lists")
+    filled(draft, "old", "parts/0")
+    put_folder(draft, final)
+    filled(draft, "new")
+    assert read_bytes(join(final, "data.bin")) == b"old data.bin"
+    put_folder(draft, final)
+    assert not draft.exists()
     assert names(final) == ["data.bin", "manifest.json"]
     assert read_bytes(join(final, "manifest.json")) == b"new manifest.json"
     assert names(place) == ["lists"]
 
 
-def test_a_draft_that_fails_changes_nothing(place: str) -> None:
-    make_folder(place)
-
-    def fail_half_way() -> None:
-        with draft_folder(place) as draft:
-            filled(draft, "half")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail_half_way()
-    assert names(place) == []
-
-
-def test_drafts_of_the_killed_are_tidied(tmp_path: Path) -> None:
-    for name in (".draft", ".old-kept", ".old-gone", "kept"):
+def test_a_replacement_that_was_killed_half_way_is_finished(tmp_path: Path) -> None:
+    for name in (".old-kept", ".old-gone", "kept"):
         filled_folder = tmp_path / name
         filled_folder.mkdir()
         filled(filled_folder, name)
-    tidy_drafts(str(tmp_path))
+    finish_replacements(str(tmp_path))
     assert names(str(tmp_path)) == ["gone", "kept"]
     assert (tmp_path / "gone" / "data.bin").read_text() == ".old-gone data.bin"
     assert (tmp_path / "kept" / "data.bin").read_text() == "kept data.bin"
@@ -141,9 +128,9 @@ def test_a_folder_of_a_store_is_copied_once_and_again_when_it_changes(
     monkeypatch.setenv("ARRAG_CACHE", str(tmp_path / "cache"))
     place = f"s3://{bucket}/copied/lists"
     for mark in ("old", "new"):
-        with draft_folder(place) as draft:
-            filled(draft, mark, "parts/0")
-            put_folder(draft, place)
+        draft = building_folder(place, "lists")
+        filled(draft, mark, "parts/0")
+        put_folder(draft, place)
         copy = local_folder(place)
         assert (copy / "parts" / "0").read_text() == f"{mark} parts/0"
         (copy / "seen").touch()

@@ -55,8 +55,15 @@ MANIFEST = DatabaseManifest(
     ({"seconds": 1.5, "input": ["a"]},),
 )
 INDEX = IndexManifest(
-    *("flat", "flat", "Flat", key_spec("surround-1", "skip", "codebook"), 3, 17, None),
-    *(32.0, 0.5, 0.98, {"k": 10}, {"memory": "4GB"}, {"reconstruction": 0.1}),
+    *("mine", "codebook", "IVF9,PQ8x14", key_spec("surround-1", "skip", "codebook"), 3, 2, 17, 15),
+    *(4, 6.2, 7.9, 0.5, 0.98),
+    certificate={"queries": 10},
+    left_out=1,
+    parts=("part-0000", "part-0002"),
+    weights=(0.5, 1.5),
+    temperature=0.6,
+    settings={"memory": "4GB"},
+    metrics={"reconstruction": 0.1},
 )
 shard_ids = st.integers(0, 2**64 - 1).map(lambda number: f"{number:016x}")
 rows = st.integers(0, 2**14 - 1)

@@ -37,14 +37,17 @@ def test_build_then_look(
     code, out, err = run(capsys, *words)
     assert code == 0, err
     assert "4 inputs = 4 images + 0 rejects; 0 held out, 2,024 patches" in out
-    assert "index flat: Flat, 2,024 keys, recall@10 1.000" in out
+    # 39 keys a list, of 2,024.
+    assert "index codebook: IVF51,PQ4x12 (the codebook), nprobe " in out
+    assert "2,024 keys in 2,024 entries, 6.0 bytes of code a key, 8.0 resident" in out
+    assert " reaches recall@10 of 0.95: recall @1 " in out
     code, out, _ = run(capsys, *words)
     assert (code, out) == (0, "nothing to do: all 1 shards are in the database\n")
     code, out, _ = run(capsys, *words, "--json")
     fields = json.loads(out)
     assert code == 0
     assert fields.keys() >= INFO | BUILD
-    assert fields["indexes"]["flat"].keys() >= INDEX
+    assert fields["indexes"]["codebook"].keys() >= INDEX
     assert (fields["images"], fields["grid"], fields["shards_skipped"]) == (4, [24, 24], 1)
     code, out, _ = run(
         capsys,

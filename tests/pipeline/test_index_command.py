@@ -10,8 +10,8 @@ from pipeline.build import build
 from pipeline.index import index_database, stale_index
 from pipeline.query import QuerySettings, query
 from schemas.errors import BadInputError
+from schemas.index_settings import IndexSettings
 from schemas.manifest import Layout
-from stages.build_index import IndexSettings
 from tests.pipeline.conftest import settings, write_picture
 
 
@@ -34,12 +34,12 @@ def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
 
 def test_what_a_killed_indexing_leaves_is_no_index_and_goes_away(copied: Path) -> None:
     layout = Layout(copied)
-    index_database(copied, IndexSettings())
+    index_database(copied, IndexSettings("flat"))
     flat = Path(layout.index("flat"))
-    shutil.copytree(flat, flat.with_name(".draft"))
+    shutil.copytree(flat, flat.with_name(".building-other"))
     flat.rename(flat.with_name(".old-flat"))
     assert index_folders(layout) == []
-    index_database(copied, IndexSettings(), name="other")
+    index_database(copied, IndexSettings("flat"), name="other")
     assert sorted(p.name for p in flat.parent.iterdir()) == ["flat", "other"]
     assert PatchIndex.open(copied, "flat").count == PatchIndex.open(copied, "other").count
 

@@ -1,6 +1,7 @@
 """Queries: every result is traced to the picture, row and column it came from."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import lance
@@ -12,15 +13,16 @@ from pipeline.index import index_database
 from pipeline.query import QueryAnswer, QuerySettings, load_database_tokenizer, query
 from pipeline.sheet import GAP, MARGIN, TILE, draw_sheet, save_sheet
 from schemas.errors import BadInputError
+from schemas.index_settings import IndexSettings
 from schemas.manifest import DatabaseManifest, Layout
-from stages.build_index import IndexSettings
 from stages.read_images import ImageTable
 
 
 @pytest.fixture(scope="module")
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built database with a flat index."""
+    """The built database with an exact index and, newer, one of codes."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("queried") / "db"))
+    index_database(database, IndexSettings("flat"))
     index_database(database, IndexSettings())
     return database
 
@@ -85,8 +87,12 @@ def test_more_neighbours_than_patches(indexed: Path, answer: QueryAnswer) -> Non
     """No padding comes back as a result."""
     patches = lance.dataset(Layout(indexed).patches(DatabaseManifest.read(Layout(indexed)).keys))
     count = patches.count_rows()
-    [result] = query(QuerySettings(indexed, tokens=answer.results[0].key, k=count + 7)).results
+    asked = QuerySettings(indexed, tokens=answer.results[0].key, k=count + 7, index="flat")
+    [result] = query(asked).results
     assert len({n.patch_id for n in result.neighbors}) == len(result.neighbors) == count
+    [some] = query(replace(asked, index="codebook")).results
+    assert len({n.patch_id for n in some.neighbors}) == len(some.neighbors) <= count
+    assert {n.patch_id for n in some.neighbors} <= {n.patch_id for n in result.neighbors}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_a_sheet_shows_the_patches_it_lists(
     found = query(QuerySettings(indexed, own_picture, row=alone.row, col=alone.col, k=2))
     layout = Layout(indexed)
     tokenizer = load_database_tokenizer(layout, found.manifest)
-    sheet = draw_sheet(found, layout, tokenizer, "a title")
+    sheet = draw_sheet(found, tokenizer, "a title")
     save_sheet(sheet, tmp_path / "new" / "sheet.png")
     drawn = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
     assert drawn.shape == (sheet.height, sheet.width, 3)

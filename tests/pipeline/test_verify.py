@@ -11,15 +11,16 @@ import pytest
 
 from pipeline.index import index_database
 from pipeline.verify import verify
+from schemas.index_settings import IndexSettings
 from schemas.manifest import IDS_FILE, TOKENS_FILE, DatabaseManifest, Layout, read_codebook
-from stages.build_index import IndexSettings
 
 
 @pytest.fixture(scope="module")
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built database with a flat index."""
+    """The built database with a flat and a codebook index."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("indexed") / "db"))
-    index_database(database, IndexSettings())
+    index_database(database, IndexSettings("flat"))
+    index_database(database, IndexSettings(lists=8, max_copies=1))
     return database
 
 

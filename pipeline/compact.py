@@ -1,0 +1,141 @@
+"""Take the bytes of removed pictures out of a database, and merge its many small fragments.
+
+book the losses in the ledger → delete the rows from every patches table, then from the images →
+write the tables anew → end in the ledger → build the indexes again that hold something of them.
+Killed at any moment it is run again: what is still there of a removed picture is taken out, and no
+picture is booked twice.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arrag_runtime.patch_index import index_folders
+from arrag_runtime.removed import Tombstones
+from pipeline.index import index_database
+from pipeline.lease import lease
+from pipeline.remove import take_out_suppressed
+from pipeline.verify_removed import index_owners
+from schemas.errors import ArragError
+from schemas.index_settings import IndexSettings
+from schemas.location import exists, remove, size
+from schemas.manifest import DatabaseManifest, IndexManifest, Layout
+from schemas.tables import Ids, contains
+from stages.patch_table import KEEP_VERSIONS, Committer, Loss, read_ledger
+from stages.read_images import ImageTable
+from stages.read_patches import PatchTable, patch_tables
+from stages.take_out import booked_removals, compact_table, delete_pictures
+
+COMMAND = "arrag-db compact"
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did. bytes are those of tables and indexes on disk."""
+
+    images: int
+    patches: int
+    bytes_before: int
+    bytes_after: int
+    indexes: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """One line for people."""
+        built = f"; built again: {', '.join(self.indexes)}" if self.indexes else ""
+        return (
+            f"took out {self.images:,} pictures with {self.patches:,} patches;"
+            f" {self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB now{built}"
+        )
+
+
+Progress = Callable[[str], None]
+"""Called with what is being done, before every step."""
+
+
+def compact(database: str | Path, progress: Progress = lambda _step: None) -> Compaction:
+    """Compact a database; see the module. Raises ArragError where it is busy or there is none."""
+    layout = Layout(database)
+    manifest = DatabaseManifest.read(layout)
+    before = _bytes(layout)
+    with lease(layout, COMMAND):
+        committer = Committer(layout, manifest.keys)
+        # From here on whatever the tables hold is complete.
+        committer.recover(read_ledger(layout))
+        take_out_suppressed(database, COMMAND)
+        gone = Tombstones(layout).ids
+        losses = _losses(layout, manifest, gone)
+        committer.begin_compaction(losses)
+        patches = 0
+        for keys in patch_tables(layout):
+            progress(f"deleting from {keys.name}")
+            deleted = delete_pictures(layout.patches(keys), "patch_id", gone)
+            patches += deleted
+            progress(f"writing {keys.name} anew")
+            compact_table(layout.patches(keys))
+        progress("writing the images anew")
+        images = delete_pictures(layout.images, "image_id", gone)
+        compact_table(layout.images)
+        for path in (layout.rejects, layout.ledger, layout.removed):
+            if exists(path):
+                compact_table(path, keep=KEEP_VERSIONS)
+        Committer(layout, manifest.keys).end_compaction()
+    indexes = []
+    for folder in index_folders(layout):
+        if _is_outdated(layout, folder, gone):
+            name = Path(folder).name
+            progress(f"building index {name} again")
+            _build_again(layout, folder)
+            indexes.append(name)
+    return Compaction(images, patches, before, _bytes(layout), tuple(indexes))
+
+
+def _losses(layout: Layout, manifest: DatabaseManifest, gone: Ids) -> list[Loss]:
+    """What the tables will lose, by shard, without what an interrupted compaction has booked."""
+    booked = booked_removals(layout)
+    spec = manifest.tokenizer
+    per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
+    shards: dict[tuple[str, str], list[tuple[int, bool]]] = defaultdict(list)
+    columns = ["image_id", "shard", "source", "split"]
+    for batch in ImageTable(layout.images).batches(columns, 131_072):
+        ids = batch.column("image_id").to_numpy()
+        for at in np.flatnonzero(contains(gone, ids) & ~contains(booked, ids)).tolist():
+            row = {name: batch.column(name)[at].as_py() for name in columns}
+            held_out = row["split"] == "heldout"
+            shards[row["shard"], row["source"]].append((row["image_id"], held_out))
+    return [
+        Loss(
+            shard,
+            source,
+            tuple(image for image, _ in lost),
+            heldout=sum(held_out for _, held_out in lost),
+            patches=per_image * sum(not held_out for _, held_out in lost),
+        )
+        for (shard, source), lost in sorted(shards.items())
+    ]
+
+
+def _is_outdated(layout: Layout, folder: str, gone: Ids) -> bool:
+    """Whether an index holds something of these pictures, or names a table version that is gone."""
+    index = IndexManifest.read(folder)
+    try:
+        PatchTable(layout.patches(index.keys), index.table_version)
+        return bool(index_owners(layout, Path(folder).name, gone))
+    except ArragError:
+        return True
+
+
+def _build_again(layout: Layout, folder: str) -> None:
+    """Build an index again, the way it was made; without any patches there is none."""
+    made = IndexManifest.read(folder)
+    if not PatchTable(layout.patches(made.keys)).count:
+        remove(folder)
+        return
+    settings = IndexSettings.from_json(made.settings)
+    index_database(layout.root, settings, name=Path(folder).name, compacted=True)
+
+
+def _bytes(layout: Layout) -> int:
+    return size(layout.root)

@@ -1,0 +1,245 @@
+"""Evaluate a database: what its indexes retrieve for positions whose next token is known.
+
+In: a database and which of its indexes. Out: for each the figures of `stages/evaluate_tokens.py`, from
+the same held-out pictures (where there are none, from pictures of the database with their own patches
+left out), side by side as text, JSON or a drawing.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrag_runtime.codebook_search import CodebookSearch
+from arrag_runtime.patch_index import PatchIndex, index_folders, open_engine
+from arrag_runtime.removed import Tombstones
+from pipeline.exact import exact_neighbors
+from pipeline.index_steps import copies_left_aside
+from pipeline.ray_run import RayResources
+from schemas.errors import BadInputError
+from schemas.location import local_folder
+from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
+from schemas.specs import Floats
+from schemas.tables import Ids
+from stages.evaluate_tokens import RANKS, Measured, TokenFigures, evaluate_tokens, likelihood_gain
+from stages.exact_search import NO_IMAGE, Nearest, Queries, true_distances
+from stages.fit_weights import corpus_prior
+from stages.index_contents import left_out
+from stages.read_images import ImageTable
+from stages.read_patches import PatchTable
+from stages.retrieved_distribution import Probabilities
+from stages.sample_queries import sample_queries
+
+PRIOR_ROWS = 4_000_000
+"""The corpus prior is counted over the whole table up to this size, and over a sample beyond."""
+EXACT_KINDS = ("flat", "codebook")
+"""Kinds whose distances are true; others report approximations."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """indexes: names; all of the database's by default. k: results a query, as DAiD asks them.
+
+    ray: the address of a cluster for exact search over large tables.
+    """
+
+    database: str | Path
+    indexes: tuple[str, ...] = ()
+    pictures: int = 200
+    queries: int = 2000
+    k: int = 2048
+    seed: int = 0
+    ray: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluatedIndex:
+    """An index and its figures.
+
+    gain: by how many nats a token it makes the true one likelier than the first index listed does;
+    None for that one itself, and where the two were asked other questions.
+    """
+
+    name: str
+    kind: str
+    keys: str
+    count: int
+    nprobe: int | None
+    weights: tuple[float, ...] | None
+    protocol: str
+    figures: TokenFigures
+    gain: Measured | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the index is, and its figures beside."""
+        own = {n: value for n, value in vars(self).items() if n not in ("figures", "gain")}
+        gain = None if self.gain is None else vars(self.gain)
+        return own | self.figures.to_json() | {"nll_gain_over_first": gain}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of several indexes of a database."""
+
+    database: str
+    k: int
+    indexes: tuple[EvaluatedIndex, ...]
+
+    @property
+    def title(self) -> str:
+        """One line for a drawing: what was asked."""
+        first = self.indexes[0]
+        return f"{first.protocol}; K = {self.k:,} of {first.count:,} keys, {first.keys}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        indexes = {index.name: index.to_json() for index in self.indexes}
+        return {"database": self.database, "k": self.k, "indexes": indexes}
+
+    def to_text(self) -> str:
+        """A table for people: a row a figure, a column an index."""
+        shown = [(index, index.figures) for index in self.indexes]
+        depths = [k for k in (1, 10, RANKS) if k <= min(len(f.token_distance) for _, f in shown)]
+        rows: list[tuple[str, list[str]]] = [("", [index.name for index, _ in shown])]
+
+        def add(label: str, cells: list[str]) -> None:
+            rows.append((label, cells))
+
+        add("keys", [index.keys for index, _ in shown])
+        add("kind, nprobe", [f"{i.kind}, {i.nprobe or '-'}" for i, _ in shown])
+        for k in depths:
+            add(f"recall@{k}", [_cell(f.recall.get(str(k))) for _, f in shown])
+        for k in depths:
+            add(
+                f"distance of the {_ordinal(k)}", [_cell(f.token_distance[k - 1]) for _, f in shown]
+            )
+        add("distance of a corpus token", [_cell(f.prior_distance) for _, f in shown])
+        add("distance of a random code", [_cell(f.random_distance) for _, f in shown])
+        for k in depths:
+            add(f"true token among {k}", [_cell(f.hit_rate[k - 1]) for _, f in shown])
+        add("negative log likelihood", [_cell(f.nll) for _, f in shown])
+        add(
+            "  at temperature, back-off",
+            [f"{f.nll_temperature}, {f.nll_backoff}" for _, f in shown],
+        )
+        add("  of the corpus prior", [_cell(f.prior_nll) for _, f in shown])
+        widths = [max(len(cells[n]) for _, cells in rows) for n in range(len(shown))]
+        label = max(len(name) for name, _ in rows)
+        lines = [
+            f"{name:{label}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
+            for name, cells in rows
+        ]
+        notes = sorted({index.protocol for index, _ in shown})
+        lines += [f"{note}; 95% intervals by resampling pictures" for note in notes]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def evaluate(
+    settings: EvaluateSettings,
+    progress: Callable[[str, int, int], None] = lambda _step, _done, _total: None,
+    announce: Callable[[str], None] = lambda _cost: None,
+) -> Evaluation:
+    """Evaluate indexes of a database. progress: called with a step, rows done and in all.
+
+    Raises BadInputError where the database has no such index, or no pictures to ask with.
+    """
+    layout = Layout(settings.database)
+    manifest = DatabaseManifest.read(layout)
+    codes = read_codebook(layout)
+    names = settings.indexes or tuple(folder.rpartition("/")[2] for folder in index_folders(layout))
+    if not names:
+        raise BadInputError(
+            f"database {layout.root} has no index to evaluate; build one with `arrag-db index"
+            f" --db {layout.root}`"
+        )
+    images = ImageTable(layout.images)
+    asked: dict[str, Queries] = {}
+    exact: dict[tuple[Any, ...], Nearest] = {}
+    priors: dict[tuple[str, int], Probabilities] = {}
+    found: list[EvaluatedIndex] = []
+    for name in names:
+        index = PatchIndex.open(layout.root, name)
+        made = index.manifest
+        table = PatchTable(layout.patches(made.keys), made.table_version)
+        if made.keys.name not in asked:
+            asked[made.keys.name] = sample_queries(
+                *(images, manifest.tokenizer, made.keys),
+                pictures=settings.pictures,
+                queries=settings.queries,
+                seed=settings.seed,
+            )
+        queries = asked[made.keys.name]
+        if not len(queries.keys):
+            raise BadInputError(f"database {layout.root} has no pictures to ask with; build first")
+        skip, without = _not_entries(layout, made, codes)
+        metric = (made.keys.name, table.version, made.weights, _digest(skip), _digest(without))
+        if metric not in exact:
+            exact[metric] = exact_neighbors(
+                *(table, codes, queries, RANKS),
+                weights=made.weights,
+                skip=skip,
+                left_out=without,
+                resources=RayResources(settings.ray) if settings.ray else None,
+                announce=announce,
+                progress=lambda done, total: progress("searching exactly", done, total),
+            )
+        if (corpus := (made.keys.name, table.version)) not in priors:
+            priors[corpus] = _prior(table, len(codes), settings.seed)
+        progress(f"searching {name}", 0, 1)
+        exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
+        answer = index.search(queries.keys, settings.k, exclude=exclude)
+        distances = answer.distances[:, :RANKS]
+        if made.kind not in EXACT_KINDS:
+            ids = answer.patch_ids[:, :RANKS]
+            distances = true_distances(table.blocks(), codes, queries, ids, weights=made.weights)
+        figures = evaluate_tokens(
+            *(queries, answer, exact[metric], distances, codes, priors[corpus]),
+            copies=answer.copies,
+            seed=settings.seed,
+        )
+        gain = None
+        if found and found[0].keys == made.keys.name:
+            gain = likelihood_gain(found[0].figures, figures, queries.images, seed=settings.seed)
+        found.append(
+            EvaluatedIndex(
+                *(name, made.kind, made.keys.name, made.count, index.nprobe, made.weights),
+                *(queries.protocol, figures, gain),
+            )
+        )
+    return Evaluation(layout.root, settings.k, tuple(found))
+
+
+def _not_entries(layout: Layout, made: IndexManifest, codes: Floats) -> tuple[Ids, Ids]:
+    """Patch ids that an index stores as copies of another, and pictures that it does not return."""
+    folder = local_folder(layout.index(made.name))
+    engine, _ = open_engine(made, folder, codes)
+    aside = np.empty(0, np.int64)
+    if isinstance(engine, CodebookSearch):
+        aside = copies_left_aside(engine.parts)
+    return aside, np.union1d(left_out(folder), Tombstones(layout).ids)
+
+
+def _digest(ids: Ids) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def _prior(table: PatchTable, vocabulary: int, seed: int) -> Probabilities:
+    """The corpus prior of next tokens, float64 [V]."""
+    if table.count > PRIOR_ROWS:
+        return corpus_prior(table.sample(PRIOR_ROWS // 4, seed=seed).next_tokens, vocabulary)
+    blocks = [np.empty(0, np.uint16), *(block.next_tokens for block in table.blocks())]
+    return corpus_prior(np.concatenate(blocks), vocabulary)
+
+
+def _cell(found: Any) -> str:
+    """A mean with its interval; nothing where it was not measured."""
+    if found is None:
+        return "-"
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _ordinal(k: int) -> str:
+    return {1: "nearest"}.get(k, f"{k}th")

@@ -1,0 +1,241 @@
+"""Take pictures out of a database: look first, then hide them from every search at once.
+
+find what is meant → show it → add it to the list of removed pictures → write a receipt. No lease is
+taken, so that a removal never waits for a build; `compact` takes the bytes out of tables and
+indexes later.
+"""
+
+import datetime
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arrag_runtime.patch_index import index_folders
+from arrag_runtime.removed import Tombstones
+from schemas.errors import BadInputError
+from schemas.manifest import DatabaseManifest, Layout
+from schemas.receipt import Receipt
+from schemas.tables import REMOVED_SCHEMA
+from stages.exchange_removed import Entry, export_removed, import_removed, require_hash
+from stages.find_images import Found, Selection, find_images, hash_files
+from stages.read_images import ImageTable
+from stages.read_patches import PatchTable, patch_tables
+from stages.suppress import Suppressed, read_suppressed
+from stages.take_out import append_removed
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class RemovalRequest:
+    """What to take out, said in one of five ways; only_these leaves copies of it in.
+
+    where: a Lance filter over the images table; image_ids; hashes: sha256 of original bytes; like:
+    files with those bytes; listed: a file of another database's list.
+    """
+
+    where: str | None = None
+    image_ids: tuple[int, ...] = ()
+    hashes: tuple[str, ...] = ()
+    like: tuple[Path, ...] = ()
+    listed: Path | None = None
+    only_these: bool = False
+
+    def __post_init__(self) -> None:
+        ways = (self.where, self.image_ids, self.hashes, self.like, self.listed)
+        if sum(bool(way) for way in ways) != 1:
+            raise BadInputError(
+                "say what to remove in one way: --where, --image-id, --sha256, --like or --import"
+            )
+        if self.listed and self.only_these:
+            raise BadInputError(
+                "--import takes out all that the list names; leave --only-these out"
+            )
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a removal would take out. patches: how many, by table.
+
+    entries: what goes on the list without a picture here, only to keep it out.
+    """
+
+    found: Found
+    entries: tuple[Entry, ...]
+    patches: Mapping[str, int]
+
+    @property
+    def images(self) -> int:
+        """How many pictures it takes out."""
+        return len(self.found.matched) + len(self.found.copies)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.images and not self.entries
+
+    def first(self) -> tuple[dict[str, Any], ...]:
+        """A few of the pictures, for people."""
+        columns = ["image_id", "key", "url", "sha256"]
+        return tuple(self.found.pictures.select(columns).slice(0, SHOWN).to_pylist())
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for scripts."""
+        return {
+            "images": self.images,
+            "copies": len(self.found.copies),
+            "already": self.found.hidden,
+            "kept_out": len(self.entries),
+            "patches": dict(self.patches),
+            "first": list(self.first()),
+        }
+
+    def to_text(self) -> str:
+        """What people are shown before they agree."""
+        lines = [f"{len(self.found.matched):,} pictures match"]
+        if len(self.found.copies):
+            lines[0] += f", and {len(self.found.copies):,} copies with the same bytes"
+        if self.found.hidden:
+            lines[0] += f"; {self.found.hidden:,} more are taken out already"
+        lines += [f"  {p['image_id']}  {p['key']}  {p['url'] or ''}".rstrip() for p in self.first()]
+        if self.images > SHOWN:
+            lines.append(f"  and {self.images - SHOWN:,} more")
+        lines += [f"  {count:,} patches of {name}" for name, count in self.patches.items() if count]
+        if self.entries:
+            lines.append(f"  {len(self.entries):,} entries without a picture here, to be kept out")
+        if self.found.shared:
+            lines.append(
+                f"  {len(self.found.shared):,} hashes or addresses belong to pictures that stay,"
+                " too, and are not kept out"
+            )
+        return "\n".join(lines)
+
+
+def plan_removal(database: str | Path, request: RemovalRequest) -> Removal:
+    """What a request takes out; writes nothing. Raises BadInputError for what cannot be used.
+
+    Hashes that no picture here has, and all of an imported list, go on this list without one.
+    """
+    entries: tuple[Entry, ...] = ()
+    hashes = {require_hash(text, "--sha256") for text in request.hashes} | hash_files(request.like)
+    urls = frozenset[str]()
+    if request.listed is not None:
+        entries = import_removed(request.listed)
+        hashes = {entry.sha256 for entry in entries if entry.sha256 is not None}
+        urls = frozenset(entry.url for entry in entries if entry.url is not None)
+    else:
+        entries = tuple(Entry(sha256=sha256) for sha256 in sorted(hashes))
+    selection = Selection(request.where, request.image_ids, frozenset(hashes), urls)
+    return _removal(database, selection, entries, with_copies=not request.only_these)
+
+
+def _removal(
+    database: str | Path, selection: Selection, entries: Sequence[Entry], *, with_copies: bool
+) -> Removal:
+    layout = Layout(database)
+    manifest = DatabaseManifest.read(layout)
+    found = find_images(
+        ImageTable(layout.images), selection, Tombstones(layout).ids, with_copies=with_copies
+    )
+    known = read_suppressed(layout)
+    known = Suppressed(
+        known.hashes | set(found.pictures["sha256"].to_pylist()),
+        known.urls | set(found.pictures["url"].to_pylist()),
+    )
+    spec = manifest.tokenizer
+    shown = found.pictures["split"].to_pylist().count("database")
+    patches = {
+        keys.name: shown * keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
+        for keys in patch_tables(layout)
+    }
+    return Removal(found, _unknown(entries, known), patches)
+
+
+def carry_out(database: str | Path, removal: Removal, why: str, command: str) -> Receipt:
+    """Hide the pictures of a removal from now on, and write its receipt."""
+    layout = Layout(database)
+    now = datetime.datetime.now(datetime.UTC)
+    name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    pictures = removal.found.pictures
+    rows = _listed(removal, {"when": now, "why": why, "receipt": name})
+    versions = {"images": ImageTable(layout.images).version} | {
+        f"patches/{keys.name}": PatchTable(layout.patches(keys)).version
+        for keys in patch_tables(layout)
+    }
+    versions["removed"] = append_removed(layout, rows)
+    receipt = Receipt(
+        id=name,
+        when=now.isoformat(timespec="seconds"),
+        why=why,
+        command=command,
+        images=removal.images,
+        heldout=pictures["split"].to_pylist().count("heldout"),
+        copies=len(removal.found.copies),
+        already=removal.found.hidden,
+        kept_out=len(removal.entries),
+        patches=dict(removal.patches),
+        image_ids=tuple(sorted(pictures["image_id"].to_pylist())),
+        first=removal.first(),
+        table_versions=versions,
+        indexes=tuple(Path(folder).name for folder in index_folders(layout)),
+    )
+    receipt.write(layout)
+    return receipt
+
+
+def export_list(database: str | Path, path: Path) -> int:
+    """Write the list of a database to a file; returns how many rows it has."""
+    layout = Layout(database)
+    DatabaseManifest.read(layout)
+    return export_removed(layout, path)
+
+
+def take_out_suppressed(database: str | Path, command: str) -> Receipt | None:
+    """Take out what is on the list and still came in: by a build that ran when it was removed."""
+    layout = Layout(database)
+    suppressed = read_suppressed(layout)
+    if not suppressed:
+        return None
+    selection = Selection(hashes=suppressed.hashes, urls=suppressed.urls)
+    removal = _removal(database, selection, (), with_copies=True)
+    if not removal.images:
+        return None
+    return carry_out(database, removal, "came in again while it was being removed", command)
+
+
+def _unknown(entries: Sequence[Entry], known: Suppressed) -> tuple[Entry, ...]:
+    """The entries of which the list does not know the hash or the address yet."""
+    fresh = (
+        entry
+        for entry in entries
+        if (entry.sha256 is not None and entry.sha256 not in known.hashes)
+        or (entry.url is not None and entry.url not in known.urls)
+    )
+    return tuple(dict.fromkeys(fresh))
+
+
+def _listed(removal: Removal, said: Mapping[str, Any]) -> pa.Table:
+    """The rows for the list: pictures, and entries without one.
+
+    Hashes and addresses that pictures which stay have too are left out, for they would be kept out.
+    """
+    pictures = removal.found.pictures
+    shared = pa.array(sorted(removal.found.shared), pa.string())
+    columns = {name: pictures[name] for name in pictures.column_names}
+    for name in ("sha256", "url"):
+        stays = pc.is_in(pictures[name], shared)
+        columns[name] = pc.if_else(stays, pa.scalar(None, pa.string()), pictures[name])
+    for name, value in said.items():
+        columns[name] = pa.array([value] * len(pictures), REMOVED_SCHEMA.field(name).type)
+    entries = [dict(said) | vars(e) | {"why": e.why or said["why"]} for e in removal.entries]
+    return pa.concat_tables(
+        [
+            pa.table([columns[name] for name in REMOVED_SCHEMA.names], schema=REMOVED_SCHEMA),
+            pa.Table.from_pylist(entries, schema=REMOVED_SCHEMA),
+        ]
+    )

@@ -1,0 +1,106 @@
+"""How an index is to be made. Kept in its manifest, so that a grown table is indexed likewise."""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from schemas.errors import BadInputError
+from schemas.specs import KeySpec
+
+KINDS = ("codebook", "ivfpq", "flat")
+FLAT_UP_TO = 50_000
+"""Latent keys: below this many exact search is as fast as anything and takes a few megabytes."""
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """kind: "codebook", "ivfpq", "flat", or None for what suits the keys.
+
+    index_key: faiss' factory string, for ivfpq. memory: what the finished index may take;
+    worker_memory: what one process may take while filling. lists: None for as many as make a query
+    take about query_ms on one core. nprobe: None for the smallest that reaches target_recall
+    ("0.95", or "0.9@2048"). weights: "equal", "learned", or one number an offset, separated by commas.
+    max_copies: identical entries beyond this many are stored once. dedup: "none" or "images".
+    """
+
+    kind: str | None = None
+    index_key: str | None = None
+    memory: str = "4GB"
+    worker_memory: str = "1GB"
+    lists: int | None = None
+    query_ms: float = 0.5
+    nprobe: int | None = None
+    target_recall: str = "0.95"
+    weights: str = "equal"
+    max_copies: int = 16
+    dedup: str = "none"
+    seed: int = 0
+
+    def resolved(self, keys: KeySpec, count: int) -> "IndexSettings":
+        """The same with the kind that suits the keys where none was asked for.
+
+        Raises BadInputError for settings that no index can have, or that do not go together.
+        """
+        kind = self.kind or ("ivfpq" if self.index_key is not None else None)
+        if kind is None:
+            small = "flat" if count <= FLAT_UP_TO else "ivfpq"
+            kind = "codebook" if keys.space == "codebook" else small
+        if kind not in KINDS:
+            raise BadInputError(f"unknown index kind '{kind}'; choose one of {', '.join(KINDS)}")
+        if kind == "codebook" and keys.space != "codebook":
+            raise BadInputError(
+                f"--kind codebook packs the tokens of a key, and keys in {keys.space} space have"
+                " none; use --kind ivfpq"
+            )
+        for option, given, needed in (
+            ("--index-key", self.index_key is not None, "ivfpq"),
+            ("--lists", self.lists is not None, "codebook"),
+            ("--weights", self.weights != "equal", "codebook"),
+            ("--dedup", self.dedup != "none", "codebook"),
+        ):
+            if given and kind != needed:
+                raise BadInputError(f"{option} is for --kind {needed}, not {kind}; leave it out")
+        if self.dedup not in ("none", "images"):
+            raise BadInputError(f"--dedup '{self.dedup}' is neither none nor images")
+        size_in_bytes("--memory", self.memory)
+        size_in_bytes("--worker-memory", self.worker_memory)
+        self.typed_weights(keys)
+        return IndexSettings(**asdict(self) | {"kind": kind})
+
+    def typed_weights(self, keys: KeySpec) -> tuple[float, ...] | None:
+        """The weights that were typed, scaled to a mean of 1; None for equal or learned ones."""
+        if self.weights in ("equal", "learned"):
+            return None
+        offsets = keys.neighborhood.size
+        try:
+            weights = tuple(float(part) for part in self.weights.split(","))
+        except ValueError:
+            weights = ()
+        if len(weights) != offsets or min(weights) < 0 or sum(weights) == 0:
+            raise BadInputError(
+                f"--weights '{self.weights}' is neither equal, learned nor {offsets} numbers, one an"
+                f" offset of {keys.neighborhood.name}, such as {','.join(['1'] * offsets)}"
+            )
+        mean = sum(weights) / offsets
+        return tuple(weight / mean for weight in weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest keeps it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(kept: dict[str, Any]) -> "IndexSettings":
+        """What `to_json` gave; what else stands there is left aside."""
+        known = {field.name for field in fields(IndexSettings)}
+        return IndexSettings(**{name: value for name, value in kept.items() if name in known})
+
+
+def size_in_bytes(option: str, text: str) -> int:
+    """A size such as 4GB, 512MB or 1.5G. Raises BadInputError for what is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in UNITS or float(match[1]) <= 0:
+        raise BadInputError(f"{option} '{text}' is not a size such as 4GB")
+    return int(float(match[1]) * UNITS[unit])

@@ -1,0 +1,155 @@
+"""The steps of building a codebook index: train the lists, fill parts, merge them.
+
+Each step writes one file or folder that appears complete or not at all, so a killed build goes on
+with the first that is missing. Steps of one kind are independent of each other and may run anywhere.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from schemas.codes import CodeLayout
+from schemas.errors import BadInputError
+from schemas.index_settings import IndexSettings, size_in_bytes
+from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
+from schemas.specs import Floats, key_vectors
+from schemas.tables import Ids
+from stages.coarse_lists import (
+    POINTS_PER_LIST,
+    ListFinder,
+    choose_lists,
+    train_centroids,
+    write_graph,
+)
+from stages.fill_lists import MERGE_ENTRIES, fill_part, merge_parts
+from stages.read_patches import PatchTable, TablePart
+
+BYTES_A_KEY = 64
+"""What filling holds of each key of a part: code, next token, id and list, twice while sorting."""
+FIXED_BYTES = 400 << 20
+"""What a worker takes with the libraries and one block, whatever the part."""
+TRAINED_ON_AT_MOST = 16_000_000
+
+
+@dataclass(frozen=True)
+class FillStep:
+    """Fill one part: rows of a table at a pinned version into `folder`, grouped by list."""
+
+    table: str
+    version: int
+    rows: TablePart
+    centroids: str
+    folder: str
+    layout: CodeLayout
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """Merge parts into `folder`, of lists first..last-1, in canonical order."""
+
+    parts: tuple[str, ...]
+    folder: str
+    first: int
+    last: int
+    layout: CodeLayout
+    max_copies: int
+    left_out: str | None
+
+
+def run_step(step: FillStep | MergeStep) -> str:
+    """Do one step and return its folder; nothing where that already stands."""
+    folder = Path(step.folder)
+    if folder.exists():
+        return step.folder
+    size = step.layout.size
+    if isinstance(step, FillStep):
+        centroids: Floats = np.load(step.centroids)
+        table = PatchTable(step.table, step.version)
+        blocks = table.blocks(part=step.rows)
+        fill_part(folder, blocks, ListFinder(centroids), step.layout, len(centroids))
+    else:
+        merge_parts(
+            folder,
+            [ListPart.open(Path(part), size) for part in step.parts],
+            step.layout,
+            max_copies=step.max_copies,
+            left_out=None if step.left_out is None else np.load(step.left_out),
+            lists=(step.first, step.last),
+        )
+    return step.folder
+
+
+def train_lists(
+    table: PatchTable, layout: CodeLayout, settings: IndexSettings, folder: Path
+) -> Floats:
+    """Train the coarse centroids on a uniform sample and write them; read them where they stand.
+
+    Raises BadInputError for an empty table or more lists than it has keys.
+    """
+    path = folder / CENTROIDS
+    if path.exists():
+        trained: Floats = np.load(path)
+        return trained
+    if table.count == 0:
+        raise BadInputError("the patches table is empty, so there is nothing to index; build first")
+    lists = settings.lists or choose_lists(table.count, settings.query_ms)
+    if lists > table.count:
+        raise BadInputError(
+            f"--lists {lists} is more than the table has keys ({table.count}); pass fewer"
+        )
+    sample = table.sample(
+        min(max(lists * POINTS_PER_LIST, lists), TRAINED_ON_AT_MOST), seed=settings.seed
+    )
+    vectors = key_vectors(sample.keys, layout.codes, layout.weights)
+    np.random.default_rng(settings.seed).shuffle(vectors)
+    centroids = train_centroids(vectors, lists, seed=settings.seed)
+    write_graph(centroids, folder / GRAPH)
+    draft = path.with_name(f".{path.name}")
+    with draft.open("wb") as stream:
+        np.save(stream, centroids)
+    draft.rename(path)
+    return centroids
+
+
+def part_rows(settings: IndexSettings) -> int:
+    """Rows that one worker may hold within its memory. Raises BadInputError when that is too little."""
+    memory = size_in_bytes("--worker-memory", settings.worker_memory)
+    rows = (memory - FIXED_BYTES) // BYTES_A_KEY
+    if rows < MERGE_ENTRIES // 2:
+        needed = (FIXED_BYTES + BYTES_A_KEY * MERGE_ENTRIES // 2) / 10**9
+        raise BadInputError(
+            f"--worker-memory {settings.worker_memory} is too little to fill lists in; give at least"
+            f" {needed:.1f}GB"
+        )
+    return rows
+
+
+def merge_steps(
+    parts: tuple[str, ...],
+    folder: Path,
+    layout: CodeLayout,
+    settings: IndexSettings,
+    left_out: Path | None,
+    entries: int,
+) -> list[MergeStep]:
+    """The steps that merge parts: one for them all, or, where these are large, one a range of lists."""
+    sizes = sum(np.diff(ListPart.open(Path(part), layout.size).starts) for part in parts)
+    ends = np.cumsum(sizes)
+    total = int(ends[-1])
+    wanted = max(1, -(-total // entries))
+    cuts = np.searchsorted(ends, np.arange(1, wanted) * total // wanted, side="right")
+    bounds: Ids = np.unique(np.concatenate([[0], cuts, [len(ends)]]))
+    return [
+        MergeStep(
+            parts,
+            str(folder / f"slice-{number:05}"),
+            int(first),
+            int(last),
+            layout,
+            settings.max_copies,
+            None if left_out is None else str(left_out),
+        )
+        for number, (first, last) in enumerate(pairwise(bounds))
+    ]

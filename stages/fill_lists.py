@@ -1,0 +1,180 @@
+"""Filling the lists of a codebook index: blocks of keys → parts → one part in canonical order.
+
+A part that is being filled has its entries list by list and no more. Merging takes any number of
+parts and writes one in which every list is in order of code, next token and patch id, so that the same
+keys give the same bytes however they were cut into parts. Identical entries (same key, same next
+token) beyond `max_copies` are stored once and keep all their ids. faiss never encodes anything: the
+tokens are the codes.
+
+In memory at once: one block when filling, one group of lists when merging.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.codes import CodeLayout, pack_keys, unpack_keys
+from schemas.inverted_lists import Entries, ListPart, PartWriter
+from schemas.specs import Floats, key_vectors
+from schemas.tables import Ids, contains, split_patch_ids
+from stages.read_patches import PatchBlock
+
+Finder = Callable[[Floats], Ids]
+"""The list int64 [N] of search vectors float32 [N, D]; a `ListFinder`, say."""
+MERGE_ENTRIES = 1 << 21
+"""Entries merged at a time: about 100 MB with everything that sorting them takes."""
+
+
+def fill_part(
+    folder: Path, blocks: Iterable[PatchBlock], finder: Finder, layout: CodeLayout, lists: int
+) -> None:
+    """Write the keys of these blocks as a part, grouped by list; the blocks are held in memory.
+
+    The part appears complete or not at all.
+    """
+    found, codes, tokens, ids = [], [], [], []
+    for block in blocks:
+        found.append(finder(key_vectors(block.keys, layout.codes, layout.weights)))
+        codes.append(pack_keys(block.keys, layout.bits, len(layout.codes)))
+        tokens.append(block.next_tokens)
+        ids.append(block.patch_ids)
+    grouped = group_by_list(
+        Entries(
+            np.concatenate([np.empty(0, np.int64), *found]),
+            np.concatenate([np.empty((0, layout.size), np.uint8), *codes]),
+            np.concatenate([np.empty(0, np.uint16), *tokens]),
+            np.concatenate([np.empty(0, np.int64), *ids]),
+        )
+    )
+    with PartWriter(folder, lists) as part:
+        part.add(grouped, np.ones(len(grouped.lists), np.int64), grouped.patch_ids[:0])
+
+
+def group_by_list(entries: Entries) -> Entries:
+    """The entries by list, in the order they came within each."""
+    return _take(entries, np.argsort(_narrow(entries.lists), kind="stable"))
+
+
+def merge_parts(
+    folder: Path,
+    parts: Sequence[ListPart],
+    layout: CodeLayout,
+    *,
+    max_copies: int,
+    left_out: Ids | None = None,
+    lists: tuple[int, int] | None = None,
+) -> None:
+    """Write all entries of these parts as one part in canonical order.
+
+    left_out: int64, ascending; the entries of these pictures are not taken. lists: first and one past
+    the last list to take, for a merge that is cut up; all by default.
+    """
+    total = len(parts[0].starts) - 1
+    first, last = lists or (0, total)
+    with PartWriter(folder, total) as writer:
+        for start, stop in list_groups(parts, first, last):
+            entries = _concatenated([expanded(part, start, stop) for part in parts])
+            if left_out is not None and len(left_out):
+                images = split_patch_ids(entries.patch_ids)[0]
+                entries = _take(entries, np.flatnonzero(~contains(left_out, images)))
+            ordered = _in_order(entries, layout)
+            writer.add(*collapse(ordered, max_copies))
+
+
+def append_parts(folder: Path, slices: Sequence[ListPart]) -> None:
+    """Write parts that hold neighbouring ranges of lists one behind the other."""
+    with PartWriter(folder, len(slices[0].starts) - 1) as writer:
+        for part in slices:
+            writer.append(part)
+
+
+def collapse(ordered: Entries, max_copies: int) -> tuple[Entries, Ids, Ids]:
+    """Store identical entries once where there are more than `max_copies` of them.
+
+    Returns the entries, how many each stands for int64 [E], and the ids of those that stand for
+    more than one, in order.
+    """
+    count = len(ordered.lists)
+    if not count:
+        return ordered, np.empty(0, np.int64), ordered.patch_ids
+    differs = (ordered.codes[1:] != ordered.codes[:-1]).any(axis=1)
+    differs |= ordered.next_tokens[1:] != ordered.next_tokens[:-1]
+    run = np.concatenate([[0], np.cumsum(differs)])
+    lengths = np.bincount(run)
+    many = lengths[run] > max_copies
+    starts = np.concatenate([[True], differs])
+    kept = np.flatnonzero(~many | starts)
+    copies = np.where(many[kept], lengths[run[kept]], 1)
+    return _take(ordered, kept), copies, ordered.patch_ids[many]
+
+
+def _in_order(entries: Entries, layout: CodeLayout) -> Entries:
+    """Entries by list, key, next token and id: stable passes from the last criterion to the first."""
+    keys = unpack_keys(entries.codes, layout.keys.neighborhood.size, layout.bits, len(layout.codes))
+    order = np.argsort(entries.patch_ids)
+    for column in (entries.next_tokens, *keys.T[::-1]):
+        order = order[np.argsort(column[order], kind="stable")]
+    lists = _narrow(entries.lists)
+    return _take(entries, order[np.argsort(lists[order], kind="stable")])
+
+
+def _narrow(lists: Ids) -> npt.NDArray[Any]:
+    """Lists as numbers of the same order in sixteen bits, which numpy sorts several times as fast."""
+    low = int(lists.min()) if len(lists) else 0
+    return (lists - low).astype(np.uint16) if len(lists) and lists.max() - low < 1 << 16 else lists
+
+
+def _take(entries: Entries, rows: Ids) -> Entries:
+    return Entries(
+        entries.lists[rows],
+        entries.codes[rows],
+        entries.next_tokens[rows],
+        entries.patch_ids[rows],
+    )
+
+
+def list_groups(parts: Sequence[ListPart], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Ranges of lists that hold up to `MERGE_ENTRIES` in all parts; a larger list stands alone."""
+    keys = sum(np.diff(part.starts) for part in parts)
+    ends = np.cumsum(keys)
+    start = first
+    while start < last:
+        before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, before + MERGE_ENTRIES, side="right"))
+        stop = min(max(stop, start + 1), last)
+        yield start, stop
+        start = stop
+
+
+def expanded(part: ListPart, start: int, stop: int) -> Entries:
+    """The keys of lists start..stop-1 of a part, every copy as an entry of its own."""
+    begin, end = int(part.starts[start]), int(part.starts[stop])
+    sizes = np.diff(part.starts[start : stop + 1])
+    entries = Entries(
+        np.repeat(np.arange(start, stop), sizes),
+        np.asarray(part.codes[begin:end]),
+        np.asarray(part.next_tokens[begin:end]),
+        np.asarray(part.patch_ids[begin:end]),
+    )
+    low, high = np.searchsorted(part.copies_at, (begin, end))
+    if low == high:
+        return entries
+    counts = np.ones(end - begin, np.int64)
+    counts[part.copies_at[low:high] - begin] = np.diff(part.copies_start[low : high + 1])
+    repeated = np.repeat(np.arange(end - begin), counts)
+    ids = entries.patch_ids[repeated]
+    ids[counts[repeated] > 1] = part.copies_ids[part.copies_start[low] : part.copies_start[high]]
+    copied = _take(entries, repeated)
+    return Entries(copied.lists, copied.codes, copied.next_tokens, ids)
+
+
+def _concatenated(several: Sequence[Entries]) -> Entries:
+    return Entries(
+        np.concatenate([entries.lists for entries in several]),
+        np.concatenate([entries.codes for entries in several]),
+        np.concatenate([entries.next_tokens for entries in several]),
+        np.concatenate([entries.patch_ids for entries in several]),
+    )

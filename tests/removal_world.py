@@ -1,0 +1,114 @@
+"""A small database with pictures, patches, rejects and an index, made without encoding anything."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.location import in_store
+from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
+from schemas.records import ImageRecord, Reject, Shard
+from schemas.specs import TokenizerSpec, key_spec, normalised
+from schemas.split import is_held_out
+from schemas.tables import REJECTS_SCHEMA
+from stages.encode_images import EncodedImage, EncodedShard
+from stages.extract_patches import extract_patches
+from stages.patch_table import (
+    Committer,
+    ShardResult,
+    create_tables,
+    read_ledger,
+    table_paths,
+    write_fragments,
+)
+from stages.take_out import create_list
+
+SPEC = TokenizerSpec("toy", 112, 7, 7, 24, 4, "centre crop", "0" * 64)
+KEYS = key_spec("causal-1", "skip", "codebook")
+PER_IMAGE = 30
+"""Rows 1..6 and columns 1..5 of the grid have all four neighbours."""
+HELD_OUT = 0.2
+PER_SHARD = 6
+
+
+def picture_bytes(number: int) -> bytes:
+    """What stands for the original file of a picture."""
+    return f"the bytes of picture {number}".encode()
+
+
+def sha256(number: int) -> str:
+    """The hash of those bytes."""
+    return hashlib.sha256(picture_bytes(number)).hexdigest()
+
+
+def make_database(root: str | Path, shards: int = 3) -> Layout:
+    """Shards of six pictures and one reject. Pictures 0, 6, 12, … of site a.org, others of b.org."""
+    layout = Layout(root)
+    create_tables(layout, SPEC, KEYS)
+    if in_store(layout.root):
+        create_list(layout)
+    write_codebook(layout, normalised(np.random.default_rng(1).normal(size=(24, 4))))
+    encoder = EncoderSettings("cpu", "float32", 1)
+    DatabaseManifest(SPEC, None, encoder, KEYS, HELD_OUT).write(layout)
+    for shard in range(shards):
+        add_shard(layout, shard, range(shard * PER_SHARD, (shard + 1) * PER_SHARD))
+    return layout
+
+
+def shard_of(number: int) -> Shard:
+    """The shard of this number."""
+    return Shard("toy", f"{(number + 1) << 40:016x}", (f"member {number}",))
+
+
+def write_shard(layout: Layout, number: int, contents: range | list[int]) -> ShardResult:
+    """Write a shard's fragments, uncommitted: a picture for each of `contents`, and a reject.
+
+    Equal contents give equal bytes and grids, under other keys and addresses.
+    """
+    shard = shard_of(number)
+    images = tuple(
+        EncodedImage(
+            ImageRecord(
+                row=row,
+                key=f"{number}/{row}.jpg",
+                data=b"",
+                caption=f"caption of picture {content}",
+                url=f"http://{'a' if content % PER_SHARD == 0 else 'b'}.org/{number}/{row}.jpg",
+            ),
+            *(640, 480, sha256(content), is_held_out(sha256(content), HELD_OUT)),
+        )
+        for row, content in enumerate(contents)
+    )
+    grids = [np.random.default_rng(c).integers(0, 24, (7, 7)).astype(np.uint16) for c in contents]
+    rejects = (Reject(len(images), f"{number}/bad.jpg", "decode", "empty", "zero bytes"),)
+    encoded = EncodedShard(images, np.stack(grids), None, rejects, 0.0, None)
+    kept = encoded.in_database()
+    reject_rows = [
+        {"shard": shard.id, "attempt": 1, "row": r.row, "key": r.key, "url": r.url}
+        | {"stage": r.stage, "reason": r.reason, "detail": r.detail}
+        for r in rejects
+    ]
+    tables = {
+        "patches": extract_patches(
+            SPEC, KEYS, encoded.image_ids(shard)[kept], encoded.tokens[kept]
+        ),
+        "rejects": pa.Table.from_pylist(reject_rows, schema=REJECTS_SCHEMA),
+        "images": encoded.images_table(SPEC, shard),
+    }
+    paths = table_paths(layout, KEYS)
+    return ShardResult(
+        *(shard.id, shard.source, 1, len(images) + 1, len(images)),
+        heldout=int(np.count_nonzero(~kept)),
+        patches=tables["patches"].num_rows,
+        rejects={"empty": 1},
+        fragments={name: write_fragments(paths[name], tables[name]) for name in tables},
+    )
+
+
+def add_shard(layout: Layout, number: int, contents: range | list[int]) -> None:
+    """Plan, write and commit a shard."""
+    committer = Committer(layout, KEYS)
+    committer.recover(read_ledger(layout))
+    committer.plan([shard_of(number)])
+    committer.commit(write_shard(layout, number, contents))

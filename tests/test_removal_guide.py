@@ -1,0 +1,67 @@
+"""The commands of docs/removal.md, in its order, on a small database."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from arrag_runtime.patch_index import PatchIndex
+from arrag_runtime.removed import Tombstones
+from pipeline.index import index_database
+from schemas.manifest import Layout
+from stages.build_index import IndexSettings
+from tests.removal_world import make_database, picture_bytes, sha256
+from tests.test_remove import run
+
+GUIDE = Path(__file__).parent.parent / "docs" / "removal.md"
+
+
+def commands() -> list[list[str]]:
+    """Every command of the guide as words, in its order."""
+    blocks = re.findall(r"^```\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_the_guide_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hidden(index: PatchIndex, keys: Any, k: int) -> Any:
+        gone = Tombstones(layout).ids
+        return search(index, keys, k, exclude=np.tile(gone, (len(keys), 1)))
+
+    search = PatchIndex.search
+    monkeypatch.setattr(PatchIndex, "search", hidden)
+    monkeypatch.chdir(tmp_path)
+    layout = make_database(tmp_path / "mydb")
+    index_database(layout.root, IndexSettings())
+    make_database(tmp_path / "otherdb", shards=2)
+    Path("the-picture-i-was-sent.jpg").write_bytes(picture_bytes(8))
+    said: list[str] = []
+    for program, command, *words in commands():
+        assert program == "arrag-db"
+        options = [_meant(word, layout) for word in words]
+        if command == "remove" and not {"--dry-run", "--export"} & set(options):
+            options.append("--yes")
+        code, out, err = run(capsys, command, *options)
+        assert code == 0, (command, options, err)
+        said.append(out)
+    assert [text.splitlines()[0] for text in said[:2]] == ["3 pictures match", "1 pictures match"]
+    assert "removed 3 pictures" in said[2]
+    assert all(line.startswith("ok ") for line in (said[3] + said[5]).splitlines())
+    assert said[4].startswith("took out 3 pictures")
+    assert "+ 3 removed" in said[6]
+    assert said[7] == "3 rows: removed.csv\n"
+    assert "removed 2 pictures" in said[8]
+    assert "1 entries without a picture here" in said[8]
+    assert len(said) == 10
+
+
+def _meant(word: str, layout: Layout) -> str:
+    """A word of the guide with its placeholders filled in."""
+    if word == "ID":
+        [receipt] = Path(layout.receipts).glob("*.json")
+        return receipt.stem
+    return word.replace("HASH", sha256(900)).replace("photos.example.org", "a.org")

@@ -1,0 +1,61 @@
+"""Removing and compacting a database in a bucket, on a real S3 server on loopback."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lance
+import pytest
+
+from arrag_runtime.removed import Tombstones
+from pipeline.compact import compact
+from pipeline.index import index_database
+from pipeline.info import info
+from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
+from pipeline.verify import verify
+from pipeline.verify_removed import verify_removed
+from schemas.manifest import Layout
+from schemas.receipt import Receipt
+from stages.build_index import IndexSettings
+from tests.removal_world import add_shard, make_database
+from tests.s3_server import new_bucket, s3_server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Iterator[Layout]:
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment | {"ARRAG_CACHE": str(tmp_path / "cache")}).items():
+            patch.setenv(name, value)
+        yield make_database(f"s3://{new_bucket()}/db")
+
+
+def test_a_removal_in_a_bucket(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_database(layout.root, IndexSettings())
+    hidden = Tombstones(layout)
+    removal = plan_removal(layout.root, RemovalRequest(where="key LIKE '1/%'"))
+    receipt = carry_out(layout.root, removal, "why", "cmd")
+    assert Receipt.read(layout, receipt.id) == receipt
+    assert not hidden.refresh()
+    monkeypatch.setattr("arrag_runtime.removed.STORE_SECONDS", 0.0)
+    assert hidden.refresh()
+    assert hidden.ids.tolist() == list(receipt.image_ids)
+    assert not hidden.refresh()
+    before = lance.dataset(layout.images).to_table(filter="key NOT LIKE '1/%'")
+    assert info(layout.root)["removed_waiting"] == 6
+    done = compact(layout.root)
+    assert (done.images, done.indexes) == (6, ("flat",))
+    assert (
+        lance.dataset(layout.images)
+        .to_table()
+        .sort_by("image_id")
+        .equals(before.sort_by("image_id"))
+    )
+    assert [c for c in verify(layout.root, full=True) if not c.ok] == []
+    assert [c for c in verify_removed(layout.root, receipt.id) if not c.ok] == []
+    add_shard(layout, 3, [50, 51])
+    compact(layout.root)
+    assert [c for c in verify(layout.root, full=True) if not c.ok] == []
+    assert export_list(layout.root, tmp_path / "list.csv") == 6
