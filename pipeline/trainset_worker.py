@@ -4,6 +4,7 @@ In: pictures of the database by id, or a shard of another source. Out: written, 
 of rows, as the driver commits them. A picture never retrieves itself or a copy of itself.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from arrag_runtime.patch_index import PatchIndex
 from pipeline.query import load_database_tokenizer
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.neighborhood import MISSING, Neighborhood
-from schemas.records import Attempt, Shard, SourceSettings
+from schemas.records import Attempt, ImageRecord, Reject, Shard, SourceSettings
 from schemas.tables import Ids, fixed_lists
 from schemas.trainset import TrainsetManifest, trainset_schema
 from stages.decode import DecodeSettings
@@ -86,8 +87,11 @@ def write_shard(worker: TrainsetWorker, shard: Shard) -> Written:
     )
     tokenizer = _tokenizer(worker.database, worker.tokenizer_weights, worker.device)
     removed = read_suppressed(layout)
-    items = without_removed(open_source(worker.source).read(shard), removed)
-    inputs = download_links(items, DownloadSettings(), Attempt(shard), removed=removed)
+    inputs: Iterator[ImageRecord | Reject] = download_links(
+        without_removed(open_source(worker.source).read(shard), removed),
+        *(DownloadSettings(), Attempt(shard)),
+        removed=removed,
+    )
     encoded = encode_shard(tokenizer, inputs, settings)
     told = [n for n, image in enumerate(encoded.images) if image.record.caption]
     pictures = Pictures(
