@@ -8,7 +8,7 @@ changes probabilities after the forward pass; FAiD does (AR-RAG, section 3.3).
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from arrag_runtime.patch_index import Neighbors
+from arrag_runtime.neighbors import Neighbors
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class CopyRun:
-    """length: positions in the run, which begins at (row, col) and at (source_row, source_col) in
+    """database, image_id: the source. length: positions in the run, which begins at (row, col) and at (source_row, source_col) in
     the source. matches: positions of the whole picture that repeat the source at that displacement.
     """
 
+    database: int
     image_id: int
     length: int
     row: int
@@ -27,22 +28,22 @@ class CopyRun:
 
 
 def longest_copy(
-    grid: npt.NDArray[np.uint16], sources: Mapping[int, npt.NDArray[np.uint16]]
+    grid: npt.NDArray[np.uint16], sources: Mapping[tuple[int, int], npt.NDArray[np.uint16]]
 ) -> CopyRun | None:
-    """The longest run of a grid [h, w] that one of the sources (image id → [h, w]) explains.
+    """The longest run of a grid [h, w] that one of the sources explains: (database, image id) → [h, w].
 
     None where no token of any source recurs. Of equal runs, the one with more matches.
     """
     best: CopyRun | None = None
-    for image, source in sources.items():
-        found = _longest(grid, source, image)
+    for name, source in sources.items():
+        found = _longest(grid, source, name)
         if found and (best is None or (found.length, found.matches) > (best.length, best.matches)):
             best = found
     return best
 
 
 def _longest(
-    grid: npt.NDArray[np.uint16], source: npt.NDArray[np.uint16], image: int
+    grid: npt.NDArray[np.uint16], source: npt.NDArray[np.uint16], name: tuple[int, int]
 ) -> CopyRun | None:
     width = grid.shape[1]
     ours, theirs = np.nonzero(grid.reshape(-1, 1) == source.reshape(1, -1))
@@ -63,4 +64,4 @@ def _longest(
     at = int(np.lexsort((counts, lengths))[-1])
     row, col = divmod(int(ours[starts[at]]), width)
     source_row, source_col = divmod(int(theirs[starts[at]]), width)
-    return CopyRun(image, int(lengths[at]), row, col, source_row, source_col, int(counts[at]))
+    return CopyRun(*name, int(lengths[at]), row, col, source_row, source_col, int(counts[at]))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from arrag_runtime.patch_index import Neighbors
+from arrag_runtime.neighbors import Neighbors
 from schemas.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def mix(p_model: "Tensor", neighbors: Neighbors | None, settings: DaidSettings) 
         return p_model
     retrieved = distribution(neighbors, p_model, settings.tau, settings.merge)
     mixed = (1 - settings.lam) * p_model + settings.lam * retrieved
-    if not (neighbors.count > 0).all():  # a row without any keeps every bit of p_model
-        mixed = mixed.where(_found(neighbors, p_model)[:, None], p_model)
+    some = counting(neighbors).any(axis=1)
+    if not some.all():  # a row without any keeps every bit of p_model
+        mixed = mixed.where(_tensor(some[:, None], p_model), p_model)
     if settings.entropy_above is not None:
         mixed = mixed.where(entropy(p_model)[:, None] > settings.entropy_above, p_model)
     return mixed
@@ -84,48 +86,47 @@ def mix(p_model: "Tensor", neighbors: Neighbors | None, settings: DaidSettings) 
 def distribution(
     neighbors: Neighbors, p_model: "Tensor", tau: float = TAU, merge: Merge = "nearest"
 ) -> "Tensor":
-    """p_retrieved [B, V], in p_model's dtype and on its device; uniform in rows without neighbours."""
+    """p_retrieved [B, V], in p_model's dtype and on its device; uniform in rows without neighbours.
+
+    An entry counts for its database's weight times exp(-d / τ); where entries of a token are summed,
+    times the number of identical ones that it stands for.
+    """
     if neighbors.tokens.shape[0] != p_model.shape[0]:
         raise BadInputError(
             f"neighbours of {neighbors.tokens.shape[0]} positions for probabilities of"
             f" {p_model.shape[0]}; retrieve one row a picture"
         )
-    tokens, scores = to_device(neighbors, p_model, tau)
+    found = counting(neighbors)
+    weights = neighbors.weights * neighbors.copies if merge == "sum" else neighbors.weights
+    # What does not count scores -inf, so token 0, which padding carries, gains nothing by it.
+    scores = np.full(found.shape, -np.inf, np.float32)
+    scores[found] = np.log(weights[found]) - neighbors.distances[found] / np.float32(tau)
+    tokens = _tensor(neighbors.tokens.astype(np.int64), p_model)
+    logits = _tensor(scores, p_model)
     if merge == "sum":
-        copies = getattr(neighbors, "copies", None)
-        if copies is not None:
-            scores = scores + _tensor(np.log(np.maximum(copies, 1)), p_model)
         retrieved = p_model.new_zeros(p_model.shape)
-        retrieved = retrieved.scatter_add_(1, tokens, scores.softmax(dim=-1))
+        retrieved = retrieved.scatter_add_(1, tokens, logits.softmax(dim=-1))
     else:
-        # What is no entry scores -inf, so token 0, which padding carries, gains nothing by it.
         best = p_model.new_full(p_model.shape, -float("inf"))
-        retrieved = best.scatter_reduce_(1, tokens, scores, "amax").softmax(dim=-1)
-    if (neighbors.count > 0).all():
+        retrieved = best.scatter_reduce_(1, tokens, logits, "amax").softmax(dim=-1)
+    some = found.any(axis=1)
+    if some.all():
         return retrieved
     uniform = p_model.new_full((), 1 / p_model.shape[1])
-    return retrieved.where(_found(neighbors, p_model)[:, None], uniform)
+    return retrieved.where(_tensor(some[:, None], p_model), uniform)
+
+
+def counting(neighbors: Neighbors) -> npt.NDArray[np.bool_]:
+    """Which results count, bool [B, K]: those within `count`, of a database with a weight."""
+    real = np.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
+    counted: npt.NDArray[np.bool_] = real & (neighbors.weights > 0)
+    return counted
 
 
 def entropy(probabilities: "Tensor") -> "Tensor":
     """The entropy of each row, nats [B]."""
     tiny = 1e-30
     return -(probabilities * probabilities.clamp_min(tiny).log()).sum(dim=-1)
-
-
-def _found(neighbors: Neighbors, like: "Tensor") -> "Tensor":
-    """Which rows have any neighbours, bool [B]."""
-    return _tensor(neighbors.count > 0, like)
-
-
-def to_device(neighbors: Neighbors, like: "Tensor", tau: float) -> tuple["Tensor", "Tensor"]:
-    """(tokens long [B, K], scores -d / τ [B, K]) beside `like`; what is no entry scores -inf."""
-    scores = np.where(
-        np.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None],
-        -neighbors.distances / np.float32(tau),
-        -np.inf,
-    )
-    return _tensor(neighbors.tokens.astype(np.int64), like), _tensor(scores, like)
 
 
 def _tensor(values: Any, like: "Tensor") -> "Tensor":

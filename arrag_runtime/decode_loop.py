@@ -21,7 +21,7 @@ from arrag_runtime import daid
 from arrag_runtime.augment import Augmenter, Batch, Step
 from arrag_runtime.backends import Backend
 from arrag_runtime.daid import DaidSettings
-from arrag_runtime.patch_index import Neighbors
+from arrag_runtime.neighbors import Neighbors
 from arrag_runtime.retriever import Retriever
 
 

@@ -20,10 +20,11 @@ from arrag_runtime.copies import CopyRun, longest_copy
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.fit import require_fit
 from arrag_runtime.generate import Generated, generate
+from arrag_runtime.index_group import IndexGroup
 from arrag_runtime.patch_index import PatchIndex
 from arrag_runtime.pictures import comparison, grid_picture, save_png
 from arrag_runtime.retriever import Retriever
-from arrag_runtime.trace import Origin, Tracer, source_weights, trace_json
+from arrag_runtime.trace import Origin, Source, Tracer, source_weights, trace_json
 from arrag_runtime.trace_sheet import Traced, draw_trace, heaviest_sources
 from schemas.errors import BadInputError
 
@@ -45,7 +46,7 @@ class GenerateSettings:
     model: str
     prompts: tuple[str, ...]
     mode: str
-    database: str | Path
+    databases: tuple[str | Path, ...]
     index: str | None = None
     adapter: Path | None = None
     images: int = 1
@@ -154,15 +155,15 @@ class Session:
                 return result, result.tracer
         raise BadInputError("nothing was traced; retrieve something, with --mode daid")
 
-    def sources(self) -> list[int]:
-        """The ids of all pictures behind the traced ones."""
+    def sources(self) -> list[Source]:
+        """All pictures behind the traced ones, by number of their database and image id."""
         _, tracer = self._traced
-        return sorted({image for trace in tracer.traces for image in source_weights(trace)})
+        return sorted({source for trace in tracer.traces for source in source_weights(trace)})
 
     def traced(
-        self, origins: Mapping[int, Origin], grids: Mapping[int, npt.NDArray[np.uint16]]
+        self, origins: Mapping[Source, Origin], grids: Mapping[Source, npt.NDArray[np.uint16]]
     ) -> "Told":
-        """The trace, told with what the database knows of the sources: rows and token grids by id."""
+        """The trace, told with what the databases know of the sources: rows and token grids."""
         result, tracer = self._traced
         copies = [longest_copy(grid, grids) for grid in result.generated.tokens]
         return Told(self, result, tracer, origins, grids, copies)
@@ -175,8 +176,8 @@ class Told:
     session: Session
     result: MethodResult
     tracer: Tracer
-    origins: Mapping[int, Origin]
-    grids: Mapping[int, npt.NDArray[np.uint16]]
+    origins: Mapping[Source, Origin]
+    grids: Mapping[Source, npt.NDArray[np.uint16]]
     copies: Sequence[CopyRun | None]
 
     def to_json(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class Told:
         about: dict[str, Any] = {
             "method": self.result.method,
             "model": settings.model,
-            "database": str(settings.database),
+            "databases": [str(database) for database in settings.databases],
             "index": self.session.index,
         }
         if self.result.method == "daid":
@@ -199,10 +200,10 @@ class Told:
     def draw(self, path: Path) -> None:
         """What `--trace-sheet` draws: the first eight pictures and their heaviest sources."""
         traces = self.tracer.traces[:MOST_TRACED_ROWS]
-        wanted = {image for trace in traces for image in heaviest_sources(trace)}
+        wanted = {source for trace in traces for source in heaviest_sources(trace)}
         shown = {
-            image: self.session.backend.pixels(self.grids[image][None])[0]
-            for image in sorted(wanted & self.grids.keys())
+            source: self.session.backend.pixels(self.grids[source][None])[0]
+            for source in sorted(wanted & self.grids.keys())
         }
         generated = self.result.generated
         rows = [
@@ -225,7 +226,10 @@ def run(settings: GenerateSettings, show: Show = lambda *_: None) -> Session:
     Raises BadInputError or IncompatibleError, with everything named, before the first token.
     """
     retrieves = settings.mode != "plain"
-    index = PatchIndex.open(settings.database, settings.index) if retrieves else None
+    index = None
+    if retrieves:
+        opened = [PatchIndex.open(database, settings.index) for database in settings.databases]
+        index = IndexGroup(opened)
     backend = load_backend(
         "janus",
         settings.model,
@@ -233,7 +237,8 @@ def run(settings: GenerateSettings, show: Show = lambda *_: None) -> Session:
         precision=settings.precision,
     )
     if index is not None:
-        require_fit(settings.database, backend, index.manifest.keys.neighborhood)
+        for database in settings.databases:
+            require_fit(database, backend, index.manifest.keys.neighborhood)
     if settings.adapter is not None:
         with _adapter(backend, settings):
             pass  # an adapter that does not fit is refused before anything is generated
@@ -251,7 +256,7 @@ def default_device() -> str:
 
 
 def _run_method(
-    method: str, backend: Backend, index: PatchIndex | None, settings: GenerateSettings, show: Show
+    method: str, backend: Backend, index: IndexGroup | None, settings: GenerateSettings, show: Show
 ) -> MethodResult:
     mixing = settings.daid if method == "daid" else None
     total = len(settings.prompts) * settings.images

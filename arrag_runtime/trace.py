@@ -18,13 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.copies import CopyRun
-from arrag_runtime.daid import DaidSettings
+from arrag_runtime.daid import DaidSettings, counting
 from arrag_runtime.generate import Generated
-from arrag_runtime.patch_index import Neighbors
-from schemas.tables import split_patch_ids
+from arrag_runtime.neighbors import Neighbors
+from schemas.tables import MAX_POSITIONS, POSITION_BITS
 
 if TYPE_CHECKING:
     from arrag_runtime.decode_loop import Choice
+
+Source = tuple[int, int]
+"""A source picture: the number of its database, and its image id."""
 
 MOST_ENTRIES = 16
 """Entries listed for a token, the heaviest; `entries_left_out` counts the others."""
@@ -47,11 +50,20 @@ class Origin(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """A retrieved entry that raised a token: where it is from, its distance, its weight (0..1)."""
+    """A retrieved entry that raised a token: where it is from, its distance, its weight (0..1).
+
+    database: the number of the database it is from, where several are searched as one.
+    """
 
     patch_id: int
     distance: float
     weight: float
+    database: int = 0
+
+    @property
+    def source(self) -> Source:
+        """The picture it was cut from."""
+        return self.database, self.patch_id >> POSITION_BITS
 
 
 @dataclass(frozen=True)
@@ -102,24 +114,24 @@ def mixed_entries(
     With merge "nearest" those nearest of that token share its weight evenly, with "sum" each has
     its own.
     """
-    count = int(found.count[row])
-    tokens, distances = found.tokens[row, :count], found.distances[row, :count].astype(np.float64)
-    shares = np.exp(-(distances - distances.min(initial=np.inf)) / mixing.tau)
-    times = getattr(found, "copies", None)
+    places = np.flatnonzero(counting(found)[row])
+    tokens, distances = found.tokens[row, places], found.distances[row, places].astype(np.float64)
+    shares = found.weights[row, places] * np.exp(
+        (distances.min(initial=np.inf) - distances) / mixing.tau
+    )
+    mine = tokens == token
     if mixing.merge == "sum":
-        if times is not None:
-            shares = shares * times[row, :count]
-        total, mine = shares.sum(), tokens == token
+        shares = shares * found.copies[row, places]
+        total = shares.sum()
     else:
-        _, firsts = np.unique(tokens, return_index=True)  # nearest first, so the first is nearest
-        total = shares[firsts].sum()
-        mine = tokens == token
-        mine &= distances == distances[mine].min(initial=np.inf)
+        order = np.argsort(-shares, kind="stable")  # the first of each token speaks for it
+        total = shares[order][np.unique(tokens[order], return_index=True)[1]].sum()
+        mine &= shares == shares[mine].max(initial=0)
         shares = shares / max(int(mine.sum()), 1)
     weights = mixing.lam * shares / total / p_mixed
     at = np.flatnonzero(mine)
     return tuple(
-        Entry(int(found.patch_ids[row, i]), float(distances[i]), float(weights[i]))
+        _entry(found, row, int(places[i]), float(weights[i]))
         for i in at[np.argsort(-weights[at], kind="stable")]
     )
 
@@ -128,19 +140,24 @@ def agreeing_entries(found: Neighbors, row: int, token: int, candidates: int) ->
     """The entries among FAiD's candidates that offered `token`, nearest first."""
     count = min(int(found.count[row]), candidates)
     at = np.flatnonzero(found.tokens[row, :count] == token)
-    return tuple(
-        Entry(int(found.patch_ids[row, i]), float(found.distances[row, i]), 1 / candidates)
-        for i in at
+    return tuple(_entry(found, row, int(i), 1 / candidates) for i in at)
+
+
+def _entry(found: Neighbors, row: int, place: int, weight: float) -> Entry:
+    return Entry(
+        int(found.patch_ids[row, place]),
+        float(found.distances[row, place]),
+        weight,
+        int(found.origin[row, place]),
     )
 
 
-def source_weights(trace: Sequence[TokenTrace]) -> dict[int, float]:
-    """The image ids behind a picture with their weights summed over it, heaviest first."""
-    sums: dict[int, float] = {}
+def source_weights(trace: Sequence[TokenTrace]) -> dict[Source, float]:
+    """The sources behind a picture with their weights summed over it, heaviest first."""
+    sums: dict[Source, float] = {}
     for token in trace:
         for entry in token.entries:
-            image = int(split_patch_ids(np.int64(entry.patch_id))[0])  # type: ignore[arg-type]
-            sums[image] = sums.get(image, 0.0) + entry.weight
+            sums[entry.source] = sums.get(entry.source, 0.0) + entry.weight
     return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -155,7 +172,7 @@ def heat(trace: Sequence[TokenTrace], height: int, width: int) -> npt.NDArray[np
 def trace_json(
     generated: Generated,
     traces: Sequence[Sequence[TokenTrace]],
-    origins: Mapping[int, Origin],
+    origins: Mapping[Source, Origin],
     copies: Sequence[CopyRun | None],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -173,8 +190,13 @@ def trace_json(
                 "retrieved_share": sum(token.weight for token in trace) / max(len(trace), 1),
                 "longest_copy": None if copy is None else asdict(copy),
                 "sources": [
-                    {"image_id": image, "weight": weight, **_about(origins.get(image))}
-                    for image, weight in sums.items()
+                    {
+                        "database": source[0],
+                        "image_id": source[1],
+                        "weight": weight,
+                        **_about(origins.get(source)),
+                    }
+                    for source, weight in sums.items()
                 ],
                 "tokens": [_token_json(token, origins, width) for token in trace],
             }
@@ -182,18 +204,17 @@ def trace_json(
     return {**settings, "images": images}
 
 
-def _token_json(token: TokenTrace, origins: Mapping[int, Origin], width: int) -> dict[str, Any]:
+def _token_json(token: TokenTrace, origins: Mapping[Source, Origin], width: int) -> dict[str, Any]:
     listed = []
     for entry in token.entries[:MOST_ENTRIES]:
-        image, position = (int(x) for x in split_patch_ids(np.int64(entry.patch_id)))  # type: ignore[arg-type]
-        row, col = divmod(position, width)
+        row, col = divmod(entry.patch_id % MAX_POSITIONS, width)
         listed.append(
             {
                 **asdict(entry),
-                "image_id": image,
+                "image_id": entry.source[1],
                 "row": row,
                 "col": col,
-                **_about(origins.get(image)),
+                **_about(origins.get(entry.source)),
             }
         )
     return {

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from arrag_runtime.copies import CopyRun
 from arrag_runtime.pictures import FAINT, GAP, INK, MARGIN, font
-from arrag_runtime.trace import Origin, TokenTrace, heat, source_weights
+from arrag_runtime.trace import Origin, Source, TokenTrace, heat, source_weights
 
 TILE, TEXT, TOP = 168, 64, 64
 MOST_SOURCES = 6
@@ -33,19 +33,19 @@ class Traced:
     copy: CopyRun | None
 
 
-def heaviest_sources(trace: Sequence[TokenTrace]) -> list[int]:
-    """The image ids that a sheet shows for a picture."""
+def heaviest_sources(trace: Sequence[TokenTrace]) -> list[Source]:
+    """The sources that a sheet shows for a picture."""
     return list(source_weights(trace))[:MOST_SOURCES]
 
 
 def draw_trace(
     rows: Sequence[Traced],
     grid: tuple[int, int],
-    sources: Mapping[int, npt.NDArray[np.uint8]],
-    origins: Mapping[int, Origin],
+    sources: Mapping[Source, npt.NDArray[np.uint8]],
+    origins: Mapping[Source, Origin],
     title: str,
 ) -> Image.Image:
-    """The sheet. sources: reconstructions uint8 [H, W, 3] by image id. grid: (h, w) of tokens."""
+    """The sheet. sources: reconstructions uint8 [H, W, 3]. grid: (h, w) of tokens."""
     columns = 2 + max((len(heaviest_sources(row.trace)) for row in rows), default=0)
     size = (
         2 * MARGIN + max(columns, 5) * (TILE + GAP) - GAP,
@@ -65,10 +65,10 @@ def draw_trace(
         values = heat(row.trace, *grid)
         tiles = [(picture, f"seed {row.seed}", row.prompt), (_heated(picture, values), *_of(row))]
         sums = source_weights(row.trace)
-        for image in heaviest_sources(row.trace):
-            if image in sources:
-                tile = Image.fromarray(sources[image]).resize((TILE, TILE))
-                tiles.append((tile, f"{sums[image]:.1f} tokens", _name(image, origins)))
+        for source in heaviest_sources(row.trace):
+            if source in sources:
+                tile = Image.fromarray(sources[source]).resize((TILE, TILE))
+                tiles.append((tile, f"{sums[source]:.1f} tokens", _name(source, origins)))
         for column, (tile, first, rest) in enumerate(tiles):
             x = MARGIN + column * (TILE + GAP)
             sheet.paste(tile, (x, y))
@@ -86,10 +86,10 @@ def _of(row: Traced) -> tuple[str, str]:
     return share, f"longest run that repeats one source: {row.copy.length}"
 
 
-def _name(image: int, origins: Mapping[int, Origin]) -> str:
-    origin = origins.get(image)
+def _name(source: Source, origins: Mapping[Source, Origin]) -> str:
+    origin = origins.get(source)
     if origin is None:
-        return f"image {image}"
+        return f"image {source[1]}"
     licence = f" ({origin.licence})" if origin.licence else ""
     return f"{origin.caption or origin.key}{licence}"
 

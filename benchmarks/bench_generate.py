@@ -107,11 +107,11 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     that keys bunch as real ones do.
     """
     from pipeline.index import index_database
+    from schemas.index_settings import IndexSettings
     from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
     from schemas.records import ImageRecord, Shard
     from schemas.specs import TokenizerSpec, key_spec
     from schemas.tables import REJECTS_SCHEMA
-    from stages.build_index import IndexSettings
     from stages.encode_images import EncodedImage, EncodedShard
     from stages.extract_patches import extract_patches
     from stages.patch_table import (
@@ -129,7 +129,7 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     create_tables(layout, spec, keys)
     write_codebook(layout, codes)
     shard = Shard("made-up", f"{1 << 40:016x}", ("all",))
-    grids = random_walks(vocabulary, images)
+    grids = random_walks(vocabulary, images, np.random.default_rng(0))
     rows = tuple(
         EncodedImage(ImageRecord(i, f"{i}.jpg", b""), 384, 384, f"{i:064x}", held_out=False)
         for i in range(images)
@@ -151,9 +151,8 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     index_database(folder, IndexSettings(**index))
 
 
-def random_walks(vocabulary: int, images: int) -> Any:
+def random_walks(vocabulary: int, images: int, rng: np.random.Generator) -> Any:
     """Grids uint16 [N, 24, 24] in which most tokens repeat the one above or to the left."""
-    rng = np.random.default_rng(0)
     grids = rng.integers(0, vocabulary, (images, 24, 24)).astype(np.uint16)
     fate = rng.random((images, 24, 24))
     for row in range(24):
@@ -231,13 +230,12 @@ def seconds_of(
 
 
 def search_seconds(index: PatchIndex, batch: int, k: int) -> float:
-    """Seconds of one step's search alone, median over positions of entries' own grids."""
+    """Seconds of one step's search alone, median over made-up grids."""
     retriever = Retriever(index, k)
     rng = np.random.default_rng(1)
-    _, tokens = index.entries(0, min(index.count, 100_000))
     times = []
     for _ in range(50):
-        grids = rng.choice(np.asarray(tokens), (batch, 24, 24)).astype(np.uint16)
+        grids = random_walks(len(index.codes), batch, rng)
         began = time.perf_counter()
         retriever.at(grids, 12, 11)
         times.append(time.perf_counter() - began)

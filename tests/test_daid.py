@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from arrag_runtime import Neighbors, daid
+from arrag_runtime import Neighbors, daid, neighbors
 from schemas.errors import BadInputError
 
 VOCABULARY, K = 30, 12
@@ -22,14 +22,7 @@ def retrieved(seed: int, counts: tuple[int, ...]) -> Neighbors:
     shape = (len(counts), K)
     tokens = rng.integers(0, 8, shape).astype(np.uint16)
     distances = np.sort(np.round(rng.random(shape), 1), axis=1).astype(np.float32)
-    ids = rng.integers(0, 1 << 40, shape)
-    real = np.arange(K) < np.array(counts)[:, None]
-    return Neighbors(
-        np.where(real, tokens, 0).astype(np.uint16),
-        np.where(real, distances, np.inf).astype(np.float32),
-        np.where(real, ids, -1),
-        np.array(counts),
-    )
+    return neighbors(tokens, distances, rng.integers(0, 1 << 40, shape), np.array(counts))
 
 
 def model_probabilities(seed: int, rows: int) -> torch.Tensor:
@@ -92,23 +85,16 @@ def test_a_batch_is_its_rows() -> None:
     assert torch.equal(daid.merge(p, found), torch.cat(rows))
 
 
-@dataclass(frozen=True)
-class Counted(Neighbors):
-    """Neighbours of an engine that hands equal entries (token and key) over once, with their number."""
-
-    copies: npt.NDArray[np.int64]
-
-
 def test_an_entry_that_stands_for_several_counts_as_often() -> None:
     """Summing weighs it by its copies; the nearest of a token is the same however often it occurs."""
     p, found = model_probabilities(10, 2), retrieved(11, (4, 2))
     copies = np.array([[3, 1, 2, 1, *[0] * 8], [1, 5, *[0] * 10]])
-    once = Counted(found.tokens, found.distances, found.patch_ids, found.count, copies)
-    tokens, distances, ids = (
+    once = replace(found, copies=copies)
+    repeated: list[Any] = [
         np.stack([np.resize(np.repeat(row, n), 8) for row, n in zip(values, copies, strict=True)])
         for values in (found.tokens, found.distances, found.patch_ids)
-    )
-    often = Neighbors(tokens, distances, ids, copies.sum(axis=1))
+    ]
+    often = neighbors(repeated[0], repeated[1], repeated[2], copies.sum(axis=1))
     for merge in daid.MERGES:
         torch.testing.assert_close(
             daid.merge(p, once, merge=merge), daid.merge(p, often, merge=merge)
@@ -116,12 +102,42 @@ def test_an_entry_that_stands_for_several_counts_as_often() -> None:
     assert not torch.equal(daid.merge(p, once, merge="sum"), daid.merge(p, found, merge="sum"))
 
 
+def test_an_entry_counts_for_the_weight_of_its_database() -> None:
+    """Twice the weight is twice the entry; no weight is no entry."""
+    p, found = model_probabilities(12, 1), retrieved(13, (6,))
+    weights = np.array([[2, 0, 1, 1, 2, 0, *[0] * 6]], np.float32)
+    weighed = replace(found, weights=weights)
+    at = np.array([[0, 0, 2, 3, 4, 4]])
+    taken: list[Any] = [
+        np.take_along_axis(np.asarray(values), at, axis=1)
+        for values in (found.tokens, found.distances, found.patch_ids)
+    ]
+    doubled = neighbors(taken[0], taken[1], taken[2], np.array([6]))
+    torch.testing.assert_close(
+        daid.merge(p, weighed, merge="sum"), daid.merge(p, doubled, merge="sum")
+    )
+    shares: dict[int, float] = {}
+    for token, distance, weight in zip(
+        found.tokens[0, :6].tolist(), found.distances[0, :6].tolist(), weights[0, :6], strict=True
+    ):
+        if weight:
+            share = weight * math.exp(-distance / daid.TAU)
+            shares[token] = max(shares.get(token, 0.0), float(share))
+    wanted = 0.95 * p.double().numpy()
+    for token, share in shares.items():
+        wanted[0, token] += 0.05 * share / sum(shares.values())
+    np.testing.assert_allclose(daid.merge(p, weighed).numpy(), wanted, atol=1e-6)
+    nothing = replace(found, weights=np.zeros_like(found.weights))
+    assert torch.equal(daid.merge(p, nothing), p)
+
+
 def test_padding_is_never_mixed_in() -> None:
     """Whatever stands beyond `count`, here a near token with a good distance, changes nothing."""
     p, found = model_probabilities(7, 1), retrieved(8, (4,))
     tokens, distances = found.tokens.copy(), found.distances.copy()
     tokens[0, 4:], distances[0, 4:] = 29, 0.0
-    dirty = Neighbors(tokens, distances, found.patch_ids, found.count)
+    weights, copies = np.ones_like(found.weights), np.where(found.copies > 0, found.copies, 9)
+    dirty = replace(found, tokens=tokens, distances=distances, weights=weights, copies=copies)
     for merge in daid.MERGES:
         assert torch.equal(daid.merge(p, dirty, merge=merge), daid.merge(p, found, merge=merge))
 

@@ -82,7 +82,7 @@ class CountingRetriever(Retriever):
         self.grids: list[Any] = []
         self.threads: set[int] = set()
 
-    def at(self, grids: Any, row: int, col: int) -> Neighbors | None:
+    def at(self, grids: Any, row: int, col: int, *, exclude: Any = None) -> Neighbors | None:
         self.asked.append((row, col))
         self.grids.append(grids.copy())
         self.threads.add(threading.get_ident())
@@ -128,7 +128,7 @@ class WaitingRetriever(CountingRetriever):
         super().__init__(inner)
         self.forward_began = threading.Semaphore(0)
 
-    def at(self, grids: Any, row: int, col: int) -> Neighbors | None:
+    def at(self, grids: Any, row: int, col: int, *, exclude: Any = None) -> Neighbors | None:
         assert self.forward_began.acquire(timeout=60), "the forward pass waited for the search"
         return super().at(grids, row, col)
 

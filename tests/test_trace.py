@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arrag_runtime import Generated, Neighbors, daid
+from arrag_runtime import Generated, Neighbors, daid, neighbors
 from arrag_runtime.copies import CopyRun, longest_copy
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.decode_loop import Choice
@@ -28,14 +28,10 @@ def retrieved(seed: int, count: int) -> Neighbors:
     """One row of neighbours from pictures 0..4 with few tokens and many equal distances."""
     rng = np.random.default_rng(seed)
     ids = patch_ids(np.arange(5), np.arange(49)).reshape(-1)
-    real = np.arange(K) < count
     distances = np.sort(rng.integers(0, 6, K) / 4).astype(np.float32)
-    return Neighbors(
-        np.where(real, rng.integers(0, 6, K), 0).astype(np.uint16)[None],
-        np.where(real, distances, np.inf).astype(np.float32)[None],
-        np.where(real, rng.choice(ids, K, replace=False), -1)[None],
-        np.array([count]),
-    )
+    tokens = rng.integers(0, 6, K).astype(np.uint16)
+    chosen = rng.choice(ids, K, replace=False)
+    return neighbors(tokens[None], distances[None], chosen[None], np.array([count]))
 
 
 def traced(found: Neighbors | None, token: int, settings: DaidSettings | None) -> TokenTrace:
@@ -118,10 +114,11 @@ def traces() -> list[TokenTrace]:
 def test_a_sources_weights_are_summed_over_the_picture() -> None:
     """By picture, heaviest first; the heat map holds the same weights by position."""
     trace = traces()
-    sums: dict[int, float] = {}
+    sums: dict[tuple[int, int], float] = {}
     for token in trace:
         for entry in token.entries:
-            sums[entry.patch_id >> 10] = sums.get(entry.patch_id >> 10, 0.0) + entry.weight
+            source = (0, entry.patch_id >> 10)
+            sums[source] = sums.get(source, 0.0) + entry.weight
     assert source_weights(trace) == pytest.approx(sums)
     assert list(source_weights(trace).values()) == sorted(sums.values(), reverse=True)
     values = heat(trace, 3, 3)
@@ -138,8 +135,8 @@ def test_the_json_names_every_entrys_origin(tmp_path: Path) -> None:
     """Picture, place, url, caption, licence and weight; an unknown picture keeps its id."""
     trace = traces()
     generated = Generated(np.full((1, 3, 3), 3, np.uint16), ("a hat",), (7,))
-    copy = CopyRun(1, 4, 0, 1, 2, 3, 5)
-    told = trace_json(generated, [trace], {1: ORIGIN}, [copy], {"method": "daid"})
+    copy = CopyRun(0, 1, 4, 0, 1, 2, 3, 5)
+    told = trace_json(generated, [trace], {(0, 1): ORIGIN}, [copy], {"method": "daid"})
     told = json.loads(json.dumps(told))
     assert (told["method"], len(told["images"])) == ("daid", 1)
     picture = told["images"][0]
@@ -180,7 +177,7 @@ def test_the_longest_copy_is_that_of_every_displacement(seed: int) -> None:
     grid, *sources = rng.integers(0, 4, (4, 5, 6)).astype(np.uint16)
     if seed % 2:
         grid[1:4] = sources[1][2:5]
-    found = longest_copy(grid, dict(enumerate(sources)))
+    found = longest_copy(grid, {(2, n): source for n, source in enumerate(sources)})
     assert found is not None
     assert found.length == max(by_every_displacement(grid, source) for source in sources)
     source = sources[found.image_id]
@@ -194,10 +191,10 @@ def test_the_longest_copy_is_that_of_every_displacement(seed: int) -> None:
 def test_a_whole_picture_that_is_copied_is_one_run() -> None:
     """Also over the ends of rows; and none where nothing recurs."""
     grid = np.arange(30, dtype=np.uint16).reshape(5, 6)
-    assert longest_copy(grid, {9: grid}) == CopyRun(9, 30, 0, 0, 0, 0, 30)
-    assert longest_copy(grid, {9: (grid + 100).astype(np.uint16)}) is None
+    assert longest_copy(grid, {(1, 9): grid}) == CopyRun(1, 9, 30, 0, 0, 0, 0, 30)
+    assert longest_copy(grid, {(1, 9): (grid + 100).astype(np.uint16)}) is None
     shifted = np.roll(grid, 1, axis=1)
-    found = longest_copy(grid, {9: shifted})
+    found = longest_copy(grid, {(1, 9): shifted})
     assert found is not None
     assert found.length == 5
 
@@ -210,8 +207,8 @@ def test_pictures_are_drawn_and_saved(tmp_path: Path) -> None:
     assert (grid == (200, 10, 10)).all(axis=2).sum() == 32 * 32
     sheet = np.array(comparison([("plain", pixels), ("DAiD", pixels)], ["a", "b", "c"]))
     assert (sheet == (200, 10, 10)).all(axis=2).sum() == 2 * 32 * 32
-    row = Traced("a hat", 7, pixels[1], traces(), CopyRun(1, 4, 0, 1, 2, 3, 5))
-    drawn = draw_trace([row, row], (3, 3), {1: pixels[1]}, {1: ORIGIN}, "title")
+    row = Traced("a hat", 7, pixels[1], traces(), CopyRun(0, 1, 4, 0, 1, 2, 3, 5))
+    drawn = draw_trace([row, row], (3, 3), {(0, 1): pixels[1]}, {(0, 1): ORIGIN}, "title")
     save_png(drawn, tmp_path / "made" / "sheet.png")
     assert Image.open(tmp_path / "made" / "sheet.png").size == drawn.size
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["sheet.png"]

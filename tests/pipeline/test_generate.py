@@ -72,6 +72,7 @@ def test_generate_and_trace(
     grid = np.array(told["methods"][0]["images"][0]["tokens"])
     assert (told["mode"], told["methods"][0]["method"], grid.shape) == ("daid", "daid", (7, 7))
     traced = json.loads(trace.read_text())
+    assert traced["databases"] == [str(database)]
     assert (traced["lambda"], traced["tau"], traced["merge"], traced["k"]) == (
         0.5,
         0.6,
@@ -92,6 +93,27 @@ def test_generate_and_trace(
         assert grids[entry["image_id"]][entry["row"], entry["col"]] == token["token"]
         assert 0 < entry["weight"] <= 1
     assert traced["images"][0]["longest_copy"]["length"] >= 1
+
+
+def test_several_databases_are_searched_as_one(
+    database: Path, fitting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each result knows which one it is from; a source is looked up there."""
+    other = make_captioned(tmp_path / "other", spec=SQUARE, held_out=False)
+    trace = tmp_path / "t.json"
+    words = ("generate", "--db", database, "--db", other, "--model", fitting, "-p", PROMPT)
+    code, _, err = run(
+        capsys, *words, "-n", "1", "--lambda", "0.5", "-o", tmp_path / "o.png", "--trace", trace
+    )
+    assert (code, err) == (0, "")
+    traced = json.loads(trace.read_text())
+    assert traced["databases"] == [str(database), str(other)]
+    entries = [entry for token in traced["images"][0]["tokens"] for entry in token["entries"]]
+    assert {entry["database"] for entry in entries} == {0, 1}
+    assert all(entry["key"] for entry in entries)
+    # Held-out pictures are searched in the second database only.
+    held_out = {entry["key"] for entry in entries if entry["database"] == 1}
+    assert "0.jpg" in held_out or "3.jpg" in held_out or "6.jpg" in held_out
 
 
 def test_compare_puts_methods_side_by_side(
