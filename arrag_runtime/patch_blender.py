@@ -141,13 +141,15 @@ class PatchBlender(nn.Module):
         with torch.autocast(shares.device.type, enabled=False):
             for hop, share in zip(self.hops, shares, strict=True):
                 first, second = self._convolutions(hop)
-                inner, outer = first.weight.to(wide), share * second.weight.to(wide)
+                # As matrices side by side, [rows, columns, D, D].
+                inner = first.weight.to(wide).permute(2, 3, 0, 1).contiguous()
+                outer = share * second.weight.to(wide).permute(2, 3, 0, 1).contiguous()
                 assert first.bias is not None
                 assert second.bias is not None
                 bias = bias + share * second.bias.to(wide)
-                bias = bias + outer.sum((2, 3)) @ first.bias.to(wide)
+                bias = bias + outer.sum((0, 1)) @ first.bias.to(wide)
                 for product in _past_products(hop):
-                    one, other = inner[:, :, *product.first], outer[:, :, *product.second]
+                    one, other = inner[product.first], outer[product.second]
                     # One sum at a time: nothing but the weights is kept for the gradients.
                     matrices[at[product.cell]] = matrices[at[product.cell]] + other @ one
         return Folded(torch.cat(matrices[:-1], 1), matrices[-1], bias)
