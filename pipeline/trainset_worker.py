@@ -4,6 +4,7 @@ In: pictures of the database by id, or a shard of another source. Out: written, 
 of rows, as the driver commits them. A picture never retrieves itself or a copy of itself.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,14 +16,16 @@ from arrag_runtime.patch_index import PatchIndex
 from pipeline.query import load_database_tokenizer
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.neighborhood import MISSING, Neighborhood
-from schemas.records import Shard, SourceSettings
+from schemas.records import Attempt, ImageRecord, Reject, Shard, SourceSettings
 from schemas.tables import Ids, fixed_lists
 from schemas.trainset import TrainsetManifest, trainset_schema
 from stages.decode import DecodeSettings
+from stages.download import DownloadSettings, download_links
 from stages.encode_images import EncodeSettings, encode_shard
 from stages.patch_table import write_fragments
 from stages.read_images import ImageTable
 from stages.sources import open_source
+from stages.suppress import read_suppressed, without_removed
 from stages.tokenizers import Tokenizer, Tokens
 
 NO_IMAGE = -1
@@ -83,7 +86,13 @@ def write_shard(worker: TrainsetWorker, shard: Shard) -> Written:
         decode=DecodeSettings(size=worker.manifest.tokenizer.image_size),
     )
     tokenizer = _tokenizer(worker.database, worker.tokenizer_weights, worker.device)
-    encoded = encode_shard(tokenizer, open_source(worker.source).read(shard), settings)
+    removed = read_suppressed(layout)
+    inputs: Iterator[ImageRecord | Reject] = download_links(
+        without_removed(open_source(worker.source).read(shard), removed),
+        *(DownloadSettings(), Attempt(shard)),
+        removed=removed,
+    )
+    encoded = encode_shard(tokenizer, inputs, settings)
     told = [n for n, image in enumerate(encoded.images) if image.record.caption]
     pictures = Pictures(
         encoded.image_ids(shard)[told],

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from schemas.records import ImageRecord, RecordedShard, Reject, Shard, SourceSettings
+from schemas.records import ImageRecord, LinkRecord, RecordedShard, Reject, Shard, SourceSettings
 from stages.sources import Source, open_source
 from tests.conftest import jpeg
 
@@ -58,7 +58,7 @@ def read_all(source: Source, recorded: tuple[RecordedShard, ...] = ()) -> dict[S
     found: dict[Shard, Items] = {}
     while fresh := [s for s in source.listing(recorded).shards if s not in found]:
         for shard in fresh:
-            found[shard] = list(source.read(shard))
+            found[shard] = [i for i in source.read(shard) if not isinstance(i, LinkRecord)]
             recorded += (RecordedShard(shard, len(found[shard])),)
     return found
 

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from schemas.errors import BadInputError
-from schemas.records import ImageRecord, Listing, RecordedShard, Reject, Shard, SourceSettings
+from schemas.records import (
+    ImageRecord,
+    LinkRecord,
+    Listing,
+    RecordedShard,
+    Reject,
+    Shard,
+    SourceSettings,
+)
 from stages.sources.folder import FolderSource
 from stages.sources.sample import sample_source
 from stages.sources.webdataset import WebdatasetSource
@@ -26,8 +34,8 @@ class Source(Protocol):
         is not there.
         """
 
-    def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
-        """The shard's inputs in order, each as a record or a reject; rows count from 0."""
+    def read(self, shard: Shard) -> Iterator[ImageRecord | LinkRecord | Reject]:
+        """The shard's inputs in order, each as a record, link or reject; rows count from 0."""
 
 
 SOURCES: dict[str, Callable[[SourceSettings], Source]] = {

@@ -3,7 +3,7 @@
 --input: tar paths, brace patterns (`{00000..00099}.tar`), glob patterns or folders of tars.
 A member is "FINGERPRINT START STOP NAME": a range of a tar's samples, so a tar of more samples than
 one shard holds becomes several shards, each listed once the one before it proved full. Of the
-json, `caption`, `url` and `licence` are taken and the rest is kept as metadata.
+json, `caption`, `url`, `licence` and `unblurred_faces` are taken and the rest is kept as metadata.
 """
 
 import glob
@@ -22,6 +22,7 @@ from braceexpand import braceexpand
 from schemas.errors import BadInputError
 from schemas.records import (
     MAX_ROWS_PER_SHARD,
+    Box,
     ImageRecord,
     Listing,
     RecordedShard,
@@ -239,8 +240,9 @@ def _record(row: int, sample: _Sample) -> ImageRecord | Reject:
     if "txt" in sample.files:
         caption = _text(sample.files["txt"].decode("utf-8", errors="replace")) or caption
     licence = _text(fields.pop("licence", None)) or _text(fields.pop("license", None))
+    faces = _boxes(fields.pop("unblurred_faces", None))
     rest = json.dumps(fields, ensure_ascii=False) if fields else None
-    return ImageRecord(row, sample.key, data, caption, url, licence, rest)
+    return ImageRecord(row, sample.key, data, caption, url, licence, rest, faces)
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
@@ -250,9 +252,19 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
     text = data.decode("utf-8", errors="replace")
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"json": text}
     return fields if isinstance(fields, dict) else {"json": fields}
+
+
+def _boxes(listed: Any) -> tuple[Box, ...]:
+    """Faces that `stages.keep_images` wrote down, since the pictures it keeps show them."""
+    try:
+        return tuple(
+            (float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in listed or ()
+        )
+    except (TypeError, ValueError):  # Another tool's column of this name.
+        return ()
 
 
 def _text(value: object) -> str | None:
