@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pipeline.database import BuildSettings, create_database, resolve_database
@@ -27,11 +26,11 @@ from pipeline.remove import take_out_suppressed
 from pipeline.shard_worker import WorkerSettings
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
-from schemas.records import Shard
+from schemas.records import GridShape, Shard
 from stages.decode import DecodeSettings
 from stages.encode_images import EncodeSettings
 from stages.patch_table import Committer, ShardResult, read_ledger
-from stages.sources import open_source
+from stages.sources import locate_source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +88,7 @@ def build(
     """
     started = time.perf_counter()
     layout = Layout(settings.database)
+    settings = replace(settings, source=locate_source(settings.source))
     source = open_source(settings.source)
     report = BuildReport()
     with lease(layout, "arrag-db build"):
@@ -131,10 +131,7 @@ def _worker_settings(
 ) -> WorkerSettings:
     return WorkerSettings(
         database=layout.root,
-        source=replace(
-            settings.source,
-            input=tuple(str(Path(p).expanduser().absolute()) for p in settings.source.input),
-        ),
+        source=replace(settings.source, grid=_grid_shape(manifest)),
         tokenizer=manifest.tokenizer.name,
         tokenizer_weights=manifest.tokenizer_weights,
         device=manifest.encoder.device,
@@ -154,6 +151,11 @@ def _worker_settings(
         ),
         threads=settings.resources.threads,
     )
+
+
+def _grid_shape(manifest: DatabaseManifest) -> GridShape:
+    spec = manifest.tokenizer
+    return GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
 
 
 def _run(
@@ -199,6 +201,9 @@ def _describe_run(
     run: dict[str, Any] = {
         "source": settings.source.name,
         "input": list(settings.source.input),
+        "where": settings.source.where,
+        "limit": settings.source.limit,
+        "shuffle_seed": settings.source.shuffle_seed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "min_side": settings.min_side,
         "max_pixels": settings.max_pixels,

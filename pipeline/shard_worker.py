@@ -7,19 +7,30 @@ rows with a result or an error; neither function raises for what is wrong with a
 import logging
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from schemas.errors import ShardError
 from schemas.manifest import Layout
-from schemas.records import Shard, SourceSettings, pack_records, unpack_records
+from schemas.records import (
+    GridRecord,
+    ImageRecord,
+    LinkRecord,
+    Reject,
+    Shard,
+    SourceSettings,
+    pack_records,
+    unpack_records,
+)
 from schemas.specs import KeySpec
 from schemas.tables import REJECTS_SCHEMA
 from stages.encode_images import EncodeSettings, encode_shard
 from stages.extract_patches import extract_patches
 from stages.patch_table import ShardResult, table_paths, write_fragments
-from stages.sources import open_source
+from stages.sources import GRID_SOURCES, open_source
 from stages.suppress import read_suppressed, without_removed
 from stages.tokenizers import load_tokenizer
 
@@ -57,7 +68,7 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
         packed, error = pa.py_buffer(b""), None
         try:
             removed = read_suppressed(Layout(settings.database))
-            items = open_source(settings.source).read(shard)
+            items = _fetched(open_source(settings.source).read(shard))
             packed = pack_records(without_removed(items, removed))
         except Exception as raised:
             error = _describe(raised)
@@ -67,6 +78,16 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     table = table.append_column("inputs", pa.chunked_array(inputs, pa.large_binary()))
     table = table.append_column("error", pa.array(errors, pa.string()))
     return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
+
+
+def _fetched(
+    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject],
+) -> Iterator[ImageRecord | GridRecord | Reject]:
+    """The items, none of which may be a link yet."""
+    for item in items:
+        if isinstance(item, LinkRecord):
+            raise ShardError(f"row {item.row} is an address, and addresses cannot be fetched yet")
+        yield item
 
 
 def _one_binary(buffer: pa.Buffer) -> pa.LargeBinaryArray:
@@ -85,9 +106,10 @@ class EncodeWorker:
         self._settings = settings
         self._measured = False
         self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
-        self._tokenizer.setup(
-            settings.device, precision=settings.precision, compile=settings.compile
-        )
+        if settings.source.name not in GRID_SOURCES:
+            self._tokenizer.setup(
+                settings.device, precision=settings.precision, compile=settings.compile
+            )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []

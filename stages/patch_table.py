@@ -85,6 +85,7 @@ class LedgerState:
     marks: Mapping[str, int]
     totals: Mapping[str, int]
     compacting: bool = False
+    by_source: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def done(self) -> frozenset[str]:
@@ -129,6 +130,7 @@ def read_ledger(layout: Layout) -> LedgerState:
     marks: dict[str, int] = {}
     totals = dict.fromkeys((*COUNTS, "removed"), 0)
     open_compactions = 0
+    by_source: dict[str, dict[str, int]] = {}
     for row in rows:
         if row["state"] == "planned":
             shard = Shard(row["source"], row["shard"], tuple(row["members"]))
@@ -141,9 +143,14 @@ def read_ledger(layout: Layout) -> LedgerState:
         open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
         for name, mark in row["fragments"] or ():
             marks[name] = max(marks.get(name, -1), mark)
+        of_source = by_source.setdefault(row["source"], dict.fromkeys(COUNTS, 0))
         for name in COUNTS:
             totals[name] += row[name] or 0
-    return LedgerState(tuple(shards.values()), marks, totals, open_compactions > 0)
+            of_source[name] += row[name] or 0
+    by_source.pop("", None)  # Rows about the whole database.
+    return LedgerState(
+        tuple(shards.values()), marks, totals, open_compactions > 0, by_source=by_source
+    )
 
 
 class Committer:

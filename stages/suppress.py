@@ -14,9 +14,15 @@ import lance
 
 from schemas.location import exists
 from schemas.manifest import Layout
-from schemas.records import ImageRecord, LinkRecord, Reject
+from schemas.records import GridRecord, ImageRecord, LinkRecord, Reject
 
-Item = TypeVar("Item", ImageRecord | Reject, ImageRecord | LinkRecord | Reject)
+Item = TypeVar(
+    "Item",
+    ImageRecord | Reject,
+    ImageRecord | GridRecord | Reject,
+    ImageRecord | LinkRecord | Reject,
+    ImageRecord | LinkRecord | GridRecord | Reject,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Suppressed:
     def __bool__(self) -> bool:
         return bool(self.hashes or self.urls)
 
-    def reject(self, item: ImageRecord | LinkRecord) -> Reject | None:
+    def reject(self, item: ImageRecord | LinkRecord | GridRecord) -> Reject | None:
         """The reject that this input becomes, or None where it may come in."""
         if item.url is not None and item.url in self.urls:
             detail = "its address is on the list of removed pictures"
@@ -62,8 +68,9 @@ def without_removed(items: Iterable[Item], suppressed: Suppressed) -> Iterator[I
         yield known or item
 
 
-def _sha256(item: ImageRecord | LinkRecord) -> str | None:
-    """The hash of a picture's bytes, or the one that the publisher lists for a link."""
+def _sha256(item: ImageRecord | LinkRecord | GridRecord) -> str | None:
+    """The hash of a picture's bytes or grid, or the one that the publisher lists for a link."""
     if isinstance(item, LinkRecord):
         return item.sha256
-    return hashlib.sha256(item.data).hexdigest()
+    data = item.grid if isinstance(item, GridRecord) else item.data
+    return hashlib.sha256(data).hexdigest()

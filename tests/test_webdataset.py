@@ -24,9 +24,9 @@ from schemas.records import (
     unpack_records,
 )
 from stages.sources import Source, open_source
-from stages.sources.webdataset import _key
+from stages.sources.webdataset import WebdatasetLayout
 from tests.conftest import encoded, jpeg, picture
-from tests.source_cases import Items, read_all, records
+from tests.source_cases import Items, packable, read_all, records
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
@@ -240,7 +240,7 @@ def test_text_that_is_no_unicode_can_be_packed(
 ) -> None:
     """Half a surrogate pair in a json, or a name in an old encoding, must not lose its shard."""
     items = items_of(open_tars(write_tar(tmp_path / "a.tar", [*files, *samples(0, 1)])))
-    assert len(list(unpack_records(pack_records(items)))) == 2
+    assert len(list(unpack_records(pack_records(packable(items))))) == 2
 
 
 def test_a_tar_whose_name_is_no_utf8_can_be_recorded(tmp_path: Path) -> None:
@@ -302,5 +302,5 @@ def test_keys_are_webdatasets_own(tmp_path: Path) -> None:
     ]
     for name in names:
         member = tarfile.TarInfo(name)
-        key, extension = _key(member)
+        key, extension = WebdatasetLayout().key(member)
         assert (key, extension or None) == base_plus_ext(name), name
