@@ -27,11 +27,10 @@ class DamagedFileError(Exception):
 
 
 class RowFile(Protocol):
-    """An open file of rows. `row_bytes` is about what a row takes on disk."""
+    """An open file of rows."""
 
     count: int
     schema: pa.Schema
-    row_bytes: float
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Rows start..stop in order, these columns, a few at a time. Raises DamagedFileError."""
@@ -56,7 +55,6 @@ class _ParquetRows:
         self._file = pq.ParquetFile(file.open(), pre_buffer=False)
         self.schema = self._file.schema_arrow
         self.count = self._file.metadata.num_rows
-        self.row_bytes = file.size / max(self.count, 1)
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         groups: list[int] = []
@@ -87,7 +85,6 @@ class _ArrowRows:
             self._open = lambda: pa.ipc.open_stream(pa.PythonFile(file.open()))
         self.schema = reader.schema
         self.count = sum(batch.num_rows for batch in self._open())
-        self.row_bytes = file.size / max(self.count, 1)
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         few = HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else ROWS_AT_ONCE
@@ -126,7 +123,6 @@ class _Hdf5Rows:
             value = pa.string() if text else pa.from_numpy_dtype(item.dtype)
             fields.append(pa.field(name, value if item.ndim == 1 else pa.list_(value)))
         self.schema = pa.schema(fields)
-        self.row_bytes = file.size / max(self.count, 1)
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         for low in range(start, stop, ROWS_AT_ONCE):

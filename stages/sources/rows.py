@@ -7,6 +7,7 @@ one reject; where a file is damaged further on, what came before is kept and the
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +41,7 @@ SHARD_BYTES = 256 << 20
 """A shard with pictures in it travels in memory; this is about what it may weigh."""
 SMALLEST_SHARD, LARGEST_SHARD = 16, 2000
 DATACOMP_SCALES = ("small", "medium", "large", "xlarge")
-SAMPLED_FILES = 4
+SAMPLED_FILES, FOOTERS_AT_ONCE = 4, 16
 
 
 @dataclass(frozen=True)
@@ -139,27 +140,30 @@ class RowSource:
         """Every file with its rows, read off its footer once."""
         if self._measured:
             return self._measured
-        for file in find_files(self._inputs, self._endings, self.name):
-            try:
-                rows = open_rows(file)
-            except DamagedFileError as error:
-                self._notes.append(f"{file.name} cannot be read and is one reject ({error})")
+        files = find_files(self._inputs, self._endings, self.name)
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+            footers = list(threads.map(_footer, files))
+        for file, footer in zip(files, footers, strict=True):
+            if isinstance(footer, DamagedFileError):
+                self._notes.append(f"{file.name} cannot be read and is one reject ({footer})")
                 self._measured.append(_Measured(file, 1, 1, damaged=True))
                 continue
-            column_map(self._columns(), rows.schema, grids=self._grids)
+            count, schema = footer
+            column_map(self._columns(), schema, grids=self._grids)
             if self._where is not None:
                 expression = parse_where(self._where)
-                expression.require(split_columns(rows.schema).plain)
-                expression.mask(rows.schema.empty_table())
-            self._measured.append(_Measured(file, rows.count, self._shard_size(rows)))
+                expression.require(split_columns(schema).plain)
+                expression.mask(schema.empty_table())
+            row_bytes = file.size / max(count, 1)
+            self._measured.append(_Measured(file, count, self._shard_size(schema, row_bytes)))
         return self._measured
 
-    def _shard_size(self, rows: RowFile) -> int:
+    def _shard_size(self, schema: pa.Schema, row_bytes: float) -> int:
         if self._settings.shard_size:
             return self._settings.shard_size
-        if not split_columns(rows.schema).heavy:
+        if not split_columns(schema).heavy:
             return LINKS_A_SHARD
-        fits = int(SHARD_BYTES / max(rows.row_bytes, 1))
+        fits = int(SHARD_BYTES / max(row_bytes, 1))
         return min(max(fits, SMALLEST_SHARD), LARGEST_SHARD)
 
     def _first(self, wanted: list[Wanted], limit: int) -> Iterator[Wanted]:
@@ -226,6 +230,15 @@ class RowSource:
             kept = table.select(list(columns)).filter(pa.array(mask))
             yield from zip((at + mask.nonzero()[0]).tolist(), to_rows(kept), strict=True)
             at += table.num_rows
+
+
+def _footer(file: SourceFile) -> tuple[int, pa.Schema] | DamagedFileError:
+    """A file's rows and columns; the file is not kept open."""
+    try:
+        rows = open_rows(file)
+    except DamagedFileError as error:
+        return error
+    return rows.count, rows.schema
 
 
 def datacomp_source(settings: SourceSettings) -> RowSource:
