@@ -6,8 +6,11 @@ full; where conditions or an order are asked for, its samples are counted first.
 gives what came before the damage, and one reject.
 """
 
+import bz2
+import gzip
+import lzma
 import tarfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -30,7 +33,12 @@ from stages.sources.pieces import Piece, Wanted, pending, remaining, windows
 from stages.sources.where import parse_where, table_of, taken
 
 BLOCK = 512
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+"""How a tar may be packed, by the file's first bytes."""
 LOOKED_AT, SAMPLED_ARCHIVES = 64, 3
 """Samples read to learn the columns or to estimate a count, and archives they are read from."""
 
@@ -248,7 +256,7 @@ def _samples(archive: SourceFile, layout: Layout) -> Generator[Sample | Damage, 
     sample: Sample | None = None
     whole = True
     try:
-        with archive.open() as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        with archive.open() as file, open_tar(file) as tar:
             for member in tar:
                 key, extension = layout.key(member)
                 if key is None:
@@ -271,10 +279,47 @@ def _samples(archive: SourceFile, layout: Layout) -> Generator[Sample | Damage, 
         yield Damage(damage)
 
 
+def open_tar(file: Any) -> tarfile.TarFile:
+    """A tar as a stream. Where a packed one is cut off, what came before is read, then it raises.
+
+    tarfile's own unpacking takes the end of a packed file for the end of the archive.
+    """
+    start = file.read(6)
+    file.seek(0)
+    unpack = next((u for magic, u in UNPACKERS.items() if start.startswith(magic)), None)
+    stream = file if unpack is None else _Careful(unpack(file))
+    return tarfile.open(fileobj=stream, mode="r|")
+
+
+class _Careful:
+    """A packed stream that hands out all it could unpack before it reports the damage."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._damage: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, fewer only where the stream ends."""
+        parts: list[bytes] = []
+        while size > 0 and self._damage is None:
+            try:
+                part = self._stream.read1(size)
+            except Exception as error:
+                self._damage = error
+                break
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        if self._damage is not None and not parts:
+            raise self._damage
+        return b"".join(parts)
+
+
 def _ends_early(archive: SourceFile) -> bool:
     """Whether an uncompressed tar lacks the zero blocks at its end, as one that was cut off does."""
     with archive.open() as stream:
-        if stream.read(6).startswith(COMPRESSED):
+        if stream.read(6).startswith(tuple(UNPACKERS)):
             return False
         size = stream.seek(0, 2)
         stream.seek(max(0, size - BLOCK))

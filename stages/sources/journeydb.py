@@ -19,7 +19,7 @@ from typing import Any
 
 from schemas.errors import BadInputError
 from schemas.records import ImageRecord, Reject, SourceSettings
-from stages.sources.archives import ArchiveSource, Sample
+from stages.sources.archives import ArchiveSource, Sample, open_tar
 from stages.sources.columns import metadata_text
 from stages.sources.content import require_input
 from stages.sources.files import SourceFile, find_files
@@ -116,7 +116,7 @@ def _lines(file: SourceFile, stream: Any) -> Generator[bytes, None, None]:
         yield from stream
         return
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with open_tar(stream) as tar:
             for member in tar:
                 if member.isreg() and (inside := tar.extractfile(member)) is not None:
                     yield from inside
