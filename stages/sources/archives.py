@@ -6,13 +6,10 @@ full; where conditions or an order are asked for, its samples are counted first.
 gives what came before the damage, and one reject.
 """
 
-import bz2
-import gzip
-import lzma
 import tarfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -30,32 +27,11 @@ from schemas.records import (
 from stages.sources.content import require_shard_size
 from stages.sources.files import SourceFile, find_file, find_files
 from stages.sources.pieces import Piece, Wanted, pending, remaining, windows
+from stages.sources.tar_samples import BLOCK, Damage, Sample, count_samples, read_samples
 from stages.sources.where import parse_where, table_of, taken
 
-BLOCK = 512
-UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
-}
-"""How a tar may be packed, by the file's first bytes."""
 LOOKED_AT, SAMPLED_ARCHIVES = 64, 3
 """Samples read to learn the columns or to estimate a count, and archives they are read from."""
-
-
-@dataclass
-class Sample:
-    """The files of one key, by their lower-case extensions; `twice` names one that came twice."""
-
-    key: str
-    files: dict[str, bytes] = field(default_factory=dict)
-    twice: str | None = None
-
-    def add(self, extension: str, data: bytes) -> None:
-        """Take in one file."""
-        if extension in self.files:
-            self.twice = extension
-        self.files[extension] = data
 
 
 class Layout(Protocol):
@@ -129,7 +105,7 @@ class ArchiveSource:
             start = covered.get(print_, 0)
             stop = start + self._size
             if left is not None:
-                held = count_samples(archive, self._layout, stop=left)
+                held = count_samples(archive, self._layout.key, stop=left)
                 stop, left = min(stop, held), left - held
             if print_ not in closed and start < stop:
                 pieces.append(Piece(print_, start, stop, archive.name))
@@ -138,7 +114,7 @@ class ArchiveSource:
     def _counted(self, recorded: Sequence[RecordedShard]) -> list[Piece]:
         """What is wanted of every archive and not recorded, its samples being counted."""
         counts = [
-            (print_, count_samples(archive, self._layout), archive.name, self._size)
+            (print_, count_samples(archive, self._layout.key), archive.name, self._size)
             for print_, archive in self._archives().items()
         ]
         wanted = windows(counts, self._seed)
@@ -175,7 +151,7 @@ class ArchiveSource:
         samples = passed = read = 0
         complete = len(chosen) == len(archives)
         for archive in chosen:
-            with closing(_samples(archive, self._layout)) as stream:
+            with closing(read_samples(archive, self._layout.key)) as stream:
                 seen = list(islice(stream, LOOKED_AT))
                 complete &= next(stream, None) is None
             samples += len(seen)
@@ -203,7 +179,7 @@ class ArchiveSource:
     def _require_columns(self, where: str) -> None:
         """Refuse columns that none of the first samples has."""
         for archive in self._archives().values():
-            with closing(_samples(archive, self._layout)) as stream:
+            with closing(read_samples(archive, self._layout.key)) as stream:
                 seen = [s for s in islice(stream, LOOKED_AT) if isinstance(s, Sample)]
             rows = [self._layout.fields(archive, sample) for sample in seen]
             if rows:
@@ -221,7 +197,7 @@ class ArchiveSource:
                 f"the archive {piece.name} of this shard is not in --input any more, or has"
                 " changed; every node must see it at the same place"
             )
-        with closing(_samples(archive, self._layout)) as stream:
+        with closing(read_samples(archive, self._layout.key)) as stream:
             for number, sample in enumerate(islice(stream, piece.stop)):
                 if number < piece.start:
                     continue
@@ -239,107 +215,3 @@ class ArchiveSource:
             return True
         fields = self._layout.fields(archive, sample)
         return bool(taken(table_of([fields]), where, without)[0])
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Where an archive cannot be read further."""
-
-    detail: str
-
-
-def _samples(archive: SourceFile, layout: Layout) -> Generator[Sample | Damage, None, None]:
-    """The samples of an archive in order: neighbouring files of one key.
-
-    Where the archive is damaged they end with a `Damage`; a sample that it falls into is lost.
-    """
-    sample: Sample | None = None
-    whole = True
-    try:
-        with archive.open() as file, open_tar(file) as tar:
-            for member in tar:
-                key, extension = layout.key(member)
-                if key is None:
-                    continue
-                if sample is not None and key != sample.key:
-                    yield sample
-                    sample = None
-                whole = False
-                sample = sample or Sample(key)
-                stream = tar.extractfile(member)
-                sample.add(extension.lower(), stream.read() if stream else b"")
-                whole = True
-        damage = "ends without the mark of a tar's end" if _ends_early(archive) else None
-    # A damaged tar makes tarfile raise nearly anything: what comes after is lost, not the shard.
-    except Exception as error:
-        damage = f"{type(error).__name__}: {error}"
-    if sample is not None and whole:
-        yield sample
-    if damage is not None:
-        yield Damage(damage)
-
-
-def open_tar(file: Any) -> tarfile.TarFile:
-    """A tar as a stream. Where a packed one is cut off, what came before is read, then it raises.
-
-    tarfile's own unpacking takes the end of a packed file for the end of the archive.
-    """
-    start = file.read(6)
-    file.seek(0)
-    unpack = next((u for magic, u in UNPACKERS.items() if start.startswith(magic)), None)
-    stream = file if unpack is None else _Careful(unpack(file))
-    return tarfile.open(fileobj=stream, mode="r|")
-
-
-class _Careful:
-    """A packed stream that hands out all it could unpack before it reports the damage."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._damage: Exception | None = None
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes, fewer only where the stream ends."""
-        parts: list[bytes] = []
-        while size > 0 and self._damage is None:
-            try:
-                part = self._stream.read1(size)
-            except Exception as error:
-                self._damage = error
-                break
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        if self._damage is not None and not parts:
-            raise self._damage
-        return b"".join(parts)
-
-
-def _ends_early(archive: SourceFile) -> bool:
-    """Whether an uncompressed tar lacks the zero blocks at its end, as one that was cut off does."""
-    with archive.open() as stream:
-        if stream.read(6).startswith(tuple(UNPACKERS)):
-            return False
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - BLOCK))
-        return size % BLOCK != 0 or any(stream.read())
-
-
-def count_samples(archive: SourceFile, layout: Layout, *, stop: int = 1 << 62) -> int:
-    """The number of samples in an archive, read off its headers, counting no further than `stop`.
-
-    The damage of a damaged one counts as one more input, as it does when reading.
-    """
-    count, last = 0, None
-    try:
-        with archive.open() as file, tarfile.open(fileobj=file, mode="r:*") as tar:
-            for member in tar:
-                key = layout.key(member)[0]
-                if key is not None and key != last:
-                    last, count = key, count + 1
-                    if count >= stop:
-                        return count
-    except Exception:
-        return count + 1
-    return count + _ends_early(archive)

@@ -19,10 +19,11 @@ from typing import Any
 
 from schemas.errors import BadInputError
 from schemas.records import ImageRecord, Reject, SourceSettings
-from stages.sources.archives import ArchiveSource, Sample, open_tar
+from stages.sources.archives import ArchiveSource
 from stages.sources.columns import metadata_text
 from stages.sources.content import require_input
 from stages.sources.files import SourceFile, find_files
+from stages.sources.tar_samples import Sample, open_tar
 
 ARCHIVES, ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))

@@ -17,10 +17,11 @@ from braceexpand import braceexpand
 
 from schemas.errors import BadInputError
 from schemas.records import ImageRecord, Reject, SourceSettings
-from stages.sources.archives import ArchiveSource, Sample
+from stages.sources.archives import ArchiveSource
 from stages.sources.columns import boxes
 from stages.sources.content import require_input
 from stages.sources.files import SourceFile
+from stages.sources.tar_samples import Sample
 
 TARS = (".tar",)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
