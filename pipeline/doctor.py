@@ -46,7 +46,7 @@ class Machine:
     gpus: tuple[str, ...]
     nvidia: bool
     hub_token: bool
-    free_disk: int
+    free_disk: int | None
     memory: int
     open_files: int
     shared_memory: int | None
@@ -55,7 +55,7 @@ class Machine:
 
 
 def examine(database: str | Path) -> Machine:
-    """Look at this machine; `database` says whose disk is meant, a bucket the working folder's."""
+    """Look at this machine; `database` says whose disk is meant."""
     shm = Path("/dev/shm")
     cuda, gpus = _torch()
     return Machine(
@@ -65,9 +65,9 @@ def examine(database: str | Path) -> Machine:
         gpus=gpus,
         nvidia=Path("/proc/driver/nvidia/version").exists(),
         hub_token=_has_hub_token(),
-        free_disk=shutil.disk_usage(
-            _existing(Path() if in_store(str(database)) else Path(database))
-        ).free,
+        free_disk=None
+        if in_store(str(database))
+        else shutil.disk_usage(_existing(Path(database))).free,
         memory=_available_memory(),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         shared_memory=shutil.disk_usage(shm).total if shm.exists() else None,
@@ -158,6 +158,8 @@ def _token(machine: Machine, plan: Forecast | None) -> Finding:
 
 
 def _disk(machine: Machine, plan: Forecast | None) -> Finding:
+    if machine.free_disk is None:
+        return Finding("disk", "ok", "the database is in a bucket")
     free = f"{size(machine.free_disk)} free"
     if plan is None:
         low = machine.free_disk < 10 << 30

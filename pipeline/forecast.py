@@ -17,7 +17,7 @@ from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import Count, SourceSettings
 from schemas.specs import KeySpec, key_spec
-from stages.sources import LINK_SOURCES, locate_source, open_source
+from stages.sources import locate_source, open_source
 
 GRID, DIMENSION = (24, 24), 8
 """Of VQ-16 and of the bundled tokenizer; a database that exists says its own."""
@@ -104,8 +104,8 @@ def work_out(
     )
     height, width, dimension = _grid(manifest)
     hold_out = manifest.hold_out if manifest else settings.hold_out
-    links = settings.source.name in LINK_SOURCES
-    success = settings.success if settings.success is not None else (SUCCESS if links else 1.0)
+    success = SUCCESS if count.links else 1.0
+    success = success if settings.success is None else settings.success
     images = round(count.inputs * success)
     heldout = round(images * hold_out)
     positions = len(keys.neighborhood.positions(height, width))
@@ -123,11 +123,11 @@ def work_out(
         tables=_tables(count.inputs, images, patches, keys, height * width),
         index_memory=_memory(patches, keys, dimension),
         index=suggest_index(patches, settings.query_ms, latent=keys.space == "latent"),
-        download_hours=count.inputs / settings.rate / 3600 if links else None,
+        download_hours=count.inputs / settings.rate / 3600 if count.links else None,
         gpu_hours=images / rate / 3600 if rate else None,
         settings={
             "success": success,
-            "rate": settings.rate if links else None,
+            "rate": settings.rate if count.links else None,
             "images_per_second": rate,
             "keys": keys.name,
             "grid": [height, width],
@@ -211,7 +211,8 @@ def _count(source: SourceSettings) -> Count:
         return open_source(locate_source(source)).count()
     if not source.input and source.where is None:
         lines = min(PUBLISHED_LINES, source.limit or PUBLISHED_LINES)
-        return Count(lines, exact=False, note="as many lines as its publisher says")
+        note = "as many lines as its publisher says"
+        return Count(lines, exact=False, note=note, links=True)
     if not source.input or any(i.startswith(("http://", "https://")) for i in source.input):
         raise BadInputError(
             "a plan fetches no list, and so cannot look into it; fetch it yourself and pass its"

@@ -159,11 +159,15 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class Count:
-    """How many inputs a source has. Where it was not counted exactly, `note` says how."""
+    """How many inputs a source has. Where it was not counted exactly, `note` says how.
+
+    links: whether they are addresses that have to be fetched.
+    """
 
     inputs: int
     exact: bool
     note: str = ""
+    links: bool = False
 
 
 @dataclass(frozen=True)

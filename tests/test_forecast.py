@@ -26,7 +26,8 @@ GB = 10**9
 
 def plan_of(name: str, inputs: int, **changes: Any) -> Forecast:
     """The forecast for so many inputs of this source."""
-    return work_out(ForecastSettings(SourceSettings(name), **changes), Count(inputs, exact=True))
+    count = Count(inputs, exact=True, links=name in ("cc12m", "datacomp"))
+    return work_out(ForecastSettings(SourceSettings(name), **changes), count)
 
 
 def test_twelve_million_pictures() -> None:
@@ -78,6 +79,7 @@ def test_a_plan_counts_footers_and_says_what_it_estimates(tmp_path: Path) -> Non
     made = forecast(ForecastSettings(rows, tmp_path / "no-db"))
     assert (made.inputs, made.exact, made.in_database) == (303, True, 0)
     assert plan_text(made).startswith("datacomp: 303 inputs\n")
+    assert made.download_hours == pytest.approx(303 / 300 / 3600)
     some = replace(rows, where="clip_l14_similarity_score >= 0.75")
     made = forecast(ForecastSettings(some))
     assert not made.exact
@@ -185,7 +187,8 @@ def test_a_machine_is_compared_with_the_plan() -> None:
 def test_this_machine_can_be_examined(tmp_path: Path) -> None:
     """Also for a database that is not there yet; text has a step below what is not ok."""
     machine = examine(tmp_path / "not" / "yet")
-    assert machine.free_disk > 0
+    assert machine.free_disk
+    assert examine("s3://bucket/db").free_disk is None
     assert machine.memory > 0
     assert machine.packages["ray"]
     lines = to_text([Finding("a", "ok", "fine"), Finding("b", "FAIL", "bad", "do this")])

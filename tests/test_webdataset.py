@@ -304,3 +304,40 @@ def test_keys_are_webdatasets_own(tmp_path: Path) -> None:
         member = tarfile.TarInfo(name)
         key, extension = WebdatasetLayout().key(member)
         assert (key, extension or None) == base_plus_ext(name), name
+
+
+def test_what_datacomps_tools_wrote_is_kept_and_can_be_a_condition(tmp_path: Path) -> None:
+    """The json of img2dataset with DataComp's columns: all of it stays, --where sees all of it."""
+    files = []
+    for n in range(4):
+        described = {
+            "uid": f"{n:032x}",
+            "sha256": f"{n:064x}",
+            "caption": f"c{n}",
+            "url": f"http://h/{n}",
+            "key": f"{n:09}",
+            "status": "success",
+            "error_message": None,
+            "width": 100 * n,
+            "height": 90,
+            "original_width": 300,
+            "original_height": 200,
+            "clip_l14_similarity_score": n / 10 if n else None,
+            "exif": "{}",
+        }
+        files += [(f"{n:09}.jpg", jpeg(n)), (f"{n:09}.txt", f"c{n}".encode())]
+        files.append((f"{n:09}.json", json.dumps(described).encode()))
+    path = write_tar(tmp_path / "00000.tar", files)
+    found = records(open_tars(path))
+    kept = json.loads(found["000000003"].metadata or "")
+    assert (kept["uid"], kept["sha256"]) == (f"{3:032x}", f"{3:064x}")
+    assert (kept["width"], kept["clip_l14_similarity_score"]) == (300, 0.3)
+    assert set(described) - set(kept) == {"caption", "url"}
+    where = "clip_l14_similarity_score >= 0.2 or url like '%/0'"
+    some = open_source(SourceSettings("webdataset", (str(path),), where=where))
+    items = items_of(some)
+    assert [item.key for item in items] == ["000000000", "000000002", "000000003"]
+    assert [item.row for item in items] == [0, 1, 2]
+    wrong = open_source(SourceSettings("webdataset", (str(path),), where="score > 1"))
+    with pytest.raises(BadInputError, match=r"'score'.*uid, sha256, caption"):
+        wrong.listing(())

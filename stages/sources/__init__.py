@@ -66,8 +66,6 @@ ON_HUB = frozenset(("datacomp", "journeydb", "parquet", "tokens"))
 """Sources whose --input may be a data set on the hub."""
 GRID_SOURCES = frozenset(("tokens",))
 """Sources of token grids: no model runs for them."""
-LINK_SOURCES = frozenset(("cc12m", "datacomp"))
-"""Sources whose pictures have to be fetched."""
 OPTIONS = {
     "columns": ("parquet", "datacomp", "tokens"),
     "caption": ("journeydb",),

@@ -142,7 +142,7 @@ class Cc12mSource:
             total, exact = round(total * passed / max(seen, 1)), False
             notes.append(f"{passed:,} of {seen:,} lines looked at pass --where")
         limited = total if self._limit is None else min(total, self._limit)
-        return Count(limited, exact, "; ".join(notes))
+        return Count(limited, exact, "; ".join(notes), links=True)
 
     def _first(
         self, wanted: Sequence[Wanted], limit: int, scans: dict[str, tuple[SourceFile, Scan]]

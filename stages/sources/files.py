@@ -8,20 +8,23 @@ file counts as another file. Local files must lie where every node of a cluster 
 
 import glob
 import hashlib
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import BadInputError
+from schemas.errors import BadInputError, ShardError
 from stages.sources.content import fingerprint
 
 HUB = "hf://"
 HUB_DATASETS = f"{HUB}datasets/"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+BLOCK = 4 << 20
+"""Bytes asked of the hub at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,57 @@ class SourceFile:
     print: str
 
     def open(self) -> Any:
-        """A seekable binary stream of the file."""
+        """A seekable binary stream of the file.
+
+        Reading one on the hub raises UnreachableError where the network fails: that says nothing
+        about the file, so it must fail the shard rather than become a reject.
+        """
         if self.location.startswith(HUB):
-            return _hub().open(self.location, "rb")
+            return io.BufferedReader(_HubStream(self.location), BLOCK)
         return Path(self.location).open("rb")
+
+
+class UnreachableError(ShardError):
+    """A file on the hub could not be read now."""
+
+
+class _HubStream(io.RawIOBase):
+    """A hub file, read by ranges."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__()
+        self._location = location
+        self._stream = self._try(lambda: _hub().open(location, "rb", block_size=BLOCK))
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase.readinto`."""
+        data: bytes = self._try(lambda: self._stream.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """See `io.IOBase.seek`."""
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        """See `io.IOBase.tell`."""
+        return int(self._stream.tell())
+
+    def readable(self) -> bool:
+        """See `io.IOBase.readable`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.IOBase.seekable`."""
+        return True
+
+    def _try(self, read: Callable[[], Any]) -> Any:
+        # The hub's client raises errors of several libraries, all of which mean the same here.
+        try:
+            return read()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UnreachableError(f"cannot read {self._location} ({reason})") from error
 
 
 def locate(given: str, revision: str | None) -> str:

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import PurePosixPath
 from typing import Any
 
-from schemas.errors import BadInputError
+from schemas.errors import BadInputError, ShardError
 from schemas.records import ImageRecord, Reject, SourceSettings
 from stages.sources.archives import ArchiveSource
 from stages.sources.columns import metadata_text
@@ -121,6 +121,8 @@ def _lines(file: SourceFile, stream: Any) -> Generator[bytes, None, None]:
             for member in tar:
                 if member.isreg() and (inside := tar.extractfile(member)) is not None:
                     yield from inside
+    except ShardError:
+        raise
     except Exception:  # A damaged archive makes tarfile raise nearly anything.
         return
 

@@ -118,7 +118,8 @@ def remaining(
         everything = Piece(window.print, 0, window.stop, window.name)
         open_ = gaps.get(window.print, [everything])
         first = bisect_right(starts.get(window.print, [0]), window.start) - 1
-        for gap in open_[max(first, 0) :]:
+        for index in range(max(first, 0), len(open_)):
+            gap = open_[index]
             if gap.start >= window.stop:
                 break
             start, stop = max(gap.start, window.start), min(gap.stop, window.stop)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import BadInputError
+from schemas.errors import BadInputError, ShardError
 from stages.sources.files import SourceFile
 
 PARQUET, ARROW, HDF5 = (".parquet",), (".arrow", ".feather"), (".h5", ".hdf5")
@@ -43,7 +43,7 @@ def open_rows(file: SourceFile) -> RowFile:
         if ending.endswith(HDF5):
             return _Hdf5Rows(file)
         return _ArrowRows(file) if ending.endswith(ARROW) else _ParquetRows(file)
-    except BadInputError:
+    except (BadInputError, ShardError):
         raise
     # Damaged files make these parsers raise nearly anything.
     except Exception as error:

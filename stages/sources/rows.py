@@ -51,6 +51,7 @@ class _Measured:
     file: SourceFile
     rows: int
     shard_size: int
+    links: bool = False
     damaged: bool = False
 
 
@@ -122,7 +123,8 @@ class RowSource:
             exact, note = False, f"{passed:,} of {seen:,} rows looked at pass --where"
             total = round(total * passed / max(seen, 1))
         limit = self._settings.limit
-        return Count(total if limit is None else min(total, limit), exact, note)
+        limited = total if limit is None else min(total, limit)
+        return Count(limited, exact, note, links=any(m.links for m in measured))
 
     def _columns(self) -> str | None:
         return self._settings.columns or ("datacomp" if self.name == "datacomp" else None)
@@ -149,13 +151,15 @@ class RowSource:
                 self._measured.append(_Measured(file, 1, 1, damaged=True))
                 continue
             count, schema = footer
-            column_map(self._columns(), schema, grids=self._grids)
+            chosen = column_map(self._columns(), schema, grids=self._grids)
             if self._where is not None:
                 expression = parse_where(self._where)
                 expression.require(split_columns(schema).plain)
                 expression.mask(schema.empty_table())
             row_bytes = file.size / max(count, 1)
-            self._measured.append(_Measured(file, count, self._shard_size(schema, row_bytes)))
+            size = self._shard_size(schema, row_bytes)
+            links = chosen.image is None and chosen.grid is None
+            self._measured.append(_Measured(file, count, size, links))
         return self._measured
 
     def _shard_size(self, schema: pa.Schema, row_bytes: float) -> int:

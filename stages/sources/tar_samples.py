@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from schemas.errors import ShardError
 from stages.sources.files import SourceFile
 
 KeyOf = Callable[[tarfile.TarInfo], tuple[str | None, str]]
@@ -69,6 +70,8 @@ def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damag
                 sample.add(extension.lower(), stream.read() if stream else b"")
                 whole = True
         damage = "ends without the mark of a tar's end" if _ends_early(archive) else None
+    except ShardError:
+        raise
     # A damaged tar makes tarfile raise nearly anything: what comes after is lost, not the shard.
     except Exception as error:
         damage = f"{type(error).__name__}: {error}"
@@ -139,6 +142,8 @@ def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) ->
                     last, count = key, count + 1
                     if count >= stop:
                         return count
+    except ShardError:
+        raise
     except Exception:
         return count + 1
     return count + _ends_early(archive)
