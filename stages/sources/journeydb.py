@@ -105,7 +105,7 @@ def read_annotations(file: SourceFile, folder: str | None) -> Iterator[dict[str,
             if mark.search(line):
                 try:
                     fields = json.loads(line.decode("utf-8", "replace"))
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(fields, dict):
                     yield fields

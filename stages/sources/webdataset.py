@@ -90,7 +90,7 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
     text = data.decode("utf-8", errors="replace")
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"json": text}
     return fields if isinstance(fields, dict) else {"json": fields}
 
