@@ -3,11 +3,12 @@
 In: the bytes of a picture as it came. Out: uint8 RGB [size, size, 3], prepared the way AR-RAG's
 released code does (torchvision's Resize and CenterCrop on a PIL image): shorter side to `size`
 with antialiased bilinear resampling, then a centre crop. Colour profiles are ignored, as there.
-Sizes are checked from the header, before any pixel is decoded. Faces are blurred on the upright
-original, before resizing, by the method of DataComp's own tool (img2dataset's BoundingBoxBlurrer,
-after Yang et al., arXiv 2103.06191): each box grows by a tenth of its longer side, one Gaussian
-whose sigma is a tenth of the longest side of all boxes blurs the picture and, as soft edges, the
-mask of the boxes.
+Sizes are checked from the header, before any pixel is decoded. Faces are blurred on the original,
+before resizing, by the method of DataComp's own tool (img2dataset's BoundingBoxBlurrer, after Yang et
+al., arXiv 2103.06191): each box grows by a tenth of its longer side, one Gaussian whose sigma is a
+tenth of the longest side of all boxes blurs the picture and, as soft edges, the mask of the boxes.
+That tool reads pictures as they are stored, without turning them upright as EXIF asks, so the boxes
+are those of the stored picture.
 """
 
 import io
@@ -56,7 +57,7 @@ class UndecodableError(Exception):
 def decode(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = ()) -> Decoded:
     """Decode and prepare one picture. Raises UndecodableError, and nothing else.
 
-    faces: rectangles of the upright original to blur, as shares of its sides.
+    faces: rectangles of the picture as it is stored, to be blurred, as shares of its sides.
     """
     Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit, also where it allows more.
     if not data:
@@ -65,9 +66,13 @@ def decode(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = ()) -> 
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _require_size(image.width, image.height, settings)
             image.seek(0)
-            upright = ImageOps.exif_transpose(image)
-            width, height = upright.size
-            rgb = blur_faces(to_rgb(upright), faces)
+            if faces:
+                turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
+                hidden = blur_faces(to_rgb(image), faces)
+                rgb = hidden if turn is None else hidden.transpose(turn)
+            else:
+                rgb = to_rgb(ImageOps.exif_transpose(image))
+            width, height = rgb.size
     except UndecodableError:
         raise
     except UnidentifiedImageError as error:
@@ -109,6 +114,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a stored picture becomes upright, by the value of its EXIF orientation."""
 
 FACE_MARGIN = FACE_SIGMA = 0.1
 """By how much a face's box grows, and the blur's sigma, as shares of its longer side."""
