@@ -1,5 +1,6 @@
 """Pictures on disk for every source, and reading all that a source offers."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -56,9 +57,10 @@ def _undated(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def tgz_of(path: Path, files: Sequence[tuple[str, bytes]]) -> Path:
-    """A tar with gzip of these files in this order."""
+    """A tar with gzip of these files in this order, the same bytes every time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+    packed = gzip.GzipFile(path, "wb", 1, mtime=0)
+    with packed, tarfile.open(fileobj=packed, mode="w") as archive:
         for name, data in files:
             member = tarfile.TarInfo(name)
             member.size = len(data)

@@ -60,7 +60,7 @@ def test_a_database_from_token_grids(
     assert fields["by_source"]["folder"]["images"] == 10
     for name in ("inputs", "images", "heldout", "patches"):
         assert sum(counts[name] for counts in fields["by_source"].values()) == fields[name]
-    assert "from tokens: inputs 7 = 5 images + 2 rejects" in to_text(fields)
+    assert "from tokens: 7 inputs, 5 images, 2 rejects" in to_text(fields)
     assert build(token_settings(copied, folder)).shards_done == 0
 
 
