@@ -163,17 +163,44 @@ def build(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the encoder.")] = False,
     index: Annotated[bool, typer.Option(help="Index the database when it is built.")] = True,
+    download_threads: Annotated[
+        int, typer.Option(min=1, help="URLs that a task fetches at a time.")
+    ] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a URL, all in all.")] = 10.0,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Reject larger files.")] = 64 << 20,
+    max_shard_bytes: Annotated[
+        int, typer.Option(min=1, help="What a shard's files may take of $TMPDIR.")
+    ] = 16 << 30,
+    shard_deadline: Annotated[
+        float, typer.Option(min=1, help="Give up a shard's download after so many seconds.")
+    ] = 3600.0,
+    allow_private_hosts: Annotated[
+        bool, typer.Option("--allow-private-hosts", help="Fetch from intranets too.")
+    ] = False,
+    user_agent_contact: Annotated[
+        str | None, typer.Option(help="URL or mail address that servers are told.")
+    ] = None,
+    keep_images: Annotated[
+        str | None, typer.Option(help="Keep fetched files in this folder, a tar a shard.")
+    ] = None,
+    retry_rejects: Annotated[
+        str | None,
+        typer.Option(help="Only try rejects with these reasons again, e.g. dns,timeout."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Turn pictures into a database, or add to one what it lacks of a source.
 
     A build that was interrupted goes on where it stopped when the same command is given again.
+    Sources of links are downloaded: http and https from public addresses only, every link ends as
+    a row or a reject with its reason, and --retry-rejects takes some of those up again.
     """
     from pipeline.build import build as run_build
     from pipeline.database import BuildSettings
     from pipeline.ray_run import RayResources
     from schemas.records import SourceSettings
+    from stages.download import DownloadSettings
 
     settings = BuildSettings(
         database=db,
@@ -203,6 +230,17 @@ def build(
         min_side=min_side,
         max_pixels=max_pixels,
         resources=RayResources(ray, workers, threads, gpus),
+        download=DownloadSettings(
+            threads=download_threads,
+            timeout=timeout,
+            max_bytes=max_bytes,
+            max_shard_bytes=max_shard_bytes,
+            shard_deadline=shard_deadline,
+            allow_private_hosts=allow_private_hosts,
+            contact=user_agent_contact,
+            keep_images=keep_images,
+        ),
+        retry_rejects=_parse_reasons(retry_rejects),
     )
     with _bar(quiet or as_json, "shards") as bar:
         task = bar.add_task("starting")
@@ -223,10 +261,11 @@ def build(
             "shards_done": report.shards_done,
             "shards_skipped": report.shards_skipped,
             "shards_failed": len(report.failed),
+            "retried": report.retried,
         }
         typer.echo(json.dumps(fields, indent=1))
     else:
-        _print_build(report)
+        _print_build(report, retry_rejects)
     if report.failed:
         shard, error = next(iter(report.failed.items()))
         raise BadInputError(
@@ -604,6 +643,15 @@ def doctor(
         raise ArragError(f"this machine is not ready: {', '.join(failed)}; see the lines above")
 
 
+def _parse_reasons(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    reasons = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not reasons:
+        raise BadInputError(f"--retry-rejects '{text}' names no reason; write e.g. 'dns,timeout'")
+    return reasons
+
+
 def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -687,15 +735,17 @@ def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> Non
         raise ArragError(f"{failure}: {'; '.join(check.name for check in failed)}")
 
 
-def _print_build(report: "BuildReport") -> None:
+def _print_build(report: "BuildReport", retry: str | None) -> None:
     for note in report.notes:
         typer.echo(f"note: {note}")
     if not report.shards_done and not report.failed:
-        typer.echo(f"nothing to do: all {report.shards_skipped} shards are in the database")
+        done = f"all {report.shards_skipped} shards are in the database"
+        typer.echo(f"nothing to do: {f'no open rejects with {retry}' if retry else done}")
         return
     rejects = report.rejects.total()
+    taken = f"{report.retried:,} rejects tried again" if retry else f"{report.inputs:,} inputs"
     typer.echo(
-        f"{report.inputs:,} inputs = {report.images:,} images + {rejects:,} rejects;"
+        f"{taken} = {report.images:,} images + {rejects:,} rejects;"
         f" {report.heldout:,} held out, {report.patches:,} patches;"
         f" {report.images_per_second:.1f} images/s, {report.seconds:.0f} s in all"
     )

@@ -2,6 +2,7 @@
 
 open the source and the database → plan what the ledger lacks → record the plan → run the shards on
 Ray → commit each as it comes back → retry what failed → describe the run in the manifest.
+With `retry_rejects` the work is the rejects that have these reasons instead, and nothing else.
 """
 
 import logging
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pipeline.database import BuildSettings, create_database, resolve_database
@@ -23,13 +25,17 @@ from pipeline.ray_run import (
     worker_count,
 )
 from pipeline.remove import take_out_suppressed
+from pipeline.retry import plan_retry, require_reasons
 from pipeline.shard_worker import WorkerSettings
+from schemas.errors import BadInputError
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
-from schemas.records import GridShape, Shard
+from schemas.records import Attempt, GridShape
 from stages.decode import DecodeSettings
+from stages.download import DownloadSettings
 from stages.encode_images import EncodeSettings
-from stages.patch_table import Committer, ShardResult, read_ledger
+from stages.fetch import user_agent
+from stages.patch_table import Committer, LedgerState, ShardResult, read_ledger
 from stages.sources import locate_source, open_source
 
 log = logging.getLogger(__name__)
@@ -49,6 +55,7 @@ class BuildReport:
     images: int = 0
     heldout: int = 0
     patches: int = 0
+    retried: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -68,6 +75,7 @@ class BuildReport:
         self.images += result.images
         self.heldout += result.heldout
         self.patches += result.patches
+        self.retried += len(result.retried)
         self.rejects.update(result.rejects)
         self.stage_seconds.update(result.seconds)
         if result.agreement is not None:
@@ -90,14 +98,22 @@ def build(
     layout = Layout(settings.database)
     settings = replace(settings, source=locate_source(settings.source))
     source = open_source(settings.source)
+    settings = replace(settings, download=_absolute(settings.download))
+    require_reasons(settings.retry_rejects)
+    user_agent(settings.download.contact)  # Refuses a contact that fits no header.
     report = BuildReport()
     with lease(layout, "arrag-db build"):
         # Everything that can refuse the build comes before the first thing it creates.
         manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
-        work = plan(source, state)
+        if settings.retry_rejects:
+            work = _plan_again(layout, state, settings)
+        else:
+            work = plan(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
+        if work.todo or state.unfinished:
+            _recover(layout, manifest, state, report)
         if work.todo:
             with ray_cluster(settings.resources):
                 workers = worker_count(settings.resources)
@@ -105,13 +121,14 @@ def build(
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
                 committer = Committer(layout, manifest.keys)
-                if dropped := committer.recover(state):
-                    report.notes.append(f"dropped {dropped} rows that a killed build left")
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)
+                    committer.plan_again(a for a in work.todo if a.rows)
                     total += len(work.todo)
                     _run(work, worker, workers, settings, committer, report, total, progress)
+                    if settings.retry_rejects:
+                        break
                     # A tar that proved longer than one shard has more to list now.
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
@@ -124,6 +141,14 @@ def build(
                 )
             _describe_run(layout, manifest, settings, report)
     return report
+
+
+def _recover(
+    layout: Layout, manifest: DatabaseManifest, state: LedgerState, report: BuildReport
+) -> None:
+    """Drop what a killed build left in the tables; a database that is yet to be made has none."""
+    if exists(layout.manifest) and (dropped := Committer(layout, manifest.keys).recover(state)):
+        report.notes.append(f"dropped {dropped} rows that a killed build left")
 
 
 def _worker_settings(
@@ -150,12 +175,25 @@ def _worker_settings(
             ),
         ),
         threads=settings.resources.threads,
+        download=settings.download,
     )
 
 
 def _grid_shape(manifest: DatabaseManifest) -> GridShape:
     spec = manifest.tokenizer
     return GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
+
+
+def _absolute(download: DownloadSettings) -> DownloadSettings:
+    """With the folder for kept images as workers find it, who have another working folder."""
+    if download.keep_images is None:
+        return download
+    if "://" in download.keep_images:
+        raise BadInputError(
+            f"--keep-images {download.keep_images} is no folder; name one that every worker can"
+            " write to"
+        )
+    return replace(download, keep_images=str(Path(download.keep_images).expanduser().absolute()))
 
 
 def _run(
@@ -170,7 +208,7 @@ def _run(
 ) -> None:
     """Run the planned shards, failed ones again, and commit what comes back."""
     started = time.perf_counter()
-    left: dict[str, Shard] = {shard.id: shard for shard in work.todo}
+    left: dict[str, Attempt] = {attempt.shard.id: attempt for attempt in work.todo}
     progress(total, report)
     for attempt in range(1, ATTEMPTS + 1):
         for outcome in run_shards(list(left.values()), worker, settings.resources, workers):
@@ -190,7 +228,15 @@ def _run(
 
 
 def _without(work: Plan, failed: dict[str, str]) -> Plan:
-    return replace(work, todo=tuple(shard for shard in work.todo if shard.id not in failed))
+    return replace(work, todo=tuple(a for a in work.todo if a.shard.id not in failed))
+
+
+def _plan_again(layout: Layout, state: LedgerState, settings: BuildSettings) -> Plan:
+    """The rejects to try again. Raises BadInputError where there is no database yet."""
+    DatabaseManifest.read(layout)
+    again = plan_retry(layout, state, settings.source.name, settings.retry_rejects)
+    wanted = {attempt.shard.id for attempt in again}
+    return Plan((), again, len(state.done - wanted), ())
 
 
 def _describe_run(
@@ -207,6 +253,7 @@ def _describe_run(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "min_side": settings.min_side,
         "max_pixels": settings.max_pixels,
+        "retry_rejects": list(settings.retry_rejects),
         "shards": report.shards_done,
         "failed": len(report.failed),
         "images": report.images,

@@ -17,6 +17,7 @@ from schemas.manifest import (
 from schemas.records import SourceSettings
 from schemas.specs import Floats, KeySpec, key_spec, require_same_tokenizer
 from schemas.tables import require_grid_fits
+from stages.download import DownloadSettings
 from stages.patch_table import create_tables, read_ledger
 from stages.sources import GRID_SOURCES
 from stages.take_out import create_list
@@ -28,7 +29,11 @@ DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """None where a setting is the database's own, or, for a new one, the default."""
+    """None where a setting is the database's own, or, for a new one, the default.
+
+    retry_rejects: reasons; where there are any, the rejects that have them are tried again, and
+    nothing else is done.
+    """
 
     database: str | Path
     source: SourceSettings
@@ -44,6 +49,8 @@ class BuildSettings:
     min_side: int = 32
     max_pixels: int = 80_000_000
     resources: RayResources = field(default_factory=RayResources)
+    download: DownloadSettings = field(default_factory=DownloadSettings)
+    retry_rejects: tuple[str, ...] = ()
 
 
 def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseManifest, Floats]:

@@ -1,6 +1,5 @@
 """What a database holds, as the ledger, the rejects and the index manifests say."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from schemas.tables import contains
 from stages.certificate import Certificate
 from stages.patch_table import read_ledger
 from stages.read_images import ImageTable, duplicate_images
+from stages.read_rejects import open_rejects
 from stages.take_out import booked_removals
 
 
@@ -23,15 +23,8 @@ def info(database: str | Path) -> dict[str, Any]:
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     state = read_ledger(layout)
-    reasons = lance.dataset(layout.rejects).to_table(columns=["reason", "shard"])
-    done = state.done
-    rejects = Counter(
-        reason
-        for reason, shard in zip(
-            reasons["reason"].to_pylist(), reasons["shard"].to_pylist(), strict=True
-        )
-        if shard in done
-    )
+    reasons = open_rejects(layout.rejects, state, ["reason"])["reason"]
+    rejects = {entry["values"]: entry["counts"] for entry in reasons.value_counts().to_pylist()}
     spec, keys = manifest.tokenizer, manifest.keys
     waiting = _removed_waiting(layout, manifest)
     return {
@@ -44,8 +37,8 @@ def info(database: str | Path) -> dict[str, Any]:
         "removed": state.totals["removed"] + waiting["images"],
         "removed_waiting": waiting["images"],
         "duplicates": len(duplicate_images(ImageTable(layout.images), Tombstones(layout).ids)),
-        "shards": len(done),
-        "shards_open": len(state.recorded) - len(done),
+        "shards": len(state.done),
+        "shards_open": len(state.recorded) - len(state.done),
         "sources": list(manifest.sources),
         "by_source": {name: dict(counts) for name, counts in sorted(state.by_source.items())},
         "tokenizer": spec.name,

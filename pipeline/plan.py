@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from schemas.errors import BadInputError
-from schemas.records import RecordedShard, Shard
+from schemas.records import Attempt, RecordedShard, Shard
 from schemas.tables import SHARD_BITS, shard_number
 from stages.patch_table import LedgerState
 from stages.sources import Source
@@ -12,10 +12,10 @@ from stages.sources import Source
 
 @dataclass(frozen=True)
 class Plan:
-    """fresh: shards to record in the ledger first; todo: all shards to run, in order."""
+    """fresh: shards to record in the ledger first; todo: what is to run, a shard each, in order."""
 
     fresh: tuple[Shard, ...]
-    todo: tuple[Shard, ...]
+    todo: tuple[Attempt, ...]
     skipped: int
     notes: tuple[str, ...]
 
@@ -26,7 +26,7 @@ def plan(source: Source, state: LedgerState) -> Plan:
     listing = source.listing(recorded)
     planned = {r.shard.id for r in state.recorded}
     fresh = tuple(shard for shard in listing.shards if shard.id not in planned)
-    todo = tuple(shard for shard in listing.shards if shard.id not in state.done)
+    todo = tuple(Attempt(shard) for shard in listing.shards if shard.id not in state.done)
     _require_distinct(state.recorded, fresh)
     done = sum(1 for r in recorded if r.inputs is not None)
     return Plan(fresh, todo, done, tuple(listing.notes))

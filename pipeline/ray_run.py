@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from pipeline.shard_worker import SHARD_ROW, EncodeWorker, WorkerSettings, read_shard
+from pipeline.shard_worker import EncodeWorker, WorkerSettings, read_shard, shard_rows
 from schemas.errors import BadInputError
-from schemas.records import Shard
+from schemas.records import Attempt
 from stages.patch_table import ShardResult
 
 READ_CPUS = 0.25
@@ -140,9 +139,9 @@ def worker_count(resources: RayResources) -> int:
 
 
 def run_shards(
-    shards: Sequence[Shard], settings: WorkerSettings, resources: RayResources, workers: int
+    attempts: Sequence[Attempt], settings: WorkerSettings, resources: RayResources, workers: int
 ) -> Iterator[ShardResult | ShardFailure]:
-    """Run shards in any order; every one of them is answered for, once.
+    """Run shards, one attempt each, in any order; every one of them is answered for, once.
 
     A shard whose worker died, or whose task raised, comes back as a failure.
     """
@@ -157,19 +156,18 @@ def run_shards(
         object_store_memory=resources.in_flight_bytes
     )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    rows = [{"shard": s.id, "source": s.source, "members": list(s.members)} for s in shards]
-    workers = min(workers, len(shards))
+    workers = min(workers, len(attempts))
     encode_cpus = resources.threads - 2 * READ_CPUS
     # The type of a function on Arrow tables is one that ray.data's own hints do not know.
     read: Any = read_shard
     encoded = (
-        ray.data.from_arrow([pa.Table.from_pylist([row], schema=SHARD_ROW) for row in rows])
+        ray.data.from_arrow(shard_rows(attempts))
         .map_batches(
             read,
             fn_kwargs={"settings": settings},
             batch_size=None,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=min(workers + 1, len(shards))),
+            compute=TaskPoolStrategy(size=min(workers + 1, len(attempts))),
             num_cpus=READ_CPUS,
         )
         .map_batches(
@@ -184,7 +182,7 @@ def run_shards(
             max_task_retries=0,
         )
     )
-    missing = {shard.id for shard in shards}
+    missing = {attempt.shard.id for attempt in attempts}
     reason = "its worker died (out of memory, or killed); see Ray's logs"
     try:
         answers: Any = encoded.iter_batches(

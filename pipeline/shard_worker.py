@@ -1,14 +1,15 @@
-"""What runs on the cluster: a task that reads a shard, an actor that encodes and writes it.
+"""What runs on the cluster: a task that reads or downloads a shard, an actor that encodes it.
 
-In: rows that are shards, as Arrow tables, since Ray Data hands those over without conversion. Out:
+In: rows that are attempts at shards, as Arrow tables, since Ray Data hands those over without conversion. Out:
 rows with a result or an error; neither function raises for what is wrong with a shard.
 """
 
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow as pa
 from schemas.errors import ShardError
 from schemas.manifest import Layout
 from schemas.records import (
+    Attempt,
     GridRecord,
     ImageRecord,
     LinkRecord,
@@ -27,6 +29,7 @@ from schemas.records import (
 )
 from schemas.specs import KeySpec
 from schemas.tables import REJECTS_SCHEMA
+from stages.download import DownloadSettings, download_links
 from stages.encode_images import EncodeSettings, encode_shard
 from stages.extract_patches import extract_patches
 from stages.patch_table import ShardResult, table_paths, write_fragments
@@ -49,27 +52,43 @@ class WorkerSettings:
     keys: KeySpec
     encode: EncodeSettings
     threads: int
+    download: DownloadSettings
 
-
-FIRST_ATTEMPT = 1
-"""A shard that is tried again because it failed left nothing, so this is still its first."""
 
 SHARD_ROW = pa.schema(
-    [("shard", pa.string()), ("source", pa.string()), ("members", pa.list_(pa.string()))]
+    [
+        pa.field("shard", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("members", pa.list_(pa.string())),
+        pa.field("attempt", pa.int32()),
+        pa.field("rows", pa.list_(pa.int32())),
+    ]
 )
+
+
+def shard_rows(attempts: Sequence[Attempt]) -> list[pa.Table]:
+    """One table of one row for each attempt, as `read_shard` takes them."""
+    rows = [
+        {"shard": a.shard.id, "source": a.shard.source, "members": list(a.shard.members)}
+        | {"attempt": a.number, "rows": list(a.rows)}
+        for a in attempts
+    ]
+    return [pa.Table.from_pylist([row], schema=SHARD_ROW) for row in rows]
+
+
+def _attempt(row: dict[str, Any]) -> Attempt:
+    shard = Shard(row["source"], row["shard"], tuple(row["members"]))
+    return Attempt(shard, row["attempt"], tuple(row["rows"]))
 
 
 def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     """Shard rows with their inputs packed into one binary value each."""
     inputs, errors, seconds = [], [], []
     for row in table.to_pylist():
-        shard = Shard(row["source"], row["shard"], tuple(row["members"]))
         started = time.perf_counter()
         packed, error = pa.py_buffer(b""), None
         try:
-            removed = read_suppressed(Layout(settings.database))
-            items = _fetched(open_source(settings.source).read(shard))
-            packed = pack_records(without_removed(items, removed))
+            packed = pack_records(_inputs(_attempt(row), settings))
         except Exception as raised:
             error = _describe(raised)
         inputs.append(_one_binary(packed))
@@ -80,14 +99,36 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
 
 
-def _fetched(
-    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject],
+def _inputs(
+    attempt: Attempt, settings: WorkerSettings
 ) -> Iterator[ImageRecord | GridRecord | Reject]:
-    """The items, none of which may be a link yet."""
+    """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
+
+    What is on the list of removed pictures is turned away: before it is downloaded where its
+    address or hash is known, and before it is kept by its bytes.
+    """
+    removed = read_suppressed(Layout(settings.database))
+    items = open_source(settings.source).read(attempt.shard)
+    if attempt.rows:
+        items = _only(items, attempt)
+    return download_links(
+        without_removed(items, removed), settings.download, attempt, removed=removed
+    )
+
+
+def _only(
+    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject], attempt: Attempt
+) -> Iterator[ImageRecord | LinkRecord | GridRecord | Reject]:
+    """The items of the rows that are tried again. Raises ShardError where one is gone."""
+    missing = set(attempt.rows)
     for item in items:
-        if isinstance(item, LinkRecord):
-            raise ShardError(f"row {item.row} is an address, and addresses cannot be fetched yet")
-        yield item
+        if item.row in missing:
+            missing.discard(item.row)
+            yield item
+    if missing:
+        raise ShardError(
+            f"shard {attempt.shard.id} has no row {min(missing)} any more; its input has changed"
+        )
 
 
 def _one_binary(buffer: pa.Buffer) -> pa.LargeBinaryArray:
@@ -127,8 +168,9 @@ class EncodeWorker:
 
     def _encode(self, row: pa.Table) -> ShardResult:
         settings, spec = self._settings, self._tokenizer.spec
-        members = tuple(row["members"][0].as_py())
-        shard = Shard(row["source"][0].as_py(), row["shard"][0].as_py(), members)
+        columns = ("shard", "source", "members", "attempt", "rows")
+        attempt = _attempt({name: row[name][0].as_py() for name in columns})
+        shard = attempt.shard
         inputs = unpack_records(row["inputs"][0].as_buffer())
         encoded = encode_shard(
             self._tokenizer,
@@ -148,7 +190,7 @@ class EncodeWorker:
         )
         rejects = pa.Table.from_pylist(
             [
-                {"shard": shard.id, "attempt": FIRST_ATTEMPT, "row": r.row, "key": r.key}
+                {"shard": shard.id, "attempt": attempt.number, "row": r.row, "key": r.key}
                 | {"url": r.url, "stage": r.stage, "reason": r.reason, "detail": r.detail}
                 for r in encoded.rejects
             ],
@@ -164,8 +206,8 @@ class EncodeWorker:
         return ShardResult(
             shard=shard.id,
             source=shard.source,
-            attempt=FIRST_ATTEMPT,
-            inputs=encoded.inputs,
+            attempt=attempt.number,
+            inputs=0 if attempt.rows else encoded.inputs,
             images=len(encoded.images),
             heldout=int(np.count_nonzero(~kept)),
             patches=patches.num_rows,
@@ -177,6 +219,7 @@ class EncodeWorker:
                 "write": time.perf_counter() - started,
             },
             agreement=encoded.agreement,
+            retried=attempt.rows,
         )
 
 

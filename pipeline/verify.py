@@ -32,7 +32,9 @@ from schemas.tables import (
 )
 from stages.extract_patches import extract_patches
 from stages.index_contents import checksum, index_contents, left_out
+from stages.patch_table import read_ledger
 from stages.read_patches import PatchTable
+from stages.read_rejects import open_rejects
 
 IMAGES_PER_SHARD = 64
 
@@ -73,7 +75,8 @@ class _Tables:
         self.manifest = manifest
         self.images = lance.dataset(layout.images)
         self.patches = lance.dataset(layout.patches(manifest.keys))
-        self.rejects = lance.dataset(layout.rejects)
+        self.rejects = lance.dataset(layout.rejects).to_table(columns=["shard", "attempt"])
+        self.open_rejects = open_rejects(layout.rejects, read_ledger(layout))
         ledger = lance.dataset(layout.ledger)
         self.done = ledger.to_table(filter="state = 'done'").to_pylist()
         self.losses = ledger.to_table(filter="state = 'removed'").to_pylist()
@@ -151,7 +154,8 @@ def _counts(tables: _Tables) -> Iterator[Check]:
     if totals["removed"]:
         detail += f" + {totals['removed']} removed"
     yield Check("inputs = images + rejects", not unbalanced, named(detail, unbalanced))
-    rejected = tables.rejects.to_table(columns=["shard"])["shard"].to_pylist()
+    yield _rejects_kept(tables)
+    rejected = tables.open_rejects["shard"].to_pylist()
     for name, held in (
         ("images", tables.image_counts),
         ("rejects", Counter(shard_number(shard) for shard in rejected)),
@@ -165,6 +169,22 @@ def _counts(tables: _Tables) -> Iterator[Check]:
                 known = ledger[number][name]
                 wrong.append(f"{names[number]} has {held[number]} of {known}")
         yield Check(f"{name} per shard", not wrong, named(f"{held.total()} rows", wrong))
+
+
+def _rejects_kept(tables: _Tables) -> Check:
+    """Every attempt's rejects are still there, also those that a later attempt took."""
+    columns = (tables.rejects[name].to_pylist() for name in ("shard", "attempt"))
+    held = Counter(zip(*columns, strict=True))
+    known = {
+        (row["shard"], row["attempt"]): row["rejects"] + len(row["members"] or ())
+        for row in tables.done
+    }
+    wrong = [
+        f"attempt {entry[1]} of {entry[0]} has {held[entry]} of {known.get(entry, 0)}"
+        for entry in held.keys() | known.keys()
+        if held[entry] != known.get(entry, 0)
+    ]
+    return Check("rejects of every attempt", not wrong, named(f"{held.total()} rows", wrong))
 
 
 def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:

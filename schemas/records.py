@@ -1,8 +1,9 @@
 """What flows between the steps: shards, pictures on their way in, and rejects."""
 
+import mmap
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +35,15 @@ class RecordedShard:
 
     shard: Shard
     inputs: int | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A shard to run. The first attempt takes all of it; a later one only `rows`, once rejected."""
+
+    shard: Shard
+    number: int = 1
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,22 @@ class Reject:
 
 
 REASONS = {
+    "bad-url": "no plain http or https URL: another scheme, no host, a user name in it",
+    "blocked-address": "the host is at a loopback, private or otherwise not public address",
+    "dns": "the host's name could not be resolved in time",
+    "refused": "no connection: refused, reset or unreachable",
+    "timeout": "connection and answer took longer than a URL may",
+    "tls": "the certificate or the handshake is not acceptable",
+    "too-many-redirects": "redirected more often than allowed",
+    "http-403": "the server does not give it to us (401, 403, 451)",
+    "http-404": "the server does not have it (404), or not any more (410)",
+    "http-429": "the server asks for fewer requests",
+    "http-5xx": "the server failed",
+    "http-other": "another status than success",
+    "broken-response": "no valid HTTP answer, or it ended early",
+    "too-large": "more bytes than allowed",
+    "disallowed": "an X-Robots-Tag forbids the use",
+    "sha-mismatch": "the bytes are not those that the publisher listed",
     "missing": "the file was listed but is gone",
     "unreadable": "the file exists but reading it failed",
     "broken-archive": "the archive or table is damaged from here on",
@@ -198,17 +224,37 @@ RECORDS_SCHEMA = pa.schema(
 
 
 def pack_records(items: Iterable[ImageRecord | GridRecord | Reject]) -> pa.Buffer:
-    """A shard's inputs as one Arrow stream, written a few at a time."""
-    sink = pa.BufferOutputStream()
-    waiting = iter(items)
-    with pa.ipc.new_stream(sink, RECORDS_SCHEMA) as writer:
-        while few := list(islice(waiting, 16)):
-            rows = [
-                {name: _storable(getattr(item, name, None)) for name in RECORDS_SCHEMA.names}
-                for item in few
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
-    return sink.getvalue()
+    """A shard's inputs as one Arrow stream, written a few at a time.
+
+    It lies in a nameless temporary file ($TMPDIR) that is gone when the buffer is, and is mapped:
+    a shard of large pictures takes disk, and memory only where there is some to spare.
+    """
+    with tempfile.TemporaryFile() as file:
+        with pa.ipc.new_stream(pa.PythonFile(file, "w"), RECORDS_SCHEMA) as writer:
+            for few in _few(items):
+                rows = [
+                    {name: _storable(getattr(item, name, None)) for name in RECORDS_SCHEMA.names}
+                    for item in few
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
+        file.flush()
+        return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _few(
+    items: Iterable[ImageRecord | GridRecord | Reject],
+) -> Iterator[list[ImageRecord | GridRecord | Reject]]:
+    """The items in groups of up to 16, a group ending where it reaches 16 MiB."""
+    group: list[ImageRecord | GridRecord | Reject] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += len(item.data) if isinstance(item, ImageRecord) else 0
+        if len(group) == 16 or size >= 16 << 20:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _storable(value: object) -> object:

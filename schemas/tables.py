@@ -149,7 +149,14 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("time", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )
-"""The ledger. A shard is first `planned` (attempt 0, with its members), then `done`.
+"""The ledger. A shard is first `planned` (attempt 0, with its members), then `done` (attempt 1).
+
+A later attempt takes a shard's rejects again, and is `planned` and then `done` too. Its `members`
+are the rows that it takes, as text; `inputs` is 0, since it brings none; `images`, `heldout` and
+`patches` are what it added; `rejects` is the change in the number of open rejects, 0 or less: rows
+rejected again minus rows taken. So for every row, and for all sums, inputs = images + rejects.
+The table of rejects is only appended to: a reject is open when its attempt is done and no later
+done attempt of its shard took its row (`stages.read_rejects`).
 
 `versions` are the table versions its rows were committed at, `fragments` each table's highest
 fragment then: on the next start only later fragments are examined.

@@ -3,22 +3,26 @@
 A shard is committed in a fixed order (patches, rejects, images, then its row in the ledger), and
 the ledger's row alone says that the shard is done. Whatever a killed build left behind is either a
 file that no table knows, or fragments newer than the last ledger row; `recover` drops the latter.
+Rejects that are tried again are a later attempt of their shard (see `schemas.tables`).
 A compaction says so in the ledger before it starts, since its fragments are newer and complete.
 """
 
 import datetime
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import lance
+import numpy as np
 import pyarrow as pa
 from lance.fragment import write_fragments as lance_write_fragments
 
 from schemas.errors import IncompatibleError
 from schemas.location import exists, join, make_folder
 from schemas.manifest import Layout
-from schemas.records import RecordedShard, Shard
+from schemas.records import Attempt, RecordedShard, Shard
 from schemas.specs import KeySpec, TokenizerSpec
 from schemas.tables import (
     LEDGER_SCHEMA,
@@ -39,7 +43,10 @@ KEEP_VERSIONS = datetime.timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a worker made of a shard: written, uncommitted fragments and counts."""
+    """What a worker made of a shard: written, uncommitted fragments and counts.
+
+    retried: for a later attempt the rows that it took; its `inputs` are then 0.
+    """
 
     shard: str
     source: str
@@ -52,6 +59,12 @@ class ShardResult:
     fragments: Mapping[str, Sequence[str]]
     seconds: Mapping[str, float] = field(default_factory=dict)
     agreement: float | None = None
+    retried: Sequence[int] = ()
+
+    @property
+    def open_rejects(self) -> int:
+        """By how many this changes the number of open rejects."""
+        return sum(self.rejects.values()) - len(self.retried)
 
     def to_json(self) -> str:
         """As it travels from the worker to the driver."""
@@ -78,12 +91,17 @@ class Loss:
 class LedgerState:
     """What the ledger says: shards recorded (planned or done), and each table's mark.
 
+    attempts: a shard's last done attempt; taken: for shards that were tried again, the last done
+    attempt that took a row; unfinished: rows of attempts that were planned and are not done.
     totals: `COUNTS` and "removed". compacting: a compaction was begun and has not ended.
     """
 
     recorded: tuple[RecordedShard, ...]
     marks: Mapping[str, int]
     totals: Mapping[str, int]
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    taken: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    unfinished: Mapping[str, frozenset[int]] = field(default_factory=dict)
     compacting: bool = False
     by_source: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -131,13 +149,25 @@ def read_ledger(layout: Layout) -> LedgerState:
     totals = dict.fromkeys((*COUNTS, "removed"), 0)
     open_compactions = 0
     by_source: dict[str, dict[str, int]] = {}
+    attempts: dict[str, int] = {}
+    planned: dict[tuple[str, int], frozenset[int]] = {}
+    taken: dict[str, dict[int, int]] = defaultdict(dict)
     for row in rows:
-        if row["state"] == "planned":
+        if row["state"] == "planned" and row["attempt"] == 0:
             shard = Shard(row["source"], row["shard"], tuple(row["members"]))
             shards.setdefault(shard.id, RecordedShard(shard))
-    for row in rows:
+        elif row["state"] == "planned":
+            attempt = row["shard"], row["attempt"]
+            planned[attempt] = planned.get(attempt, frozenset()) | _rows(row)
+    for row in sorted(rows, key=lambda row: row["attempt"]):
         if row["state"] == "done":
-            shards[row["shard"]] = RecordedShard(shards[row["shard"]].shard, row["inputs"])
+            known = shards[row["shard"]]
+            inputs = (known.inputs or 0) + row["inputs"]
+            shards[row["shard"]] = RecordedShard(known.shard, inputs)
+            attempts[row["shard"]] = row["attempt"]
+            planned.pop((row["shard"], row["attempt"]), None)
+            if row["attempt"] > 1:
+                taken[row["shard"]].update(dict.fromkeys(_rows(row), row["attempt"]))
         elif row["state"] == "removed":
             totals["removed"] -= row["images"]
         open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
@@ -148,9 +178,20 @@ def read_ledger(layout: Layout) -> LedgerState:
             totals[name] += row[name] or 0
             of_source[name] += row[name] or 0
     by_source.pop("", None)  # Rows about the whole database.
+    unfinished: dict[str, frozenset[int]] = {}
+    for (shard_id, _), open_rows in planned.items():
+        unfinished[shard_id] = unfinished.get(shard_id, frozenset()) | open_rows
+    recorded = tuple(shards.values())
     return LedgerState(
-        tuple(shards.values()), marks, totals, open_compactions > 0, by_source=by_source
+        *(recorded, marks, totals, attempts, dict(taken), unfinished),
+        compacting=open_compactions > 0,
+        by_source=by_source,
     )
+
+
+def _rows(ledger_row: Mapping[str, Any]) -> frozenset[int]:
+    """The rows that a later attempt takes."""
+    return frozenset(map(int, ledger_row["members"] or ()))
 
 
 class Committer:
@@ -163,21 +204,20 @@ class Committer:
         self._commits = 0
 
     def recover(self, state: LedgerState) -> int:
-        """Drop what shards without a ledger row left in the tables; returns the rows dropped.
+        """Drop what attempts without a ledger row left in the tables; returns the rows dropped.
 
-        Only fragments newer than the last ledger row are looked at. After a compaction that was
-        interrupted they are all complete, since it started from a recovered database: it is ended
-        where it stands, and nothing is dropped.
+        Only fragments newer than the last ledger row are looked at, and of these only such are
+        dropped that hold nothing else. After a compaction that was interrupted they are all
+        complete, since it started from a recovered database: it is ended where it stands.
         """
         if state.compacting:
             self.end_compaction()
             return 0
-        done = {shard_number(shard) for shard in state.done}
         dropped = 0
         for name, table in self._tables.items():
             mark = state.marks.get(name, -1)
             fresh = [f for f in table.get_fragments() if f.fragment_id > mark]
-            stale = [f for f in fresh if not _shard_numbers(name, f) & done]
+            stale = [f for f in fresh if _is_unfinished(name, f, state)]
             if stale:
                 dropped += sum(f.count_rows() for f in stale)
                 ids = [f.fragment_id for f in stale]
@@ -197,13 +237,24 @@ class Committer:
         if rows:
             self._append_ledger(rows)
 
+    def plan_again(self, attempts: Iterable[Attempt]) -> None:
+        """Record which rejects are about to be tried again, before any of them is."""
+        rows = [
+            {"shard": a.shard.id, "source": a.shard.source, "attempt": a.number}
+            | {"state": "planned", "members": list(map(str, a.rows)), "time": _now()}
+            for a in attempts
+        ]
+        if rows:
+            self._append_ledger(rows)
+
     def commit(self, result: ShardResult) -> None:
-        """Make a shard's rows visible, and last the ledger's row that says so."""
-        rejects = sum(result.rejects.values())
+        """Make an attempt's rows visible, and last the ledger's row that says so."""
+        rejects = result.open_rejects
         if result.inputs != result.images + rejects:
             raise IncompatibleError(
-                f"shard {result.shard}: {result.inputs} inputs, but {result.images} images and"
-                f" {rejects} rejects; nothing of it was committed"
+                f"shard {result.shard}: {result.inputs} inputs and {len(result.retried)} rows again,"
+                f" but {result.images} images and {sum(result.rejects.values())} rejects; nothing of"
+                " it was committed"
             )
         for name in COMMIT_ORDER:
             if fragments := result.fragments.get(name):
@@ -213,6 +264,7 @@ class Committer:
                 {"shard": result.shard, "source": result.source, "attempt": result.attempt}
                 | {"state": "done", "inputs": result.inputs, "images": result.images}
                 | {"heldout": result.heldout, "patches": result.patches, "rejects": rejects}
+                | {"members": [str(row) for row in result.retried] or None}
                 | self._marks()
             ]
         )
@@ -264,13 +316,21 @@ class Committer:
         self._ledger = lance.write_dataset(table, self._ledger, mode="append")
 
 
-def _shard_numbers(name: str, fragment: lance.LanceFragment) -> set[int]:
-    """The shards (as numbers) that rows of this fragment belong to."""
-    if name == PATCHES:
-        ids = fragment.to_table(columns=["patch_id"])["patch_id"].to_numpy()
-        return set((ids >> (ROW_BITS + POSITION_BITS)).tolist())
-    column = fragment.to_table(columns=["shard"])["shard"]
-    return {shard_number(shard) for shard in column.unique().to_pylist()}
+def _is_unfinished(name: str, fragment: lance.LanceFragment, state: LedgerState) -> bool:
+    """Whether all rows of this fragment belong to attempts that the ledger does not call done."""
+    if name == REJECTS:
+        table = fragment.to_table(columns=["shard", "attempt"])
+        held = set(zip(*(table[column].to_pylist() for column in table.column_names), strict=True))
+        return all(state.attempts.get(shard, 0) < attempt for shard, attempt in held)
+    column, shift = ("patch_id", POSITION_BITS) if name == PATCHES else ("image_id", 0)
+    ids = np.unique(fragment.to_table(columns=[column])[column].to_numpy() >> shift)
+    open_rows = {shard_number(shard): rows for shard, rows in state.unfinished.items()}
+    done = {shard_number(shard) for shard in state.done}
+    rows, numbers = ids & ((1 << ROW_BITS) - 1), ids >> ROW_BITS
+    return all(
+        number not in done or row in open_rows.get(number, ())
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)
+    )
 
 
 def _now() -> datetime.datetime:

@@ -16,13 +16,7 @@ from schemas.location import exists
 from schemas.manifest import Layout
 from schemas.records import GridRecord, ImageRecord, LinkRecord, Reject
 
-Item = TypeVar(
-    "Item",
-    ImageRecord | Reject,
-    ImageRecord | GridRecord | Reject,
-    ImageRecord | LinkRecord | Reject,
-    ImageRecord | LinkRecord | GridRecord | Reject,
-)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,11 +55,11 @@ def _read(table: str, version: int) -> Suppressed:
     )
 
 
-def without_removed(items: Iterable[Item], suppressed: Suppressed) -> Iterator[Item]:
-    """These inputs in order, with rejects in place of what was removed."""
+def without_removed(items: Iterable[Item], suppressed: Suppressed) -> Iterator[Item | Reject]:
+    """These inputs in order, with rejects in place of pictures and links that were removed."""
     for item in items:
-        known = None if isinstance(item, Reject) else suppressed.reject(item)
-        yield known or item
+        asked = item if isinstance(item, ImageRecord | LinkRecord | GridRecord) else None
+        yield (asked and suppressed.reject(asked)) or item
 
 
 def _sha256(item: ImageRecord | LinkRecord | GridRecord) -> str | None:

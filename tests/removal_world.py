@@ -61,11 +61,15 @@ def shard_of(number: int) -> Shard:
     return Shard("toy", f"{(number + 1) << 40:016x}", (f"member {number}",))
 
 
-def write_shard(layout: Layout, number: int, contents: range | list[int]) -> ShardResult:
+def write_shard(
+    layout: Layout, number: int, contents: range | list[int], *, again: bool = False
+) -> ShardResult:
     """Write a shard's fragments, uncommitted: a picture for each of `contents`, and a reject.
 
-    Equal contents give equal bytes and grids, under other keys and addresses.
+    Equal contents give equal bytes and grids, under other keys and addresses. again: a second
+    attempt at the reject of six pictures, which makes a picture of it.
     """
+    first_row = PER_SHARD if again else 0
     shard = shard_of(number)
     images = tuple(
         EncodedImage(
@@ -78,10 +82,11 @@ def write_shard(layout: Layout, number: int, contents: range | list[int]) -> Sha
             ),
             *(640, 480, sha256(content), is_held_out(sha256(content), HELD_OUT)),
         )
-        for row, content in enumerate(contents)
+        for row, content in enumerate(contents, start=first_row)
     )
     grids = [np.random.default_rng(c).integers(0, 24, (7, 7)).astype(np.uint16) for c in contents]
-    rejects = (Reject(len(images), f"{number}/bad.jpg", "decode", "empty", "zero bytes"),)
+    bad = Reject(len(images), f"{number}/bad.jpg", "decode", "empty", "zero bytes")
+    rejects = () if again else (bad,)
     encoded = EncodedShard(images, np.stack(grids), None, rejects, 0.0, None)
     kept = encoded.in_database()
     reject_rows = [
@@ -98,10 +103,13 @@ def write_shard(layout: Layout, number: int, contents: range | list[int]) -> Sha
     }
     paths = table_paths(layout, KEYS)
     return ShardResult(
-        *(shard.id, shard.source, 1, len(images) + 1, len(images)),
+        *(shard.id, shard.source, 2 if again else 1),
+        inputs=0 if again else len(images) + 1,
+        images=len(images),
         heldout=int(np.count_nonzero(~kept)),
         patches=tables["patches"].num_rows,
-        rejects={"empty": 1},
+        rejects={} if again else {"empty": 1},
+        retried=(PER_SHARD,) if again else (),
         fragments={name: write_fragments(paths[name], tables[name]) for name in tables},
     )
 

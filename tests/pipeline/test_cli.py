@@ -114,6 +114,26 @@ def test_build_then_look(
             ],
             "no tokenizer weights at 'gone.pt'; give",
         ),
+        (
+            ["build", "--source", "sample", "--retry-rejects", "dns,teapot"],
+            "--retry-rejects 'teapot' is no reason of a reject; choose from bad-url, blocked",
+        ),
+        (
+            ["build", "--source", "sample", "--retry-rejects", ","],
+            "--retry-rejects ',' names no reason; write e.g. 'dns,timeout'",
+        ),
+        (
+            ["build", "--source", "sample", "--retry-rejects", "dns"],
+            "no database at",
+        ),
+        (
+            ["build", "--source", "sample", "--user-agent-contact", "me (at home)"],
+            "--user-agent-contact 'me (at home)' does not fit a header; write a URL or",
+        ),
+        (
+            ["build", "--source", "sample", "--keep-images", "s3://bucket/kept"],
+            "--keep-images s3://bucket/kept is no folder; name one",
+        ),
         (["query", "--tokens", "1,b"], "--tokens '1,b' is no list of numbers; write them like"),
     ],
 )

@@ -71,6 +71,10 @@ def lose_an_image(database: Path) -> None:
     images.delete(f"image_id = {image['image_id'][0].as_py()}")
 
 
+def lose_a_reject(database: Path) -> None:
+    lance.dataset(Layout(database).rejects).delete("key = 'page.jpg'")
+
+
 def double_a_ledger_row(database: Path) -> None:
     ledger = lance.dataset(Layout(database).ledger)
     lance.write_dataset(ledger.to_table(filter="state = 'done'", limit=1), ledger, mode="append")
@@ -105,6 +109,8 @@ def cut_an_index(database: Path) -> None:
         (double_patches, "patch ids unique"),
         (change_a_next_token, "keys and next tokens equal the grids"),
         (lose_an_image, "images per shard"),
+        (lose_a_reject, "rejects of every attempt"),
+        (lose_a_reject, "rejects per shard"),
         (double_a_ledger_row, "every shard recorded once"),
         (hold_out_later, "patches belong to pictures in the database"),
         (change_the_codebook, "codebook agrees with the manifest"),
