@@ -15,6 +15,7 @@ from schemas.records import GridRecord, GridShape, ImageRecord, Reject, Shard
 from schemas.tables import list_values
 from stages.encode_images import encode_shard
 from stages.sources.grids import Misfit, grid_bytes
+from stages.suppress import Suppressed, without_removed
 from tests.conftest import jpeg
 from tests.source_cases import GRID, grid_of, items_of, npy_of, open_at, parquet_of
 from tests.test_encode_images import Brightness, small
@@ -175,3 +176,15 @@ def test_a_grid_that_does_not_fit_fails_the_shard(grid: list[int]) -> None:
     fits = GridRecord(0, "g", np.array([0, 1, 2, 3], "<u2").tobytes())
     with pytest.raises(ShardError, match="latents"):
         encode_shard(Brightness(), [fits], small(latents=True))
+
+
+def test_a_removed_grid_stays_out() -> None:
+    """A takedown names the grid's hash, which is what the images table holds of it."""
+    grid = np.array([0, 1, 2, 3], "<u2").tobytes()
+    (image,) = encode_shard(Brightness(), [GridRecord(0, "g", grid)], small()).images
+    list_ = Suppressed(hashes=frozenset((image.sha256,)))
+    kept, gone = GridRecord(0, "other", grid[::-1]), GridRecord(1, "g", grid)
+    first, second = without_removed([kept, gone], list_)
+    assert first == kept
+    assert isinstance(second, Reject)
+    assert (second.row, second.key, second.reason) == (1, "g", "removed")
