@@ -6,26 +6,38 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := demo
 DEMO_QUERY := stages/sources/sample_images/t-shirt-blue.jpg
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow soak check format bench clean
 
 demo: $(VENV)/.build
 	rm -rf $(DEMO)
 	$(BIN)/arrag-db build --source sample --db $(DEMO)/db
 	$(BIN)/arrag-db query --db $(DEMO)/db --image $(DEMO_QUERY) --exclude-self --row 12 --col 11 -k 5
 	$(BIN)/arrag-db query --db $(DEMO)/db --image $(DEMO_QUERY) --exclude-self --no-table --sheet $(DEMO)/sheet.png
+	$(BIN)/arrag-db trainset --db $(DEMO)/db
+	$(BIN)/arrag train --model sample --data $(DEMO)/db/trainset --out $(DEMO)/adapter \
+	    --steps 6 --global-batch 8 --lora-rank 16 --lora-alpha 32
+	$(BIN)/arrag generate --db $(DEMO)/db --model sample --prompt "a photo of a t-shirt" --mode compare \
+	    --adapter $(DEMO)/adapter/adapter.safetensors -n 2 --out $(DEMO)/generated.png \
+	    --trace $(DEMO)/trace.json --trace-sheet $(DEMO)/trace.png
 	@echo
-	@echo "Open $(DEMO)/sheet.png: what came next in other pictures, where the neighbourhood looked alike."
+	@echo "Open $(DEMO)/sheet.png: what came next in other pictures, where the neighbourhood looked alike;"
+	@echo "     $(DEMO)/generated.png: the same seeds drawn plain, with DAiD and with FAiD;"
+	@echo "     $(DEMO)/trace.png: which pictures the patches came from."
 	@echo
 	@echo "Next, with your own pictures:"
-	@echo "  $(BIN)/arrag-db build --source folder --input PICTURES --db mydb"
-	@echo "  $(BIN)/arrag-db query --db mydb --image PICTURE.jpg --exclude-self --sheet sheet.png"
-	@echo "  $(BIN)/arrag-db info --db mydb"
+	@echo "  source $(VENV)/bin/activate"
+	@echo "  arrag-db build --source folder --input PICTURES --db mydb --hold-out 0.1"
+	@echo "  arrag-db query --db mydb --image PICTURE.jpg --exclude-self --sheet sheet.png"
+	@echo "  arrag generate --db mydb --model sample --prompt 'a photo of a hat' --out out.png"
 
 test: check
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not soak"
+
+soak: $(VENV)/.test
+	$(BIN)/python -m pytest -m soak
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -40,16 +52,17 @@ bench: $(VENV)/.build
 	$(BIN)/python benchmarks/bench_extract_write.py
 	$(BIN)/python benchmarks/bench_encode.py
 	$(BIN)/python benchmarks/bench_scale.py
+	$(BIN)/python benchmarks/index.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.build: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e ".[build]" -c constraints.txt
+	$(PIP) -e ".[build,train]" -c constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	$(PIP) -e ".[build,test,dev]" -c constraints.txt
+	$(PIP) -e ".[build,train,test,dev]" -c constraints.txt
 	@touch $@
 
 clean:

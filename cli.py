@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from schemas.errors import ArragError, BadInputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from arrag_runtime.session import Session
     from pipeline.build import BuildReport
     from pipeline.checks import Check
     from pipeline.query import QueryAnswer
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="arrag-db",
     help="Build, index and query patch retrieval databases for autoregressive image generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+runtime = typer.Typer(
+    name="arrag",
+    help="Generate pictures with a patch retrieval database at hand.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -643,6 +653,297 @@ def doctor(
         raise ArragError(f"this machine is not ready: {', '.join(failed)}; see the lines above")
 
 
+@app.command()
+def trainset(
+    db: Database = DEFAULT_DB,
+    k: Annotated[int, typer.Option("-k", "--k", help="Retrieved tokens a position.")] = 10,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pictures at most.")] = 50_000,
+    pictures: Annotated[
+        str | None,
+        typer.Option("--from", help="heldout or database.  [default: heldout where there are any]"),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Pictures of another source: folder, webdataset, …")
+    ] = None,
+    input: Annotated[
+        list[str] | None, typer.Option("--input", "-i", help="Where they are; may be repeated.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder or bucket of the set.  [default: DB/trainset]")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write it to one Arrow file too, to train without Lance.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Name of the index.  [default: the newest]")
+    ] = None,
+    tokenizer_weights: Annotated[
+        str | None, typer.Option(help="Where the database's tokenizer weights are, if they moved.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help="Address of a Ray cluster.  [default: one of its own, embedded]"
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Tasks at once; 0 takes one a --threads cores.")
+    ] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads a task.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="Encode pictures of --source on this many GPUs.")
+    ] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Collect captions, tokens and what every position retrieves, to train an adapter with.
+
+    No picture retrieves itself or a copy of itself. A set that was interrupted goes on when the same
+    command is given again; a larger --limit adds pictures.
+    """
+    from pipeline.export_trainset import export_trainset
+    from pipeline.ray_run import RayResources
+    from pipeline.trainset import TrainsetSettings, make_trainset
+    from schemas.records import SourceSettings
+
+    if input and source is None:
+        raise BadInputError("--input says where a --source's pictures are; give --source too")
+    settings = TrainsetSettings(
+        database=db,
+        k=k,
+        limit=limit,
+        pictures=pictures,
+        source=None if source is None else SourceSettings(source, tuple(input or ()), limit),
+        out=out,
+        index=index,
+        tokenizer_weights=tokenizer_weights,
+        resources=RayResources(ray, workers, threads, gpus),
+    )
+    with _bar(quiet or as_json, "tasks") as bar:
+        task = bar.add_task("retrieving")
+        made = make_trainset(
+            settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+        if export is not None:
+            bar.update(task, description="exporting")
+            export_trainset(made.folder, export)
+    fields = made.to_json() | ({"export": str(export)} if export else {})
+    typer.echo(json.dumps(fields, indent=1) if as_json else made.to_text())
+
+
+@runtime.callback()
+def runtime_options() -> None:
+    """Generate pictures with a patch retrieval database at hand."""
+
+
+@runtime.command()
+def generate(
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="What to draw; may be repeated.")
+    ],
+    db: Databases = [DEFAULT_DB],  # noqa: B006 (typer copies it)
+    model: Annotated[
+        str,
+        typer.Option(help="sample, a folder, or a hub id such as deepseek-community/Janus-Pro-1B."),
+    ] = "sample",
+    mode: Annotated[
+        str, typer.Option(help="plain, daid, faid, or compare: all of them side by side.")
+    ] = "daid",
+    adapter: Annotated[
+        Path | None, typer.Option(help="For faid: the adapter that `arrag train` wrote.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write, a PNG.")] = Path(
+        "out.png"
+    ),
+    images: Annotated[int, typer.Option("-n", min=1, help="Pictures a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Picture number i has seed + i.")] = 0,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a position for DAiD.")] = 2048,
+    lam: Annotated[
+        float, typer.Option("--lambda", help="DAiD: the share of what was retrieved, 0..1.")
+    ] = 0.05,
+    tau: Annotated[float, typer.Option(help="DAiD: the temperature of distances.")] = 0.6,
+    merge: Annotated[
+        str, typer.Option(help="DAiD: entries of one token count by the nearest, or by their sum.")
+    ] = "nearest",
+    entropy_above: Annotated[
+        float | None,
+        typer.Option(help="DAiD: only where the model's entropy, in nats, is above this."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Weight of guidance; 1 is off.  [default: the model's own]"),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Of sampling; 0 takes the likeliest token.  [default: the model's own]"
+        ),
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Name of the index.  [default: the newest]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda[:n].  [default: a GPU where there is one]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.  [default: float32, on a GPU bfloat16]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures decoded together.")] = 8,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write where each token came from, as JSON.")
+    ] = None,
+    trace_sheet: Annotated[
+        Path | None, typer.Option(help="Draw where the tokens came from, a PNG.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate pictures, and look up on the way what came next in real ones."""
+    from arrag_runtime.daid import DaidSettings
+    from arrag_runtime.session import GenerateSettings
+    from arrag_runtime.session import run as run_generate
+
+    settings = GenerateSettings(
+        model=model,
+        prompts=tuple(prompt),
+        mode=mode,
+        databases=tuple(db),
+        index=index,
+        adapter=adapter,
+        images=images,
+        seed=seed,
+        k=k,
+        daid=DaidSettings(lam, tau, merge, entropy_above),  # type: ignore[arg-type]
+        guidance=guidance,
+        temperature=temperature,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        traced=trace is not None or trace_sheet is not None,
+    )
+    with _bar(quiet or as_json, "tokens") as bar:
+        task = bar.add_task("loading the model")
+
+        def show(doing: str, done: int, total: int) -> None:
+            bar.update(task, description=doing, completed=done, total=total)
+
+        session = run_generate(settings, show)
+        session.save(out)
+        if trace is not None or trace_sheet is not None:
+            show("tracing", 0, 1)
+            _write_trace(session, db, trace, trace_sheet)
+    fields = session.to_json() | {"out": str(out)}
+    typer.echo(json.dumps(fields) if as_json else session.to_text() + f"\nwrote {out}")
+
+
+def _write_trace(
+    session: "Session", databases: Sequence[str], trace: Path | None, trace_sheet: Path | None
+) -> None:
+    """Look the sources up in the databases' images, then write what was asked for."""
+    from schemas.manifest import Layout, write_json
+    from stages.read_images import ImageTable
+
+    sources = session.sources()
+    rows: dict[tuple[int, int], Any] = {}
+    grids: dict[tuple[int, int], Any] = {}
+    for number, database in enumerate(databases):
+        table = ImageTable(Layout(database).images)
+        ids = [image for origin, image in sources if origin == number]
+        rows |= {(number, image): row for image, row in table.rows(ids).items()}
+        grids |= {(number, image): g for image, g in table.grids(ids, session.grid[0]).items()}
+    told = session.traced(rows, grids)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        write_json(str(trace), told.to_json())
+    if trace_sheet is not None:
+        told.draw(trace_sheet)
+
+
+@runtime.command()
+def train(
+    data: Annotated[
+        Path, typer.Option(help="A training set: `arrag-db trainset`'s folder or exported file.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    model: Annotated[
+        str,
+        typer.Option(help="sample, a folder, or a hub id such as deepseek-community/Janus-Pro-1B."),
+    ] = "sample",
+    hops: Annotated[str, typer.Option(help="Hops of a blender, separated by commas.")] = "1,2",
+    blenders: Annotated[int, typer.Option(min=1, help="Augmented layers.")] = 2,
+    k: Annotated[int, typer.Option("-k", "--k", help="Candidates a position.")] = 10,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA; 0 trains none.")] = 128,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA's scale is this over its rank.")] = 256,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before LoRA.")] = 0.05,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest norm of a step's gradients.")] = 1.0,
+    global_batch: Annotated[
+        int, typer.Option(min=1, help="Examples a step, over all processes.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once on one process.")] = 4,
+    epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps, whatever --epochs says.")] = None,
+    caption_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a caption that are read.")
+    ] = 512,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Decides every order and start.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 25,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a FAiD adapter; the defaults are the paper's. Several GPUs: `accelerate launch`.
+
+    A run that was interrupted goes on at its last checkpoint when the same command is given again.
+    """
+    from arrag_runtime.train import TrainSettings
+    from arrag_runtime.train import train as run_train
+
+    settings = TrainSettings(
+        model=model,
+        data=data,
+        out=out,
+        hops=_parse_hops(hops),
+        blenders=blenders,
+        k=k,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        clip=clip,
+        global_batch=global_batch,
+        batch_size=batch_size,
+        epochs=epochs,
+        steps=steps,
+        caption_tokens=caption_tokens,
+        precision=precision,
+        device=device,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    with _bar(quiet or as_json, "steps") as bar:
+        task = bar.add_task("loading the model")
+
+        def show(done: int, total: int, loss: float) -> None:
+            bar.update(task, description=f"loss {loss:.4f}", completed=done, total=total)
+
+        report = run_train(settings, show)
+    if report.main:
+        typer.echo(json.dumps(report.to_json()) if as_json else report.to_text())
+
+
+def _parse_hops(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInputError(
+            f"--hops '{text}' is no list of numbers; write them like '1,2'"
+        ) from error
+
+
 def _parse_reasons(text: str | None) -> tuple[str, ...]:
     if text is None:
         return ()
@@ -665,7 +966,7 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
 
 def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
-    from pipeline.index import stale_index
+    from pipeline.index_plan import stale_index
 
     stale = stale_index(db)
     if stale is None:
@@ -803,12 +1104,22 @@ def _bar(quiet: bool, unit: str) -> "Iterator[Progress]":
 
 
 def main() -> None:
-    """The console script: domain errors become one line on stderr and exit code 1."""
+    """The console script `arrag-db`."""
+    _run(app)
+
+
+def main_runtime() -> None:
+    """The console script `arrag`."""
+    _run(runtime)
+
+
+def _run(commands: typer.Typer) -> None:
+    """Run a command: domain errors become one line on stderr and exit code 1."""
     # Silence what libraries say at import; a user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        commands()
     except ArragError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

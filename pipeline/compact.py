@@ -64,6 +64,7 @@ def compact(database: str | Path, progress: Progress = lambda _step: None) -> Co
         committer = Committer(layout, manifest.keys)
         # From here on whatever the tables hold is complete.
         committer.recover(read_ledger(layout))
+        whole = {folder for folder in index_folders(layout) if _holds_all(layout, folder)}
         take_out_suppressed(database, COMMAND)
         gone = Tombstones(layout).ids
         losses = _losses(layout, manifest, gone)
@@ -87,7 +88,7 @@ def compact(database: str | Path, progress: Progress = lambda _step: None) -> Co
         if _is_outdated(layout, folder, gone):
             name = Path(folder).name
             progress(f"building index {name} again")
-            _build_again(layout, folder)
+            _build_again(layout, folder, compacted=folder in whole)
             indexes.append(name)
     return Compaction(images, patches, before, _bytes(layout), tuple(indexes))
 
@@ -127,14 +128,21 @@ def _is_outdated(layout: Layout, folder: str, gone: Ids) -> bool:
         return True
 
 
-def _build_again(layout: Layout, folder: str) -> None:
+def _holds_all(layout: Layout, folder: str) -> bool:
+    """Whether an index was made from all rows of its table, so that it only has to lose some."""
+    index = IndexManifest.read(folder)
+    table = PatchTable(layout.patches(index.keys))
+    return (table.count, table.mark) == (index.settings["rows"], index.mark)
+
+
+def _build_again(layout: Layout, folder: str, *, compacted: bool) -> None:
     """Build an index again, the way it was made; without any patches there is none."""
     made = IndexManifest.read(folder)
     if not PatchTable(layout.patches(made.keys)).count:
         remove(folder)
         return
     settings = IndexSettings.from_json(made.settings)
-    index_database(layout.root, settings, name=Path(folder).name, compacted=True)
+    index_database(layout.root, settings, name=Path(folder).name, compacted=compacted)
 
 
 def _bytes(layout: Layout) -> int:

@@ -121,6 +121,9 @@ class Evaluation:
         for k in depths:
             add(f"true token among {k}", [_cell(f.hit_rate[k - 1]) for _, f in shown])
         add("negative log likelihood", [_cell(f.nll) for _, f in shown])
+        if len(shown) > 1:
+            gains = [_cell(index.gain) for index, _ in shown]
+            add(f"  gain over {self.indexes[0].name}", gains)
         add(
             "  at temperature, back-off",
             [f"{f.nll_temperature}, {f.nll_backoff}" for _, f in shown],

@@ -5,12 +5,10 @@ starts again. An index that is in place is never changed: a grown one is a new f
 old one's files, so whoever searches the old one goes on doing so.
 """
 
-import hashlib
-import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,16 @@ import faiss
 import numpy as np
 
 from arrag_runtime.codebook_search import CodebookSearch
-from arrag_runtime.patch_index import PatchIndex, index_folders, newest_index, open_engine
-from arrag_runtime.removed import Tombstones
+from arrag_runtime.patch_index import PatchIndex, open_engine
 from pipeline.exact import exact_neighbors
+from pipeline.index_plan import (
+    index_to_grow,
+    prepare,
+    put_index,
+    still_stands,
+    unwanted_pictures,
+    work_folder,
+)
 from pipeline.index_steps import (
     Progress,
     copies_left_aside,
@@ -35,7 +40,10 @@ from schemas.codes import CodeLayout
 from schemas.errors import ArragError, BadInputError
 from schemas.index_settings import IndexSettings, size_in_bytes
 from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
-from schemas.location import building_folder, finish_replacements, local_folder, put_folder
+from schemas.location import (
+    finish_replacements,
+    local_folder,
+)
 from schemas.manifest import (
     INDEX_FILE,
     LEFT_OUT_FILE,
@@ -51,10 +59,10 @@ from schemas.tables import Ids
 from stages.build_index import train_and_fill
 from stages.certificate import Target, certify
 from stages.exact_search import Queries, true_distances
-from stages.fit_weights import FittedWeights, WeightSettings, fit_weights
+from stages.fit_weights import FittedWeights, WeightSettings, learn_weights
 from stages.index_contents import left_out
 from stages.patch_table import Committer, read_ledger
-from stages.read_images import ImageTable, duplicate_images
+from stages.read_images import ImageTable
 from stages.read_patches import PatchTable
 from stages.sample_queries import sample_queries
 
@@ -62,8 +70,6 @@ QUERY_PICTURES, QUERIES = 100, 1000
 DEEPEST = 2048
 MOST_PARTS = 8
 """A search pays for every part; when there would be more, they are merged."""
-OUTGROWN = 4
-"""With this many times the keys that its lists were trained for, an index is built anew."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,9 @@ def index_database(
 
     name: by default the index's kind. min_recall: below this recall at the target's k the index is
     not put in place. compacted: the table was just compacted, so an index that held all of its rows
-    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by default this process does
-    it unless the table is large. Raises ArragError for what the user can mend.
+    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by default
+    this process does it unless the table is large. Raises ArragError for what the user can mend, and
+    then leaves nothing behind.
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
@@ -114,24 +121,32 @@ def index_database(
         name = name or str(settings.kind)
         finish_replacements(layout.indexes)
         codes = read_codebook(layout)
-        older = _older(layout, name, settings, table, compacted)
-        work = _work_folder(layout, name, settings, table, older)
+        unwanted = unwanted_pictures(layout, settings)
+        older = index_to_grow(layout, name, settings, table, unwanted, compacted=compacted)
+        work = work_folder(layout, name, settings, table, older, unwanted)
         job = _Job(layout, manifest, settings, table, codes, work, resources, progress)
-        _note_left_out(job)
-        built = _build_codebook(job, older) if settings.kind == "codebook" else _build_faiss(job)
-        built = replace(built, name=name)
-        seconds = time.perf_counter() - started
-        final = _certified(job, built, seconds, announce)
-        reached = final.certificate["chosen"]["recall"][str(Target.parse(settings.target_recall).k)]
-        if min_recall is not None and reached < min_recall:
-            shutil.rmtree(work)
-            raise BadInputError(
-                f"index {name} has a recall of {reached:.3f}, below --min-recall {min_recall}, so it was"
-                " not put in place; give more --nprobe or another --kind"
-            )
+        try:
+            codebook = settings.kind == "codebook"
+            built = _build_codebook(job, older) if codebook else _build_faiss(job)
+            built = replace(built, name=name)
+            seconds = time.perf_counter() - started
+            final = _certified(job, built, seconds, announce)
+            _require_recall(final, settings, min_recall)
+        except ArragError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         final.write(work)
-        _put(layout.index(name), work)
+        put_index(layout.index(name), work)
         return final
+
+
+def _require_recall(made: IndexManifest, settings: IndexSettings, wanted: float | None) -> None:
+    reached = made.certificate["chosen"]["recall"][str(Target.parse(settings.target_recall).k)]
+    if wanted is not None and reached < wanted:
+        raise BadInputError(
+            f"index {made.name} has a recall of {reached:.3f}, below --min-recall {wanted}, so it was"
+            " not put in place; give more --nprobe or another --kind"
+        )
 
 
 def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
@@ -142,41 +157,43 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
     _require_memory(job, table.count * (layout.size + 2))
     unwanted = work / LEFT_OUT_FILE
     unwanted_file = unwanted if unwanted.exists() else None
-    parts: list[str] = []
-    rewritten = older is not None and not _still_stands(older, table)
-    if older is not None:
-        parts = list(older.parts)
-        link_files(local_folder(job.layout.index(older.name)), work, [CENTROIDS, GRAPH, *parts])
-    if older is None or (table.mark > older.mark and not rewritten):
-        name = f"part-{len(parts):04}"
-        fill_lists(
-            *(table, layout, settings, work),
-            name=name,
-            after=-1 if older is None else older.mark,
-            left_out=unwanted_file,
-            resources=job.resources,
-            progress=job.progress,
-        )
-        parts.append(name)
-    if rewritten or len(parts) > MOST_PARTS:
-        folders = tuple(str(work / part) for part in parts)
-        merged = f"part-{len(parts):04}"
-        merge_into(
-            *(work, folders, merged, layout, settings),
-            *(unwanted_file, job.resources, job.progress),
-        )
-        for folder in folders:
-            shutil.rmtree(folder)
-        parts = [merged]
+    rewritten = older is not None and not still_stands(older, table)
+    kept = () if older is None else older.parts
+    grows = older is None or (table.mark > older.mark and not rewritten)
+    parts = (*kept, _next_part(kept)) if grows else kept
+    merging = rewritten or len(parts) > MOST_PARTS or _holds_unwanted(job, older)
+    merged = _next_part(parts)
+    # A killed build may have come as far as the merged part and lost some of those it is made of.
+    if not (merging and (work / merged).exists()):
+        if older is not None:
+            link_files(local_folder(job.layout.index(older.name)), work, [CENTROIDS, GRAPH, *kept])
+        if grows:
+            fill_lists(
+                *(table, layout, settings, work),
+                name=parts[-1],
+                after=-1 if older is None else older.mark,
+                left_out=unwanted_file,
+                resources=job.resources,
+                progress=job.progress,
+            )
+        if merging:
+            merge_into(
+                *(work, tuple(str(work / part) for part in parts), merged, layout, settings),
+                *(unwanted_file, job.resources, job.progress),
+            )
+    if merging:
+        for part in parts:
+            shutil.rmtree(work / part, ignore_errors=True)
+        parts = (merged,)
     opened = [ListPart.open(work / part, layout.size) for part in parts]
     lists = len(np.load(work / CENTROIDS, mmap_mode="r"))
     entries = sum(part.entries for part in opened)
     count = sum(part.keys for part in opened)
     if rewritten and count != table.count_without(left_out(work)):
         # It did not hold all rows of the table, so what it lacks is not known.
+        unwanted_ids = left_out(work)
         shutil.rmtree(work)
-        work.mkdir()
-        _note_left_out(job)
+        prepare(work, unwanted_ids)
         return _build_codebook(job, None)
     resident = entries * (layout.size + 2)
     return IndexManifest(
@@ -195,7 +212,7 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
         recall_at_10=0.0,
         certificate={},
         left_out=left_out(job.work).size,
-        parts=tuple(parts),
+        parts=parts,
         weights=weights,
         temperature=None if fitted is None else fitted["temperature"],
         settings=settings.to_json()
@@ -273,28 +290,13 @@ def _weights(
 
 def _fit(job: _Job) -> FittedWeights:
     """Learn the weights from two disjoint samples of the table's own pictures."""
-    settings = WeightSettings(seed=job.settings.seed)
-    images = ImageTable(job.layout.images)
-    asked = sample_queries(
-        *(images, job.manifest.tokenizer, job.manifest.keys),
-        pictures=2 * settings.pictures,
-        queries=2 * settings.queries,
-        seed=settings.seed,
-        split="database",
-    )
-    pictures = np.unique(asked.images)
-    judges = np.random.default_rng(settings.seed).permutation(pictures)[: len(pictures) // 2]
-    judge = np.isin(asked.images, judges)
-    judged = replace(
-        asked.take(judge),
-        protocol=f"{np.count_nonzero(judge)} queries from {len(judges)} pictures that were not used",
-    )
-    return fit_weights(
-        job.table.sample(settings.entries, seed=settings.seed),
+    return learn_weights(
+        job.table,
+        ImageTable(job.layout.images),
+        job.manifest.tokenizer,
+        job.manifest.keys,
         job.codes,
-        asked.take(~judge),
-        judged,
-        settings,
+        WeightSettings(seed=job.settings.seed),
         lambda step: job.progress(f"learning weights, {step}", 0, 1),
     )
 
@@ -356,93 +358,14 @@ def _require_memory(job: _Job, size: int) -> None:
         )
 
 
-def _note_left_out(job: _Job) -> None:
-    """Note which pictures are not to be taken: removed ones, and copies where they are unwanted."""
-    removed = Tombstones(job.layout).ids
-    if job.settings.dedup == "images":
-        copies = duplicate_images(ImageTable(job.layout.images), removed)
-        removed = np.union1d(removed, copies)
-    if len(removed):
-        np.save(job.work / LEFT_OUT_FILE, removed)
+def _holds_unwanted(job: _Job, older: IndexManifest | None) -> bool:
+    """Whether an index may hold pictures that have since been removed, or become copies."""
+    if older is None:
+        return False
+    before = left_out(local_folder(job.layout.index(older.name)))
+    return len(np.setdiff1d(left_out(job.work), before)) > 0
 
 
-@dataclass(frozen=True)
-class StaleIndex:
-    """An index to be built: its name, None for that of its kind, and how."""
-
-    name: str | None
-    settings: IndexSettings
-
-
-def stale_index(database: str | Path) -> StaleIndex | None:
-    """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
-    layout = Layout(database)
-    table = PatchTable(layout.patches(DatabaseManifest.read(layout).keys))
-    if not table.count:
-        return None
-    if not index_folders(layout):
-        return StaleIndex(None, IndexSettings())
-    newest = IndexManifest.read(newest_index(layout))
-    if newest.settings["rows"] == table.count and newest.mark == table.mark:
-        return None
-    return StaleIndex(newest.name, IndexSettings.from_json(newest.settings))
-
-
-SAME_BUILD = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies", "dedup", "seed")
-"""The settings that the files of an index depend on."""
-
-
-def _still_stands(older: IndexManifest, table: PatchTable) -> bool:
-    """Whether the rows that an index was made from stand in the fragments they stood in."""
-    return table.rows_up_to(older.mark) == int(older.settings["rows"])
-
-
-def _older(
-    layout: Layout, name: str, settings: IndexSettings, table: PatchTable, compacted: bool
-) -> IndexManifest | None:
-    """The index of this name where it can be built upon: made the same way from rows that stand,
-    or that a compaction has just moved."""
-    try:
-        older = IndexManifest.read(layout.index(name))
-    except ArragError:
-        return None
-    if older.kind != "codebook" or _settings_of(older.settings) != _settings_of(settings.to_json()):
-        return None
-    if not (compacted or _still_stands(older, table)):
-        return None
-    outgrown = table.count > OUTGROWN * older.settings["trained_for"]
-    return None if outgrown else older
-
-
-def _settings_of(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings.get(name) for name in SAME_BUILD}
-
-
-def _work_folder(
-    layout: Layout,
-    name: str,
-    settings: IndexSettings,
-    table: PatchTable,
-    older: IndexManifest | None,
-) -> Path:
-    """The folder in which the index is being built, as a killed build of the same plan left it."""
-    plan = {
-        "table_version": table.version,
-        "settings": _settings_of(settings.to_json()),
-        "grows": None if older is None else [older.table_version, *older.parts],
-    }
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    work = building_folder(layout.indexes, name)
-    resumable = settings.kind == "codebook" and (work / f"plan-{digest}").exists()
-    if not resumable:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        (work / f"plan-{digest}").touch()
-    return work
-
-
-def _put(place: str, work: Path) -> None:
-    """Put a finished index in place of an older one of its name."""
-    for left in (*work.glob("plan-*"), work / "weights.json"):
-        left.unlink(missing_ok=True)
-    put_folder(work, place)
+def _next_part(parts: Sequence[str]) -> str:
+    """A name that none of these parts has."""
+    return f"part-{1 + max((int(part.rpartition('-')[2]) for part in parts), default=-1):04}"

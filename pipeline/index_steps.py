@@ -15,6 +15,7 @@ import ray
 
 from pipeline.ray_run import RayResources, ray_cluster
 from schemas.codes import CodeLayout
+from schemas.errors import BadInputError
 from schemas.index_settings import IndexSettings
 from schemas.inverted_lists import CENTROIDS, ListPart
 from stages.codebook_index import FillStep, MergeStep, merge_steps, part_rows, run_step, train_lists
@@ -47,7 +48,9 @@ def fill_lists(
     resources: the Ray cluster to use; None fills here unless the table is large.
     """
     progress("training the lists", 0, 1)
-    train_lists(table, layout, settings, work)
+    lists = len(train_lists(table, layout, settings, work))
+    if settings.nprobe is not None and not 1 <= settings.nprobe <= lists:
+        raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{lists} lists")
     if (work / name).exists():
         return
     fills = [
@@ -138,7 +141,10 @@ def link_files(source: Path, target: Path, names: Sequence[str]) -> None:
             try:
                 os.link(origin, target / name)
             except OSError:
-                shutil.copy2(origin, target / name)
+                # A killed copy must not pass for a whole one.
+                draft = target / f".{name}.writing"
+                shutil.copy2(origin, draft)
+                draft.rename(target / name)
 
 
 def copies_left_aside(parts: Sequence[ListPart]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from arrag_runtime.patch_index import PatchIndex, index_folders
 from arrag_runtime.removed import Tombstones
 from pipeline.checks import Check, named
-from schemas.errors import ArragError
+from schemas.errors import ArragError, IncompatibleError
 from schemas.location import local_folder
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.receipt import Receipt
@@ -106,11 +106,19 @@ def _images(images: ImageTable, gone: Ids) -> set[int]:
 
 
 def index_owners(layout: Layout, name: str, gone: Ids) -> set[int]:
-    """Those of the pictures that an index holds entries of. Raises ArragError if it is damaged."""
-    folder = layout.index(name)
-    index = IndexManifest.read(folder)
-    contents = index_contents(local_folder(folder), index, read_codebook(layout))
-    return _owners((block.patch_ids for block in contents), gone)
+    """Those of the pictures that an index holds entries of, as copies of others, too.
+
+    Raises ArragError where it is damaged.
+    """
+    manifest = IndexManifest.read(layout.index(name))
+    folder = local_folder(layout.index(name))
+    try:
+        blocks = index_contents(folder, manifest, read_codebook(layout))
+        return _owners((block.patch_ids for block in blocks), gone)
+    except (OSError, ValueError) as error:
+        raise IncompatibleError(
+            f"index {name} in {folder} is damaged or incomplete; index again"
+        ) from error
 
 
 def _owners(blocks: Iterator[Ids], gone: Ids) -> set[int]:

@@ -1,5 +1,6 @@
 """How an index is to be made. Kept in its manifest, so that a grown table is indexed likewise."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -62,6 +63,10 @@ class IndexSettings:
         ):
             if given and kind != needed:
                 raise BadInputError(f"{option} is for --kind {needed}, not {kind}; leave it out")
+        if self.nprobe is not None and kind == "flat":
+            raise BadInputError("--nprobe is for kinds with lists, not flat; leave it out")
+        if self.max_copies < 1:
+            raise BadInputError(f"--max-copies {self.max_copies} is too few; give at least 1")
         if self.dedup not in ("none", "images"):
             raise BadInputError(f"--dedup '{self.dedup}' is neither none nor images")
         size_in_bytes("--memory", self.memory)
@@ -78,7 +83,8 @@ class IndexSettings:
             weights = tuple(float(part) for part in self.weights.split(","))
         except ValueError:
             weights = ()
-        if len(weights) != offsets or min(weights) < 0 or sum(weights) == 0:
+        finite = all(math.isfinite(weight) for weight in weights)
+        if len(weights) != offsets or not finite or min(weights) < 0 or sum(weights) == 0:
             raise BadInputError(
                 f"--weights '{self.weights}' is neither equal, learned nor {offsets} numbers, one an"
                 f" offset of {keys.neighborhood.name}, such as {','.join(['1'] * offsets)}"

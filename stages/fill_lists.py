@@ -101,6 +101,7 @@ def collapse(ordered: Entries, max_copies: int) -> tuple[Entries, Ids, Ids]:
     if not count:
         return ordered, np.empty(0, np.int64), ordered.patch_ids
     differs = (ordered.codes[1:] != ordered.codes[:-1]).any(axis=1)
+    differs |= ordered.lists[1:] != ordered.lists[:-1]
     differs |= ordered.next_tokens[1:] != ordered.next_tokens[:-1]
     run = np.concatenate([[0], np.cumsum(differs)])
     lengths = np.bincount(run)

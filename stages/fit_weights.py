@@ -118,9 +118,8 @@ def learn_weights(
         split="database",
     )
     chosen = halves(asked.images, settings.seed)
-    judged_on = (
-        f"{int((~chosen).sum())} positions of {len(np.unique(asked.images[~chosen]))} others"
-    )
+    others = len(np.unique(asked.images[~chosen]))
+    judged_on = f"{np.count_nonzero(~chosen)} queries from {others} pictures that were not used"
     judge = replace(asked.take(~chosen), protocol=judged_on)
     entries = table.sample(settings.entries, seed=settings.seed)
     return fit_weights(entries, codes, asked.take(chosen), judge, settings, progress)

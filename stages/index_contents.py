@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.codes import CodeLayout, unpack_keys
+from schemas.errors import IncompatibleError
 from schemas.inverted_lists import ListPart
 from schemas.manifest import IDS_FILE, LEFT_OUT_FILE, TOKENS_FILE, IndexManifest
 from schemas.specs import Floats
@@ -30,9 +31,19 @@ def left_out(folder: Path) -> Ids:
 
 
 def index_contents(folder: Path, manifest: IndexManifest, codes: Floats) -> Iterator[PatchBlock]:
-    """The entries of an index. Keys are uint16 [N, n] of a codebook index, else of no columns."""
+    """The entries of an index. Keys are uint16 [N, n] of a codebook index, else of no columns.
+
+    Raises IncompatibleError where it is damaged.
+    """
     if manifest.kind != "codebook":
-        ids, tokens = (np.load(folder / name, mmap_mode="r") for name in (IDS_FILE, TOKENS_FILE))
+        try:
+            ids, tokens = (
+                np.load(folder / name, mmap_mode="r") for name in (IDS_FILE, TOKENS_FILE)
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise IncompatibleError(
+                f"index {folder} is damaged or incomplete; index again"
+            ) from error
         for start in range(0, len(ids), BLOCK):
             here = ids[start : start + BLOCK]
             none = np.empty((len(here), 0), np.uint16)

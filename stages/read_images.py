@@ -80,6 +80,15 @@ class ImageTable:
         order = np.argsort(table["image_id"].to_numpy())
         return chosen, list_values(table["tokens"])[order]
 
+    def captioned(self, split: str) -> pa.Table:
+        """The ids (image_id) of the pictures of a split that have a caption."""
+        wanted = f"split = '{split}' AND caption IS NOT NULL AND caption != ''"
+        return self._dataset.to_table(columns=["image_id"], filter=wanted)
+
+    def count_of(self, split: str) -> int:
+        """The number of pictures of a split."""
+        return int(self._dataset.count_rows(filter=f"split = '{split}'"))
+
     def schema(self, columns: Iterable[str]) -> pa.Schema:
         """The schema of some columns."""
         return pa.schema([self._dataset.schema.field(name) for name in columns])

@@ -13,9 +13,9 @@ from pipeline.info import info
 from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
 from pipeline.verify import verify
 from pipeline.verify_removed import verify_removed
+from schemas.index_settings import IndexSettings
 from schemas.manifest import Layout
 from schemas.receipt import Receipt
-from stages.build_index import IndexSettings
 from tests.removal_world import add_shard, make_database
 from tests.s3_server import new_bucket, s3_server
 
@@ -46,7 +46,7 @@ def test_a_removal_in_a_bucket(
     before = lance.dataset(layout.images).to_table(filter="key NOT LIKE '1/%'")
     assert info(layout.root)["removed_waiting"] == 6
     done = compact(layout.root)
-    assert (done.images, done.indexes) == (6, ("flat",))
+    assert (done.images, done.indexes) == (6, ("codebook",))
     assert (
         lance.dataset(layout.images)
         .to_table()

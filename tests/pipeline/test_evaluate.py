@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline.build import build
 from pipeline.evaluate import EvaluateSettings, evaluate
 from pipeline.exact import announce_cost, exact_neighbors, search_on_ray
 from pipeline.index import index_database
@@ -23,6 +24,7 @@ from stages.read_images import ImageTable
 from stages.read_patches import PatchTable
 from stages.sample_queries import sample_queries
 from tests.patch_world import CODES, World, make_world
+from tests.pipeline.conftest import settings
 from tests.pipeline.test_cli import run
 
 WEIGHTS = (0.3, 1.2, 0.4, 2.1)
@@ -166,6 +168,8 @@ def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     assert "recall@100" in text
     assert "distance of the nearest" in text
     assert "flat, -" in text
+    [gains] = (line for line in text.splitlines() if "gain over flat" in line)
+    assert gains.split()[3] == "-"
     fields = found.to_json()["indexes"]
     assert list(fields) == ["flat", "ivfpq"]
     assert fields["flat"]["recall_at_10"] == 1
@@ -208,6 +212,32 @@ def test_an_index_is_judged_by_what_it_holds_and_in_its_own_metric(copied: Path)
     [one] = evaluate(EvaluateSettings(copied, pictures=3, queries=100, k=300)).indexes
     assert one.weights == pytest.approx(WEIGHTS)
     assert [found.mean for found in one.figures.recall.values()] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_latent_keys_are_asked_with_tokens(
+    ray_session: None, pictures: Path, tmp_path: Path
+) -> None:
+    """Entries are what the encoder gave, queries are codes, all neighbours or zeros; nothing breaks."""
+    database = tmp_path / "db"
+    build(settings(database, pictures, key_space="latent", border="zero", hold_out=0.3))
+    index_database(database, IndexSettings(kind="flat"))
+    [one] = evaluate(EvaluateSettings(database, pictures=3, queries=100, k=300)).indexes
+    assert one.keys == "causal-1-zero-latent"
+    assert [found.mean for found in one.figures.recall.values()] == [1, 1, 1]
+    assert one.figures.token_distance[0].mean < one.figures.random_distance.mean
+    layout = Layout(database)
+    manifest = DatabaseManifest.read(layout)
+    found = learn_weights(
+        PatchTable(layout.patches(manifest.keys)),
+        ImageTable(layout.images),
+        manifest.tokenizer,
+        manifest.keys,
+        read_codebook(layout),
+        WeightSettings(entries=2000, pictures=3, queries=100, k=50, rounds=1),
+    )
+    assert np.mean(found.weights) == pytest.approx(1)
+    assert found.learned < found.prior
 
 
 def test_the_command_prints_a_table_json_and_draws(

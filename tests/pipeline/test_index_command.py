@@ -7,7 +7,8 @@ import pytest
 
 from arrag_runtime.patch_index import PatchIndex, index_folders
 from pipeline.build import build
-from pipeline.index import index_database, stale_index
+from pipeline.index import index_database
+from pipeline.index_plan import stale_index
 from pipeline.query import QuerySettings, query
 from schemas.errors import BadInputError
 from schemas.index_settings import IndexSettings

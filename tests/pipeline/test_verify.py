@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lance
@@ -12,7 +13,15 @@ import pytest
 from pipeline.index import index_database
 from pipeline.verify import verify
 from schemas.index_settings import IndexSettings
-from schemas.manifest import IDS_FILE, TOKENS_FILE, DatabaseManifest, Layout, read_codebook
+from schemas.inverted_lists import CODES, TOKENS
+from schemas.manifest import (
+    IDS_FILE,
+    TOKENS_FILE,
+    DatabaseManifest,
+    IndexManifest,
+    Layout,
+    read_codebook,
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,47 @@ def cut_an_index(database: Path) -> None:
     np.save(path, np.load(path)[:-1])
 
 
+def part_of(database: Path) -> Path:
+    """The only part of the index of codes."""
+    return Path(Layout(database).index("codebook")) / "part-0000"
+
+
+def flip_a_code(database: Path) -> None:
+    codes = np.memmap(part_of(database) / CODES, np.uint8, "r+")
+    codes[codes.size // 2] ^= 1
+    codes.flush()
+
+
+def swap_next_tokens(database: Path) -> None:
+    tokens = np.memmap(part_of(database) / TOKENS, np.uint16, "r+")
+    other = int(np.flatnonzero(tokens != tokens[0])[0])
+    tokens[[0, other]] = tokens[[other, 0]]
+    tokens.flush()
+
+
+def lose_a_part(database: Path) -> None:
+    shutil.rmtree(part_of(database))
+
+
+def forget_a_part(database: Path) -> None:
+    """The manifest names no part that holds half of the entries."""
+    folder = Path(Layout(database).index("codebook"))
+    made = IndexManifest.read(folder)
+    half = made.count // 2
+    replace(made, parts=(), count=half, entries=half).write(folder)
+
+
+def name_another_version(database: Path) -> None:
+    folder = Path(Layout(database).index("codebook"))
+    made = IndexManifest.read(folder)
+    replace(made, table_version=made.table_version - 1).write(folder)
+
+
+def name_a_version_that_is_gone(database: Path) -> None:
+    folder = Path(Layout(database).index("codebook"))
+    replace(IndexManifest.read(folder), table_version=999).write(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -116,6 +166,12 @@ def cut_an_index(database: Path) -> None:
         (change_the_codebook, "codebook agrees with the manifest"),
         (change_an_index_token, "index flat matches its table"),
         (cut_an_index, "index flat matches its table"),
+        (flip_a_code, "index codebook matches its table"),
+        (swap_next_tokens, "index codebook matches its table"),
+        (lose_a_part, "index codebook matches its table"),
+        (forget_a_part, "index codebook matches its table"),
+        (name_another_version, "index codebook matches its table"),
+        (name_a_version_that_is_gone, "index codebook matches its table"),
     ],
 )
 def test_damage_is_named(damaged: Path, damage: Callable[[Path], None], named: str) -> None:

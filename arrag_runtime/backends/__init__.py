@@ -1,0 +1,79 @@
+"""Generators: prompts and the tokens chosen so far in, logits of the next image token out.
+
+A generator is named in `BACKENDS` and follows the protocol `Backend`; torch and transformers are
+imported only when one is loaded.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import BadInputError
+from schemas.specs import Floats
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Decoding(Protocol):
+    """A batch of B pictures on the way: the model's memory of what it has read."""
+
+    def forward(self, tokens: Any | None) -> Any:
+        """Logits [rows, V] of the next position, rows being B, or 2 B with guidance.
+
+        tokens: long [B], those of the position before; None at the first position, which follows
+        the prompts. With guidance rows 0..B-1 have the prompts and rows B..2 B-1 have none.
+        """
+
+
+class Backend(Protocol):
+    """What decoding, the trace and a database's fit need of a generator.
+
+    name: what the user called it. model: the torch module. grid: (h, w). guidance, temperature: the
+    weight of classifier-free guidance and the temperature of sampling that it is meant for.
+    """
+
+    name: str
+    model: Any
+    grid: tuple[int, int]
+    guidance: float
+    temperature: float
+
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
+
+    def codebook(self) -> Floats:
+        """The L2-normalised codebook float32 [V, d] that image tokens index."""
+
+    def start(self, prompts: Sequence[str], *, guided: bool) -> Decoding:
+        """Read the prompts, one a picture. Raises BadInputError for one that is too long."""
+
+    def pixels(self, tokens: npt.NDArray[np.uint16]) -> Pixels:
+        """Pictures uint8 [B, H, W, 3] of token grids uint16 [B, h, w]."""
+
+
+def _janus(model: str, device: str, precision: str | None) -> Any:
+    from arrag_runtime.backends.janus import load_janus
+
+    return load_janus(model, device, precision)
+
+
+BACKENDS: dict[str, Callable[[str, str, str | None], Any]] = {"janus": _janus}
+
+
+def load_backend(
+    name: str, model: str, *, device: str = "cpu", precision: str | None = None
+) -> Backend:
+    """The generator of this name with the weights that `model` names, on a device.
+
+    model: "sample" for the bundled one, a folder, or a hub id `owner/name[@revision]`.
+    precision: "float32" or "bfloat16"; by default float32 on a CPU and bfloat16 on a GPU.
+    Raises BadInputError for an unknown name, weights that cannot be reached or do not fit, a device
+    that is not there, or too little memory.
+    """
+    if name not in BACKENDS:
+        raise BadInputError(f"unknown generator '{name}'; choose one of {', '.join(BACKENDS)}")
+    backend: Backend = BACKENDS[name](model, device, precision)
+    return backend

@@ -1,0 +1,177 @@
+"""Checkpoints of Janus-Pro: a configuration, a text tokenizer, and tensors in transformers' names.
+
+In: "sample", a folder, or a hub id. A folder is in transformers' layout (`model_type` janus) or in
+deepseek-ai's original one (`model_type` multi_modality), whose names `arrag_runtime.backends.
+deepseek` maps. The bundled generator `sample` shares the weights of the bundled tokenizer of
+pictures, which are therefore not stored twice.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrag_runtime.backends.deepseek import original_config, to_transformers_names
+from schemas.errors import ArragError, BadInputError
+
+SAMPLE = Path(__file__).parent / "weights" / "sample"
+SAMPLE_TOKENIZER = Path(__file__).parents[2] / "stages" / "tokenizers" / "weights"
+"""The bundled tokenizer's weights are data of the same package, read as a file."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin")
+PAD = "<｜▁pad▁｜>"
+GUIDANCE = 5.0
+"""The weight of guidance that Janus-Pro generates with."""
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model before it is built. `state` reads its tensors, named as transformers names them.
+
+    guidance, temperature: what its `generation_config.json` asks for, else Janus-Pro's own.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    state: Callable[[], State]
+    guidance: float = GUIDANCE
+    temperature: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, counted without making any."""
+        from transformers import JanusForConditionalGeneration
+
+        with torch.device("meta"):
+            model = JanusForConditionalGeneration(self.config)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def read_checkpoint(reference: str) -> Checkpoint:
+    """The checkpoint that a user names. Raises BadInputError where it is none or out of reach."""
+    folder = SAMPLE if reference == "sample" else _folder(reference)
+    path = folder / "config.json"
+    if not path.exists():
+        raise BadInputError(
+            f"'{reference}' has no config.json, so it is no Janus checkpoint; name a folder with"
+            " config.json, tokenizer.json and weights, or a hub id such as"
+            " deepseek-community/Janus-Pro-1B"
+        )
+    try:
+        fields = json.loads(path.read_text())
+        kind = fields.get("model_type")
+        if kind not in ("janus", "multi_modality"):
+            raise BadInputError(
+                f"'{reference}' is a model of type '{kind}'; the generator janus takes 'janus'"
+                " (transformers' layout) or 'multi_modality' (deepseek-ai's)"
+            )
+        tokenizer = _tokenizer(folder)
+        if kind == "multi_modality":
+            state = to_transformers_names(read_tensors(folder))
+            config = original_config(fields, state, tokenizer)
+            return Checkpoint(reference, config, tokenizer, lambda: state)
+        asked = _generation(folder)
+        from transformers import JanusConfig
+
+        config = JanusConfig.from_pretrained(folder)
+    except ArragError:
+        raise
+    # What is wrong with a folder shows as nearly any exception of the libraries that read it.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise BadInputError(
+            f"'{reference}' cannot be read as a Janus checkpoint: {type(error).__name__}: {reason}"
+        ) from error
+    read = _sample_state if reference == "sample" else read_tensors
+    return Checkpoint(reference, config, tokenizer, lambda: read(folder), *asked)
+
+
+def read_tensors(folder: Path) -> State:
+    """All tensors of a folder's weight files; a pickle is read without running code from it."""
+    from safetensors.torch import load_file
+
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            break
+    else:
+        raise BadInputError(f"'{folder}' has no .safetensors or pytorch_model.bin file")
+    state: State = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                state |= load_file(file)
+            else:
+                state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise BadInputError(
+                f"'{file}' is no file of weights that can be read safely:"
+                f" {str(error).splitlines()[0]}"
+            ) from error
+    return state
+
+
+def _generation(folder: Path) -> tuple[float, float]:
+    """The weight of guidance and the temperature that a folder asks for."""
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    return float(fields.get("guidance_scale") or GUIDANCE), float(fields.get("temperature") or 1.0)
+
+
+def _sample_state(folder: Path) -> State:
+    tokenizer = read_tensors(SAMPLE_TOKENIZER)
+    return read_tensors(folder) | {f"model.vqmodel.{name}": t for name, t in tokenizer.items()}
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The text tokenizer of a folder. Raises BadInputError without the marks that Janus needs."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").exists():
+        raise BadInputError(f"'{folder}' has no tokenizer.json; fetch the whole checkpoint")
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer.pad_token_id is None and PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = PAD
+    missing = [
+        name
+        for name, there in (
+            ("beginning of text", tokenizer.bos_token_id is not None),
+            ("padding", tokenizer.pad_token_id is not None),
+            ("<begin_of_image>", "<begin_of_image>" in tokenizer.get_vocab()),
+        )
+        if not there
+    ]
+    if missing:
+        raise BadInputError(f"the text tokenizer in '{folder}' has no token for {missing[0]}")
+    return tokenizer
+
+
+def _folder(reference: str) -> Path:
+    """The folder that a reference names, fetched from the hub where it is an id."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(reference):
+        raise BadInputError(
+            f"no model at '{reference}'; use 'sample', a folder with config.json, tokenizer.json and"
+            " weights, or a hub id such as deepseek-community/Janus-Pro-1B"
+        )
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = reference.partition("@")
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision or "main", allow_patterns=list(HUB_FILES))
+        )
+    except Exception as error:
+        raise BadInputError(
+            f"cannot fetch {reference} from the hub ({type(error).__name__}); check the network and"
+            " your token (`hf auth login`), or give --model a folder"
+        ) from error

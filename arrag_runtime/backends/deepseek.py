@@ -1,0 +1,148 @@
+"""deepseek-ai's original layout of Janus-Pro, mapped to transformers' names.
+
+| deepseek-ai | transformers |
+| --- | --- |
+| `language_model.model.*` | `model.language_model.*` |
+| `language_model.lm_head.weight` | `lm_head.weight` |
+| `gen_embed.weight` | `model.generation_embeddings.weight` |
+| `gen_aligner.layers.0`, `.layers.2` | `model.generation_aligner.fc1`, `.hidden_layers.0` |
+| `gen_head.output_mlp_projector`, `.vision_head` | `model.generation_head.proj_out`, `.vision_head` |
+| `aligner.layers.0`, `.layers.2` | `model.aligner.fc1`, `.hidden_layers.0` |
+| `gen_vision_model.*` | `model.vqmodel.*`, inside as LlamaGen's VQ-16 (below) |
+| `*.conv_blocks.i.res.j`, decoder's in the same order | `encoder.down.i.block.j`, `decoder.up.i.block.j` |
+| `*.mid.0`, `.1`, `.2` | `mid.block_1`, `.attn_1`, `.block_2` |
+| `vision_model.vision_tower.blocks.i` | `model.vision_model.encoder.layers.i` |
+| its `attn.qkv`, `attn.proj`, `norm1`, `norm2` | `self_attn.q_proj` + `k_proj` + `v_proj`, `.projection_layer`, `layer_norm1`, `layer_norm2` |
+| `vision_tower.patch_embed.proj`, `.pos_embed` [1, N, D], `.norm` | `embeddings.patch_embedding`, `.position_embedding.weight` [N, D], `post_layernorm` |
+| `vision_tower.attn_pool.*`, `quantize.codebook_used` | not used |
+
+The vision tower is for understanding pictures; generation never calls it. Widths are read off the
+weights, so narrow models load the same way; the tower's heads, which weights do not tell, are 64
+wide as SigLIP's.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+State = dict[str, torch.Tensor]
+
+TOWER = r"^vision_model\.vision_tower\."
+UNUSED = re.compile(TOWER + r"attn_pool\.|^gen_vision_model\.quantize\.codebook_used$")
+NAMES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^gen_embed\.", "model.generation_embeddings."),
+    (r"^gen_head\.output_mlp_projector\.", "model.generation_head.proj_out."),
+    (r"^gen_head\.", "model.generation_head."),
+    (TOWER + r"patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
+    (TOWER + r"pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
+    (TOWER + r"norm\.", "model.vision_model.post_layernorm."),
+    (TOWER + r"blocks\.(\d+)\.norm(\d)\.", r"model.vision_model.encoder.layers.\1.layer_norm\2."),
+    (
+        TOWER + r"blocks\.(\d+)\.attn\.proj\.",
+        r"model.vision_model.encoder.layers.\1.self_attn.projection_layer.",
+    ),
+    (TOWER + r"blocks\.(\d+)\.attn\.", r"model.vision_model.encoder.layers.\1.self_attn."),
+    (TOWER + r"blocks\.", "model.vision_model.encoder.layers."),
+    (r"^gen_vision_model\.", "model.vqmodel."),
+    (r"^(model\.vqmodel\.encoder)\.conv_blocks\.(\d+)\.res\.", r"\1.down.\2.block."),
+    (r"^(model\.vqmodel\.encoder)\.conv_blocks\.", r"\1.down."),
+    (r"^(model\.vqmodel\.decoder)\.conv_blocks\.(\d+)\.res\.", r"\1.up.\2.block."),
+    (r"^(model\.vqmodel\.decoder)\.conv_blocks\.", r"\1.up."),
+    (r"^(model\.vqmodel\.\w+\.mid)\.0\.", r"\1.block_1."),
+    (r"^(model\.vqmodel\.\w+\.mid)\.1\.", r"\1.attn_1."),
+    (r"^(model\.vqmodel\.\w+\.mid)\.2\.", r"\1.block_2."),
+)
+ALIGNER = re.compile(r"^(gen_aligner|aligner)\.layers\.(\d+)\.(weight|bias)$")
+
+
+def to_transformers_names(state: Mapping[str, torch.Tensor]) -> State:
+    """A state dict in deepseek-ai's names as one in transformers' names; unknown names stay."""
+    renamed: State = {}
+    for name, tensor in state.items():
+        if UNUSED.match(name):
+            continue
+        new = _rename(name)
+        if ".self_attn.qkv." in new:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[new.replace(".qkv.", f".{part}_proj.")] = piece
+        elif new.endswith("position_embedding.weight"):
+            renamed[new] = tensor.reshape(tensor.shape[-2:])
+        else:
+            renamed[new] = tensor
+    return renamed
+
+
+def _rename(name: str) -> str:
+    if aligner := ALIGNER.match(name):
+        which, number, kind = aligner.groups()
+        place = {"gen_aligner": "generation_aligner", "aligner": "aligner"}[which]
+        layer = "fc1" if number == "0" else f"hidden_layers.{int(number) // 2 - 1}"
+        return f"model.{place}.{layer}.{kind}"
+    for pattern, new in NAMES:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def original_config(fields: Mapping[str, Any], state: State, tokenizer: Any) -> Any:
+    """The JanusConfig of an original checkpoint: its `config.json`, and widths off its tensors.
+
+    state: in transformers' names.
+    """
+    from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+    language = fields["language_config"]
+    known = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size"),
+    )
+    text = LlamaConfig(
+        **{name: language[name] for name in known if name in language},
+        rope_parameters={"rope_type": "default", "rope_theta": language.get("rope_theta", 10000.0)},
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    tower = "model.vision_model."
+    width, _, patch, _ = state[f"{tower}embeddings.patch_embedding.weight"].shape
+    places = state[f"{tower}embeddings.position_embedding.weight"].shape[0]
+    vision = JanusVisionConfig(
+        hidden_size=width,
+        num_hidden_layers=_count(state, rf"{tower}encoder\.layers\.(\d+)\."),
+        num_attention_heads=max(1, width // 64),
+        image_size=round(places**0.5) * patch,
+        patch_size=patch,
+        mlp_ratio=state[f"{tower}encoder.layers.0.mlp.fc1.weight"].shape[0] / width,
+        projection_dim=state["model.aligner.fc1.weight"].shape[0],
+        depth=1 + _count(state, r"model\.aligner\.hidden_layers\.(\d+)\."),
+    )
+    codes, dimension = state["model.vqmodel.quantize.embedding.weight"].shape
+    base = state["model.vqmodel.encoder.conv_in.weight"].shape[0]
+    levels = _count(state, r"model\.vqmodel\.encoder\.down\.(\d+)\.")
+    first = "model.vqmodel.encoder.down.{}.block.0.conv1.weight"
+    vq = JanusVQVAEConfig(
+        embed_dim=dimension,
+        num_embeddings=codes,
+        latent_channels=state["model.vqmodel.quant_conv.weight"].shape[1],
+        base_channels=base,
+        channel_multiplier=[state[first.format(i)].shape[0] // base for i in range(levels)],
+        num_res_blocks=_count(state, r"model\.vqmodel\.encoder\.down\.0\.block\.(\d+)\."),
+        projection_dim=state["model.generation_head.proj_out.weight"].shape[0],
+        num_hidden_layers=1 + _count(state, r"model\.generation_aligner\.hidden_layers\.(\d+)\."),
+        image_token_embed_dim=state["model.generation_head.proj_out.weight"].shape[1],
+    )
+    return JanusConfig(
+        text_config=text,
+        vision_config=vision,
+        vq_config=vq,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image_placeholder>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _count(state: State, pattern: str) -> int:
+    """How many numbers stand where `pattern` has its group."""
+    return len({m[1] for name in state if (m := re.match(pattern, name))})

@@ -1,0 +1,139 @@
+"""DAiD, distribution augmentation in decoding: what was retrieved shifts what is sampled.
+
+In: the model's probabilities of the next image token, after guidance, and the neighbours that a
+`Retriever` found for the position. Out: probabilities to sample from. A pure function of tensors,
+for any decode loop; no training.
+
+Source: AR-RAG (arXiv 2506.06962), section 3.2: p = (1 - λ) · p_model + λ · softmax(-d / τ).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.neighbors import Neighbors
+from schemas.errors import BadInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Merge = Literal["nearest", "sum"]
+MERGES: tuple[Merge, ...] = ("nearest", "sum")
+K, LAMBDA, TAU = 2048, 0.05, 0.6
+"""The paper's constants. τ was tuned on distances of a lossy index, so it is a starting value."""
+
+
+@dataclass(frozen=True)
+class DaidSettings:
+    """How retrieved tokens are mixed in.
+
+    lam: λ, the share of the retrieved distribution, 0..1. tau: τ > 0, in units of squared L2
+    distance. merge: "nearest" lets entries of one token count by the nearest (as released), "sum"
+    adds them up (as kNN-LM does). entropy_above: mix only where the entropy of the model's own
+    distribution, in nats, is above this; None mixes everywhere.
+    """
+
+    lam: float = LAMBDA
+    tau: float = TAU
+    merge: Merge = "nearest"
+    entropy_above: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:
+            raise BadInputError(f"λ is {self.lam}; it is a share, so use 0..1 (the paper's 0.05)")
+        if not self.tau > 0:
+            raise BadInputError(f"τ is {self.tau}; use a number above 0 (the paper's 0.6)")
+        if self.merge not in MERGES:
+            raise BadInputError(f"unknown merge '{self.merge}'; choose one of {', '.join(MERGES)}")
+
+
+def merge(
+    p_model: "Tensor",
+    neighbors: Neighbors | None,
+    *,
+    lam: float = LAMBDA,
+    tau: float = TAU,
+    merge: Merge = "nearest",
+) -> "Tensor":
+    """The probabilities [B, V] to sample from: (1 - λ) · p_model + λ · p_retrieved.
+
+    p_model: float [B, V], rows summing to 1; it stays as it is. neighbors: those of each picture's
+    own context, [B, K]; only the first `count` of a row are read, and a row without any keeps
+    p_model, as all rows do where neighbors is None (a position without a full neighbourhood).
+    lam: λ in 0..1; with 0 the result is p_model bit for bit. tau: τ, in squared L2.
+    Raises BadInputError for λ, τ or merge out of range, or neighbours of another number of rows.
+    """
+    settings = DaidSettings(lam, tau, merge)
+    return mix(p_model, neighbors, settings)
+
+
+def mix(p_model: "Tensor", neighbors: Neighbors | None, settings: DaidSettings) -> "Tensor":
+    """`merge` with its settings in one value, and with `entropy_above`."""
+    if neighbors is None:
+        return p_model
+    retrieved = distribution(neighbors, p_model, settings.tau, settings.merge)
+    mixed = (1 - settings.lam) * p_model + settings.lam * retrieved
+    some = counting(neighbors).any(axis=1)
+    if not some.all():  # a row without any keeps every bit of p_model
+        mixed = mixed.where(_tensor(some[:, None], p_model), p_model)
+    if settings.entropy_above is not None:
+        mixed = mixed.where(entropy(p_model)[:, None] > settings.entropy_above, p_model)
+    return mixed
+
+
+def distribution(
+    neighbors: Neighbors, p_model: "Tensor", tau: float = TAU, merge: Merge = "nearest"
+) -> "Tensor":
+    """p_retrieved [B, V], in p_model's dtype and on its device; uniform in rows without neighbours.
+
+    An entry counts for its database's weight times exp(-d / τ); where entries of a token are summed,
+    times the number of identical ones that it stands for.
+    """
+    if neighbors.tokens.shape[0] != p_model.shape[0]:
+        raise BadInputError(
+            f"neighbours of {neighbors.tokens.shape[0]} positions for probabilities of"
+            f" {p_model.shape[0]}; retrieve one row a picture"
+        )
+    found = counting(neighbors)
+    weights = neighbors.weights * neighbors.copies if merge == "sum" else neighbors.weights
+    # What does not count scores -inf, so token 0, which padding carries, gains nothing by it.
+    scores = np.full(found.shape, -np.inf, np.float32)
+    scores[found] = np.log(weights[found]) - neighbors.distances[found] / np.float32(tau)
+    tokens = _tensor(neighbors.tokens.astype(np.int64), p_model)
+    logits = _tensor(scores, p_model)
+    if merge == "sum":
+        retrieved = p_model.new_zeros(p_model.shape)
+        retrieved = retrieved.scatter_add_(1, tokens, logits.softmax(dim=-1))
+    else:
+        best = p_model.new_full(p_model.shape, -float("inf"))
+        retrieved = best.scatter_reduce_(1, tokens, logits, "amax").softmax(dim=-1)
+    some = found.any(axis=1)
+    if some.all():
+        return retrieved
+    uniform = p_model.new_full((), 1 / p_model.shape[1])
+    return retrieved.where(_tensor(some[:, None], p_model), uniform)
+
+
+def counting(neighbors: Neighbors) -> npt.NDArray[np.bool_]:
+    """Which results count, bool [B, K]: those within `count`, of a database with a weight."""
+    real = np.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
+    counted: npt.NDArray[np.bool_] = real & (neighbors.weights > 0)
+    return counted
+
+
+def entropy(probabilities: "Tensor") -> "Tensor":
+    """The entropy of each row, nats [B]."""
+    tiny = 1e-30
+    return -(probabilities * probabilities.clamp_min(tiny).log()).sum(dim=-1)
+
+
+def _tensor(values: Any, like: "Tensor") -> "Tensor":
+    """A numpy array as a tensor of like's dtype (integers stay exact) on its device."""
+    import torch
+
+    made = torch.from_numpy(np.ascontiguousarray(values))
+    if made.dtype.is_floating_point:
+        made = made.to(like.dtype)
+    return made.to(like.device, non_blocking=True)

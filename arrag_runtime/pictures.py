@@ -1,0 +1,69 @@
+"""Pictures of generated pictures: several in a grid, or the same prompts under several methods.
+
+In: pixels uint8 [N, H, W, 3]. Out: one picture, and files that are never seen half-written.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from arrag_runtime.backends import Pixels
+
+GAP, MARGIN, TITLE = 12, 24, 30
+INK, FAINT = (24, 24, 27), (113, 113, 122)
+
+
+def grid_picture(pictures: Pixels) -> Image.Image:
+    """The pictures side by side in rows, as square as it gets, without words; one stays as it is."""
+    count, height, width, _ = pictures.shape
+    columns = int(np.ceil(count**0.5))
+    rows = -(-count // columns)
+    if count == 1:
+        return Image.fromarray(pictures[0])
+    size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
+    sheet = Image.new("RGB", size, "white")
+    for number, picture in enumerate(pictures):
+        row, col = divmod(number, columns)
+        sheet.paste(Image.fromarray(picture), (col * (width + GAP), row * (height + GAP)))
+    return sheet
+
+
+def comparison(columns: Sequence[tuple[str, Pixels]], prompts: Sequence[str]) -> Image.Image:
+    """A column a method, a row a picture: the same prompt and seed under each.
+
+    columns: (name of the method, pixels [N, H, W, 3]). prompts: one a row, N.
+    """
+    height, width = columns[0][1].shape[1:3]
+    top = MARGIN + TITLE
+    row_height = height + GAP + TITLE
+    size = (
+        2 * MARGIN + len(columns) * (width + GAP) - GAP,
+        top + len(prompts) * row_height + MARGIN - GAP,
+    )
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, pictures) in enumerate(columns):
+        x = MARGIN + number * (width + GAP)
+        draw.text((x, MARGIN), name, INK, font(18))
+        for row, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (x, top + row * row_height))
+    for row, prompt in enumerate(prompts):
+        text = textwrap.shorten(prompt, 40 * len(columns), placeholder="…")
+        draw.text((MARGIN, top + row * row_height + height + 6), text, FAINT, font(14))
+    return sheet
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own typeface."""
+    return ImageFont.load_default(size)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG; its folder is created, and a half-written file is never seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    picture.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
