@@ -30,13 +30,13 @@ from pipeline.shard_worker import WorkerSettings
 from schemas.errors import BadInputError
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
-from schemas.records import Attempt
+from schemas.records import Attempt, GridShape
 from stages.decode import DecodeSettings
 from stages.download import DownloadSettings
 from stages.encode_images import EncodeSettings
 from stages.fetch import user_agent
 from stages.patch_table import Committer, LedgerState, ShardResult, read_ledger
-from stages.sources import open_source
+from stages.sources import locate_source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def build(
     """
     started = time.perf_counter()
     layout = Layout(settings.database)
+    settings = replace(settings, source=locate_source(settings.source))
     source = open_source(settings.source)
     settings = replace(settings, download=_absolute(settings.download))
     require_reasons(settings.retry_rejects)
@@ -155,10 +156,7 @@ def _worker_settings(
 ) -> WorkerSettings:
     return WorkerSettings(
         database=layout.root,
-        source=replace(
-            settings.source,
-            input=tuple(str(Path(p).expanduser().absolute()) for p in settings.source.input),
-        ),
+        source=replace(settings.source, grid=_grid_shape(manifest)),
         tokenizer=manifest.tokenizer.name,
         tokenizer_weights=manifest.tokenizer_weights,
         device=manifest.encoder.device,
@@ -179,6 +177,11 @@ def _worker_settings(
         threads=settings.resources.threads,
         download=settings.download,
     )
+
+
+def _grid_shape(manifest: DatabaseManifest) -> GridShape:
+    spec = manifest.tokenizer
+    return GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
 
 
 def _absolute(download: DownloadSettings) -> DownloadSettings:
@@ -244,6 +247,9 @@ def _describe_run(
     run: dict[str, Any] = {
         "source": settings.source.name,
         "input": list(settings.source.input),
+        "where": settings.source.where,
+        "limit": settings.source.limit,
+        "shuffle_seed": settings.source.shuffle_seed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "min_side": settings.min_side,
         "max_pixels": settings.max_pixels,

@@ -18,6 +18,7 @@ from schemas.errors import ShardError
 from schemas.manifest import Layout
 from schemas.records import (
     Attempt,
+    GridRecord,
     ImageRecord,
     LinkRecord,
     Reject,
@@ -32,7 +33,7 @@ from stages.download import DownloadSettings, download_links
 from stages.encode_images import EncodeSettings, encode_shard
 from stages.extract_patches import extract_patches
 from stages.patch_table import ShardResult, table_paths, write_fragments
-from stages.sources import open_source
+from stages.sources import GRID_SOURCES, open_source
 from stages.suppress import read_suppressed, without_removed
 from stages.tokenizers import load_tokenizer
 
@@ -98,7 +99,9 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
 
 
-def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ImageRecord | Reject]:
+def _inputs(
+    attempt: Attempt, settings: WorkerSettings
+) -> Iterator[ImageRecord | GridRecord | Reject]:
     """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
 
     What is on the list of removed pictures is turned away: before it is downloaded where its
@@ -114,8 +117,8 @@ def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ImageRecord 
 
 
 def _only(
-    items: Iterator[ImageRecord | LinkRecord | Reject], attempt: Attempt
-) -> Iterator[ImageRecord | LinkRecord | Reject]:
+    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject], attempt: Attempt
+) -> Iterator[ImageRecord | LinkRecord | GridRecord | Reject]:
     """The items of the rows that are tried again. Raises ShardError where one is gone."""
     missing = set(attempt.rows)
     for item in items:
@@ -144,9 +147,10 @@ class EncodeWorker:
         self._settings = settings
         self._measured = False
         self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
-        self._tokenizer.setup(
-            settings.device, precision=settings.precision, compile=settings.compile
-        )
+        if settings.source.name not in GRID_SOURCES:
+            self._tokenizer.setup(
+                settings.device, precision=settings.precision, compile=settings.compile
+            )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []

@@ -34,7 +34,7 @@ from schemas.trainset import (
 )
 from stages.patch_table import RowTable
 from stages.read_images import ImageTable
-from stages.sources import open_source
+from stages.sources import locate_source, open_source
 
 IMAGES_PER_TASK = 32
 """Pictures a task of the database's own: some 16,000 searches on a 24 x 24 grid."""
@@ -152,8 +152,7 @@ def make_trainset(
 
 def absolute(source: SourceSettings) -> SourceSettings:
     """The same source for workers, whose working folder is another one."""
-    inputs = tuple(str(Path(place).expanduser().absolute()) for place in source.input)
-    return replace(source, input=inputs)
+    return locate_source(source)
 
 
 def _describe(

@@ -103,6 +103,7 @@ class LedgerState:
     taken: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     unfinished: Mapping[str, frozenset[int]] = field(default_factory=dict)
     compacting: bool = False
+    by_source: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def done(self) -> frozenset[str]:
@@ -147,6 +148,7 @@ def read_ledger(layout: Layout) -> LedgerState:
     marks: dict[str, int] = {}
     totals = dict.fromkeys((*COUNTS, "removed"), 0)
     open_compactions = 0
+    by_source: dict[str, dict[str, int]] = {}
     attempts: dict[str, int] = {}
     planned: dict[tuple[str, int], frozenset[int]] = {}
     taken: dict[str, dict[int, int]] = defaultdict(dict)
@@ -171,8 +173,11 @@ def read_ledger(layout: Layout) -> LedgerState:
         open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
         for name, mark in row["fragments"] or ():
             marks[name] = max(marks.get(name, -1), mark)
+        of_source = by_source.setdefault(row["source"], dict.fromkeys(COUNTS, 0))
         for name in COUNTS:
             totals[name] += row[name] or 0
+            of_source[name] += row[name] or 0
+    by_source.pop("", None)  # Rows about the whole database.
     unfinished: dict[str, frozenset[int]] = {}
     for (shard_id, _), open_rows in planned.items():
         unfinished[shard_id] = unfinished.get(shard_id, frozenset()) | open_rows
@@ -180,6 +185,7 @@ def read_ledger(layout: Layout) -> LedgerState:
     return LedgerState(
         *(recorded, marks, totals, attempts, dict(taken), unfinished),
         compacting=open_compactions > 0,
+        by_source=by_source,
     )
 
 
