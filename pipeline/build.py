@@ -101,7 +101,7 @@ def build(
     require_reasons(settings.retry_rejects)
     user_agent(settings.download.contact)  # Refuses a contact that fits no header.
     report = BuildReport()
-    with lease(layout, "arrag-db build"):
+    with lease(layout, "arrag-db build") as held:
         # Everything that can refuse the build comes before the first thing it creates.
         manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
@@ -112,14 +112,14 @@ def build(
         report.shards_skipped = work.skipped
         report.notes += work.notes
         if work.todo or state.unfinished:
-            _recover(layout, manifest, state, report)
+            _recover(layout, manifest, state, report, held.check)
         if work.todo:
             with ray_cluster(settings.resources):
                 workers = worker_count(settings.resources)
                 if not exists(layout.manifest):
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
-                committer = Committer(layout, manifest.keys)
+                committer = Committer(layout, manifest.keys, held.check)
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)
@@ -132,6 +132,7 @@ def build(
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
         if exists(layout.manifest):
+            held.check()
             # What was removed while its shard was under way has come in all the same.
             if receipt := take_out_suppressed(layout.root, "arrag-db build"):
                 report.notes.append(
@@ -143,10 +144,16 @@ def build(
 
 
 def _recover(
-    layout: Layout, manifest: DatabaseManifest, state: LedgerState, report: BuildReport
+    layout: Layout,
+    manifest: DatabaseManifest,
+    state: LedgerState,
+    report: BuildReport,
+    check: Callable[[], None],
 ) -> None:
     """Drop what a killed build left in the tables; a database that is yet to be made has none."""
-    if exists(layout.manifest) and (dropped := Committer(layout, manifest.keys).recover(state)):
+    if exists(layout.manifest) and (
+        dropped := Committer(layout, manifest.keys, check).recover(state)
+    ):
         report.notes.append(f"dropped {dropped} rows that a killed build left")
 
 
