@@ -19,10 +19,11 @@ from pipeline.database import BuildSettings, create_database, resolve_database
 from pipeline.lease import lease
 from pipeline.plan import Plan, plan
 from pipeline.ray_run import (
+    EncoderPool,
     ShardFailure,
+    encoder_pool,
     ray_cluster,
     run_shards,
-    worker_count,
 )
 from pipeline.remove import take_out_suppressed
 from pipeline.retry import plan_retry, require_reasons
@@ -115,7 +116,7 @@ def build(
             _recover(layout, manifest, state, report, held.check)
         if work.todo:
             with ray_cluster(settings.resources):
-                workers = worker_count(settings.resources)
+                pool = encoder_pool(settings.resources)
                 if not exists(layout.manifest):
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
@@ -125,7 +126,7 @@ def build(
                     committer.plan(work.fresh)
                     committer.plan_again(a for a in work.todo if a.rows)
                     total += len(work.todo)
-                    _run(work, worker, workers, settings, committer, report, total, progress)
+                    _run(work, worker, pool, settings, committer, report, total, progress)
                     if settings.retry_rejects:
                         break
                     # A tar that proved longer than one shard has more to list now.
@@ -203,7 +204,7 @@ def _absolute(download: DownloadSettings) -> DownloadSettings:
 def _run(
     work: Plan,
     worker: WorkerSettings,
-    workers: int,
+    pool: EncoderPool,
     settings: BuildSettings,
     committer: Committer,
     report: BuildReport,
@@ -215,7 +216,7 @@ def _run(
     left: dict[str, Attempt] = {attempt.shard.id: attempt for attempt in work.todo}
     progress(total, report)
     for attempt in range(1, ATTEMPTS + 1):
-        for outcome in run_shards(list(left.values()), worker, settings.resources, workers):
+        for outcome in run_shards(list(left.values()), worker, settings.resources, pool):
             if isinstance(outcome, ShardFailure):
                 report.failed[outcome.shard] = outcome.error
                 log.warning("shard %s failed (%d): %s", outcome.shard, attempt, outcome.error)
