@@ -98,7 +98,10 @@ def build(
     ray: Annotated[
         str | None,
         typer.Option(
-            "--ray", help="Address of a Ray cluster.  [default: one of its own, embedded]"
+            "--ray",
+            envvar="RAY_ADDRESS",
+            help="Address of a Ray cluster.  [default: one of its own, embedded]",
+            show_envvar=False,
         ),
     ] = None,
     workers: Annotated[

@@ -97,6 +97,7 @@ def build(
     """
     started = time.perf_counter()
     layout = Layout(settings.database)
+    _require_lasting(layout)
     source = open_source(settings.source)
     settings = replace(settings, download=_absolute(settings.download))
     require_reasons(settings.retry_rejects)
@@ -156,6 +157,19 @@ def _recover(
         dropped := Committer(layout, manifest.keys, check).recover(state)
     ):
         report.notes.append(f"dropped {dropped} rows that a killed build left")
+
+
+def _require_lasting(layout: Layout) -> None:
+    """A submitted job runs in a copy of the working folder, which Ray deletes after it."""
+    if UNPACKED in layout.root:
+        raise BadInputError(
+            f"--db {layout.database} is in this job's own copy of the working folder, which goes"
+            " with the job; give an absolute path that all nodes share, or a bucket's URI"
+        )
+
+
+UNPACKED = "/runtime_resources/working_dir_files/"
+"""What is part of the path of every such copy."""
 
 
 def _worker_settings(

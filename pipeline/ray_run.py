@@ -106,6 +106,11 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
 
 def _require_reachable(address: str) -> None:
     """Knock at HOST:PORT, since Ray itself would wait for minutes at a closed door."""
+    if address.startswith(("http://", "https://")):
+        raise BadInputError(
+            f"--ray (or RAY_ADDRESS) {address} is where jobs are submitted to; submit this command"
+            f" with `ray job submit --address {address} -- …`, or name HOST:PORT of the cluster"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -179,7 +184,10 @@ TRACE = 0.001
 
 
 def run_shards(
-    attempts: Sequence[Attempt], settings: WorkerSettings, resources: RayResources, pool: EncoderPool
+    attempts: Sequence[Attempt],
+    settings: WorkerSettings,
+    resources: RayResources,
+    pool: EncoderPool,
 ) -> Iterator[ShardResult | ShardFailure]:
     """Run shards, one attempt each, in any order; every one of them is answered for, once.
 
