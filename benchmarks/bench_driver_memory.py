@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import finish, machine
 
 BOUND = 1.1
-EVERY = 250
+EVERY = 100
 """Shards between two looks at the memory, to show how it grows."""
 
 

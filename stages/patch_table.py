@@ -38,8 +38,8 @@ PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
 COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
 COUNTS = ("inputs", "images", "heldout", "patches", "rejects")
 CLEAN_EVERY = 200
-METADATA_CACHE = 32 << 20
-"""Bytes; Lance's own default is a gigabyte."""
+METADATA_CACHE = 1 << 20
+"""Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
 KEEP_VERSIONS = datetime.timedelta(minutes=10)
 
 
@@ -283,8 +283,15 @@ class Committer:
         )
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
+            self._tidy_ledger()
             for table in (*self._tables.values(), self._ledger):
                 table.cleanup_old_versions(older_than=KEEP_VERSIONS)
+
+    def _tidy_ledger(self) -> None:
+        """Bring the ledger's rows together: one file a row would be slow to read when resuming."""
+        self._check()
+        self._ledger.optimize.compact_files()
+        self._ledger.checkout_latest()
 
     def begin_compaction(self, losses: Iterable[Loss]) -> None:
         """Record what the tables are about to lose, before they do."""

@@ -89,7 +89,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     options += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}"]
     options += [f"--ray-client-server-port={free_port()}", "--include-dashboard=true"]
     started = subprocess.Popen(
-        [RAY, "start", *options],
+        [str(RAY), "start", *options],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -109,7 +109,7 @@ def _wait_until_it_answers(
     address: str, environment: dict[str, str], head: subprocess.Popen[bytes]
 ) -> None:
     end = time.monotonic() + PATIENCE
-    asked = [RAY, "job", "list", "--address", address]
+    asked = [str(RAY), "job", "list", "--address", address]
     while subprocess.run(asked, env=environment, capture_output=True, check=False).returncode:
         if head.poll() is not None or time.monotonic() > end:
             pytest.fail("the head did not start")
@@ -133,9 +133,9 @@ def submit(
     """A build as a job; its output, when it has ended."""
     build = [sys.executable, "cli.py", "build", "--source", "folder", "--input", str(pictures)]
     build += ["--db", database, "--shard-size", "4", "--hold-out", "0.3", "--workers", "1"]
-    command = [RAY, "job", "submit", "--working-dir", code, "--", *build, "--no-index", "-q"]
+    command = [str(RAY), "job", "submit", "--working-dir", str(code), "--"]
     return subprocess.run(
-        list(map(str, command)),
+        [*command, *build, "--no-index", "-q"],
         env=head,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
