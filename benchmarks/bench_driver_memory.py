@@ -43,7 +43,7 @@ def child(database: Path, shards: int) -> None:
             seen.setdefault(report.shards_done, peak_bytes() >> 20)
 
     started = time.perf_counter()
-    report = build_blank(database, shards, progress=look)
+    report = build_blank(str(database), shards, progress=look)
     found = {"shards": report.shards_done, "failed": len(report.failed), "peak": peak_bytes()}
     print(as_line(found | {"seconds": time.perf_counter() - started, "seen": seen}), flush=True)
 
@@ -59,7 +59,7 @@ def measure(shards: int) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            env=os.environ | {"RAY_worker_niceness": "0"},
+            env={"RAY_worker_niceness": "0"} | os.environ,
         )
     [line] = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))

@@ -37,10 +37,10 @@ from schemas.tables import (
 PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
 COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
 COUNTS = ("inputs", "images", "heldout", "patches", "rejects")
-CLEAN_EVERY = 200
+CLEAN_EVERY = 50
 METADATA_CACHE = 1 << 20
 """Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
-KEEP_VERSIONS = datetime.timedelta(minutes=10)
+KEEP_VERSIONS = datetime.timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
