@@ -194,15 +194,18 @@ def run_shards(
     A shard whose worker died, or whose task raised, comes back as a failure. Ray Data keeps a few
     kilobytes in the driver for every shard it was ever given, so it gets `WINDOW` of them at a time.
     """
-    for start in range(0, len(shards), WINDOW):
-        yield from _run_window(shards[start : start + WINDOW], settings, resources, pool)
+    for start in range(0, len(attempts), WINDOW):
+        yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
 
 
 WINDOW = 512
 
 
 def _run_window(
-    shards: Sequence[Shard], settings: WorkerSettings, resources: RayResources, pool: EncoderPool
+    attempts: Sequence[Attempt],
+    settings: WorkerSettings,
+    resources: RayResources,
+    pool: EncoderPool,
 ) -> Iterator[ShardResult | ShardFailure]:
     # Ray 2.60 has no other way to say how often a task may be tried.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
