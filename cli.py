@@ -157,7 +157,10 @@ def build(
     ray: Annotated[
         str | None,
         typer.Option(
-            "--ray", help="Address of a Ray cluster.  [default: one of its own, embedded]"
+            "--ray",
+            envvar="RAY_ADDRESS",
+            help="Address of a Ray cluster.  [default: one of its own, embedded]",
+            show_envvar=False,
         ),
     ] = None,
     workers: Annotated[
@@ -165,6 +168,15 @@ def build(
     ] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads an encoder.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="Encode on this many GPUs.")] = 0,
+    autoscale: Annotated[
+        bool, typer.Option("--autoscale", help="Nodes may join: --gpus and --workers are limits.")
+    ] = False,
+    read_resource: Annotated[
+        str | None, typer.Option(help="Read and download on nodes that declare this to Ray.")
+    ] = None,
+    encode_resource: Annotated[
+        str | None, typer.Option(help="Encode on nodes that declare this to Ray.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.  [default: float32, on a GPU bfloat16]")
     ] = None,
@@ -239,7 +251,9 @@ def build(
         compile=compile,
         min_side=min_side,
         max_pixels=max_pixels,
-        resources=RayResources(ray, workers, threads, gpus),
+        resources=RayResources(
+            ray, workers, threads, gpus, autoscale, read_resource, encode_resource
+        ),
         download=DownloadSettings(
             threads=download_threads,
             timeout=timeout,

@@ -115,7 +115,7 @@ def _require_room(layout: Layout) -> None:
     ours = {
         p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects, layout.removed)
     }
-    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.lease, layout.codebook))}
+    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.leases, layout.codebook))}
     others = [name for name in names(layout.root) if name not in ours and name[0] != "."]
     if others:
         raise BadInputError(

@@ -102,9 +102,12 @@ def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str,
 
 def _sizes(layout: Layout) -> dict[str, int]:
     """The bytes of the database's tables and indexes, by the names of their folders."""
-    sizes = {name: size(join(layout.root, name)) for name in names(layout.root)}
-    files = {place.rpartition("/")[2] for place in (layout.manifest, layout.codebook, layout.lease)}
-    return {name: taken for name, taken in sizes.items() if name not in files}
+    folders = {"patches", layout.indexes.rpartition("/")[2]}
+    return {
+        name: size(join(layout.root, name))
+        for name in names(layout.root)
+        if name in folders or name.endswith(".lance")
+    }
 
 
 def to_text(fields: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ rows with a result or an error; neither function raises for what is wrong with a
 """
 
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.errors import ShardError
+from schemas.location import exists
 from schemas.manifest import Layout
 from schemas.records import (
     Attempt,
@@ -168,6 +170,13 @@ class EncodeWorker:
 
     def _encode(self, row: pa.Table) -> ShardResult:
         settings, spec = self._settings, self._tokenizer.spec
+        layout = Layout(settings.database)
+        if not exists(layout.manifest):
+            # Fragments would go to a folder of this node's own, where no table finds them.
+            raise ShardError(
+                f"node {socket.gethostname()} does not see the database at {layout.root}; put it"
+                " where all nodes of the cluster do: on a shared file system or in a bucket"
+            )
         columns = ("shard", "source", "members", "attempt", "rows")
         attempt = _attempt({name: row[name][0].as_py() for name in columns})
         shard = attempt.shard
@@ -196,7 +205,7 @@ class EncodeWorker:
             ],
             schema=REJECTS_SCHEMA,
         )
-        paths = table_paths(Layout(settings.database), settings.keys)
+        paths = table_paths(layout, settings.keys)
         tables = {
             "patches": patches,
             "rejects": rejects,

@@ -17,7 +17,7 @@ import ray
 
 from arrag_runtime.patch_index import PatchIndex
 from pipeline.lease import lease
-from pipeline.ray_run import RayResources, ray_cluster, worker_count
+from pipeline.ray_run import RayResources, encoder_pool, ray_cluster
 from pipeline.trainset_worker import TrainsetWorker, Written, write_pictures, write_shard
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.location import join, make_folder, names, normalised, remove, write_bytes
@@ -249,7 +249,7 @@ def _run(
     options = {"num_cpus": resources.threads, "num_gpus": 1 if resources.gpus else 0}
     of_ids: Any = ray.remote(write_pictures).options(**options)
     of_shard: Any = ray.remote(write_shard).options(**options)
-    ahead, waiting = 2 * worker_count(resources), deque(tasks)
+    ahead, waiting = 2 * encoder_pool(resources).largest, deque(tasks)
     settings, running = ray.put(worker), deque[Any]()
     while waiting or running:
         while waiting and len(running) < ahead:
