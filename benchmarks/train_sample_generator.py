@@ -117,7 +117,7 @@ BEGIN, END, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 SPECIALS = (BOS, EOS, PAD, BEGIN, END, IMAGE)
 TEXT_VOCABULARY = 768
 LONGEST_TEXT = 40
-GUIDANCE, TEMPERATURE = 3.0, 0.9
+GUIDANCE, TEMPERATURE = 5.0, 0.85
 """The weight of guidance and the temperature of sampling that the shipped folder asks for."""
 
 

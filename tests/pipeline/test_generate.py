@@ -10,9 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from arrag_runtime.adapter import Adapter, model_codebook, write_adapter
+from arrag_runtime.faid import attach
 from cli import main_runtime
 from schemas.manifest import Layout
 from stages.read_images import ImageTable
+from tests.janus_world import narrow_janus as wide_janus
+from tests.janus_world import stirred
 from tests.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
 from tests.pipeline.captioned_world import CODEBOOK, SQUARE, make_captioned
 
@@ -32,13 +36,27 @@ def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, st
     return code, out, err
 
 
-def checkpoint(folder: Path, codes: Any) -> Path:
-    """A narrow generator for these codes, 7 x 7 tokens a picture."""
+def generator(codes: Any) -> tuple[Any, Any]:
+    """A narrow generator for these codes, 7 x 7 tokens a picture, and its text tokenizer."""
     words = text_tokenizer()
     model = narrow_janus(words, codes=len(codes), dimension=codes.shape[1])
     with torch.no_grad():
         model.model.vqmodel.quantize.embedding.weight.copy_(torch.from_numpy(codes))
-    return save_checkpoint(folder, model, words)
+    return model, words
+
+
+def checkpoint(folder: Path, codes: Any) -> Path:
+    """Its folder."""
+    return save_checkpoint(folder, *generator(codes))
+
+
+def adapter(path: Path, model: Any) -> Path:
+    """The file of an adapter with random blenders for a model."""
+    faid = stirred(attach(model))
+    faid.detach()
+    tensors = {f"faid.{name}": tensor for name, tensor in faid.state_dict().items()}
+    write_adapter(path, Adapter(faid.spec, tensors, model_codebook(model)))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +150,42 @@ def test_compare_puts_methods_side_by_side(
     left, right = sheet[54:166, 24:136], sheet[54:166, 148:260]
     np.testing.assert_array_equal(left, right)
     assert left.std() > 1
+
+
+def test_all_three_methods_stand_side_by_side(
+    database: Path, fitting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAiD draws another picture than plain decoding, alone the same as beside the others."""
+    trained = adapter(tmp_path / "a.safetensors", generator(CODEBOOK)[0])
+    given = ("generate", "--db", database, "--model", fitting, "-p", PROMPT, "-n", "1", "--json")
+    words = (*given, "--adapter", trained, "-o", tmp_path / "o.png")
+    code, text, err = run(capsys, *words, "--mode", "compare")
+    assert (code, err) == (0, "")
+    drawn = {one["method"]: one["images"][0]["tokens"] for one in json.loads(text)["methods"]}
+    assert list(drawn) == ["plain", "daid", "faid"]
+    assert drawn["faid"] != drawn["plain"]
+    trace = tmp_path / "t.json"
+    code, text, err = run(capsys, *words, "--mode", "faid", "--trace", trace)
+    assert (code, err) == (0, "")
+    assert json.loads(text)["methods"][0]["images"][0]["tokens"] == drawn["faid"]
+    traced = json.loads(trace.read_text())
+    weights = [e["weight"] for t in traced["images"][0]["tokens"] for e in t["entries"]]
+    assert (traced["method"], set(weights)) == ("faid", {0.1})
+
+
+def test_an_adapter_for_another_width_is_refused(
+    database: Path, fitting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is drawn; the adapter is named."""
+    wider = adapter(tmp_path / "wider.safetensors", wide_janus(width=48))
+    out = tmp_path / "o.png"
+    words = ("generate", "--db", database, "--model", fitting, "-p", PROMPT, "--mode", "faid")
+    code, _, err = run(capsys, *words, "--adapter", wider, "-o", out)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert str(wider) in err
+    assert err.count("\n") == 1
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
