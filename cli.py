@@ -56,32 +56,91 @@ Databases = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+SourceName = Annotated[
+    str,
+    typer.Option(help="sample, folder, webdataset, cc12m, datacomp, journeydb, parquet or tokens."),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        help="Folder, file, pattern, hub data set; may be repeated."
+        "  [default: the publisher's, where there is one]",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first N inputs.")]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        help="Take only rows for which this is true, e.g. 'clip_l14_similarity_score > 0.28'.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="For tables: datacomp, llava-recap-cc12m, midjourney-v6, cc12m, or"
+        " 'image=A,caption=B,url=C,key=D'.  [default: by their names]"
+    ),
+]
+Scale = Annotated[
+    str | None, typer.Option(help="For datacomp: small, medium, large or xlarge.  [default: small]")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Of a data set on the hub.  [default: main's commit now]")
+]
+NeighborhoodName = Annotated[
+    str | None, typer.Option(help="causal-1, causal-2 or surround-1.  [default: causal-1]")
+]
+Border = Annotated[
+    str | None,
+    typer.Option(help="skip positions at the border, or zero what is missing.  [default: skip]"),
+]
+Rate = Annotated[float, typer.Option(min=0.001, help="Addresses fetched a second.")]
+ImagesPerSecond = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Pictures encoded a second.  [default: as the database measured]"),
+]
+Success = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Share of addresses that become pictures.  [default: 0.9]"),
+]
 DEFAULT_DB = "arrag-db"
 
 
 @app.command()
 def build(
-    source: Annotated[str, typer.Option(help="sample, folder or webdataset.")],
-    input: Annotated[
-        list[str] | None,
-        typer.Option("--input", "-i", help="Folder, tar, brace pattern; may be repeated."),
-    ] = None,
+    source: SourceName,
+    input: Input = None,
     db: Database = DEFAULT_DB,
+    where: WhereOption = None,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, help="Take shards and rows in an order drawn from this.")
+    ] = None,
+    columns: Columns = None,
+    caption: Annotated[
+        str | None, typer.Option(help="For journeydb: task2 or prompt.  [default: task2]")
+    ] = None,
+    scale: Scale = None,
+    revision: Revision = None,
+    keep_faces: Annotated[
+        bool, typer.Option("--keep-faces", help="Do not blur faces that the source lists.")
+    ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ARRAG_CACHE", help="Where fetched lists are kept.  [default: ~/.cache/arrag]"
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="sample or vq16.  [default: the database's, else sample]")
     ] = None,
     tokenizer_weights: Annotated[
         str | None, typer.Option(help="For vq16: a .pt or .safetensors file, folder or hub id.")
     ] = None,
-    neighborhood: Annotated[
-        str | None, typer.Option(help="causal-1, causal-2 or surround-1.  [default: causal-1]")
-    ] = None,
-    border: Annotated[
-        str | None,
-        typer.Option(
-            help="skip positions at the border, or zero what is missing.  [default: skip]"
-        ),
-    ] = None,
+    neighborhood: NeighborhoodName = None,
+    border: Border = None,
     key_space: Annotated[
         str | None, typer.Option(help="codebook or latent.  [default: codebook]")
     ] = None,
@@ -89,7 +148,7 @@ def build(
         float | None,
         typer.Option(min=0.0, max=0.99, help="Share of pictures kept out of the patches."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N inputs.")] = None,
+    limit: Limit = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Inputs a shard.")] = None,
     min_side: Annotated[int, typer.Option(min=1, help="Reject pictures with a shorter side.")] = 32,
     max_pixels: Annotated[
@@ -98,7 +157,10 @@ def build(
     ray: Annotated[
         str | None,
         typer.Option(
-            "--ray", help="Address of a Ray cluster.  [default: one of its own, embedded]"
+            "--ray",
+            envvar="RAY_ADDRESS",
+            help="Address of a Ray cluster.  [default: one of its own, embedded]",
+            show_envvar=False,
         ),
     ] = None,
     workers: Annotated[
@@ -106,6 +168,15 @@ def build(
     ] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads an encoder.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="Encode on this many GPUs.")] = 0,
+    autoscale: Annotated[
+        bool, typer.Option("--autoscale", help="Nodes may join: --gpus and --workers are limits.")
+    ] = False,
+    read_resource: Annotated[
+        str | None, typer.Option(help="Read and download on nodes that declare this to Ray.")
+    ] = None,
+    encode_resource: Annotated[
+        str | None, typer.Option(help="Encode on nodes that declare this to Ray.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.  [default: float32, on a GPU bfloat16]")
     ] = None,
@@ -155,7 +226,20 @@ def build(
 
     settings = BuildSettings(
         database=db,
-        source=SourceSettings(source, tuple(input or ()), limit, shard_size),
+        source=SourceSettings(
+            source,
+            tuple(input or ()),
+            limit,
+            shard_size,
+            where,
+            shuffle_seed,
+            columns,
+            caption,
+            scale,
+            revision,
+            keep_faces,
+            cache,
+        ),
         tokenizer=tokenizer,
         tokenizer_weights=tokenizer_weights,
         neighborhood=neighborhood,
@@ -167,7 +251,9 @@ def build(
         compile=compile,
         min_side=min_side,
         max_pixels=max_pixels,
-        resources=RayResources(ray, workers, threads, gpus),
+        resources=RayResources(
+            ray, workers, threads, gpus, autoscale, read_resource, encode_resource
+        ),
         download=DownloadSettings(
             threads=download_threads,
             timeout=timeout,
@@ -495,6 +581,90 @@ def compact(db: Database = DEFAULT_DB, as_json: AsJson = False, quiet: Quiet = F
         task = bar.add_task("compacting", total=None)
         done = run_compact(db, lambda step: bar.update(task, description=step, advance=1))
     typer.echo(json.dumps(vars(done), indent=1) if as_json else done.to_text())
+
+
+@app.command()
+def plan(
+    source: SourceName,
+    input: Input = None,
+    db: Database = DEFAULT_DB,
+    where: WhereOption = None,
+    columns: Columns = None,
+    scale: Scale = None,
+    revision: Revision = None,
+    limit: Limit = None,
+    rate: Rate = 300.0,
+    images_per_second: ImagesPerSecond = None,
+    success: Success = None,
+    neighborhood: NeighborhoodName = None,
+    border: Border = None,
+    hold_out: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of pictures kept out of the patches.")
+    ] = 0.0,
+    query_ms: Annotated[float, typer.Option(min=0.01, help="Wanted milliseconds a query.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """What a build would make and cost: pictures, patches, bytes, memory, hours. Writes nothing."""
+    from pipeline.forecast import ForecastSettings, forecast, to_text
+    from schemas.records import SourceSettings
+
+    inputs = tuple(input or ())
+    chosen = SourceSettings(
+        source, inputs, limit, where=where, columns=columns, scale=scale, revision=revision
+    )
+    made = forecast(
+        ForecastSettings(
+            chosen,
+            db,
+            rate,
+            images_per_second,
+            success,
+            neighborhood or "causal-1",
+            border or "skip",
+            hold_out,
+            query_ms,
+        )
+    )
+    typer.echo(json.dumps(made.to_json(), indent=1) if as_json else to_text(made))
+
+
+@app.command()
+def doctor(
+    db: Database = DEFAULT_DB,
+    source: Annotated[
+        str | None, typer.Option(help="Compare the machine with the plan of this source.")
+    ] = None,
+    input: Input = None,
+    where: WhereOption = None,
+    columns: Columns = None,
+    scale: Scale = None,
+    revision: Revision = None,
+    limit: Limit = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs the build is to use.")] = 0,
+    ray: Annotated[str | None, typer.Option("--ray", help="Address of the Ray cluster.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the machine before long work; each line says what to do. Exits with 1 on a FAIL."""
+    from pipeline.doctor import diagnose, examine, to_text
+    from pipeline.forecast import ForecastSettings, forecast
+    from schemas.records import SourceSettings
+
+    made = None
+    if source is not None:
+        inputs = tuple(input or ())
+        chosen = SourceSettings(
+            source, inputs, limit, where=where, columns=columns, scale=scale, revision=revision
+        )
+        made = forecast(ForecastSettings(chosen, db))
+    findings = diagnose(examine(db), made, gpus=gpus, address=ray)
+    failed = [finding.name for finding in findings if finding.verdict == "FAIL"]
+    if as_json:
+        listed = [vars(finding) for finding in findings]
+        typer.echo(json.dumps({"ok": not failed, "findings": listed}, indent=1))
+    else:
+        typer.echo(to_text(findings))
+    if failed:
+        raise ArragError(f"this machine is not ready: {', '.join(failed)}; see the lines above")
 
 
 @app.command()

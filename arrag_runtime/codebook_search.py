@@ -45,6 +45,8 @@ class CodebookSearch:
                 f"index {folder} has no readable centroids; index again"
             ) from error
         self.parts = tuple(ListPart.open(folder / name, layout.size) for name in parts)
+        if not parts:
+            raise IncompatibleError(f"index {folder} names no parts; index again")
         if centroids.shape[1] != layout.dimension or any(
             len(part.starts) != len(centroids) + 1 for part in self.parts
         ):

@@ -19,10 +19,11 @@ from pipeline.database import BuildSettings, create_database, resolve_database
 from pipeline.lease import lease
 from pipeline.plan import Plan, plan
 from pipeline.ray_run import (
+    EncoderPool,
     ShardFailure,
+    encoder_pool,
     ray_cluster,
     run_shards,
-    worker_count,
 )
 from pipeline.remove import take_out_suppressed
 from pipeline.retry import plan_retry, require_reasons
@@ -30,13 +31,13 @@ from pipeline.shard_worker import WorkerSettings
 from schemas.errors import BadInputError
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
-from schemas.records import Attempt
+from schemas.records import Attempt, GridShape
 from stages.decode import DecodeSettings
 from stages.download import DownloadSettings
 from stages.encode_images import EncodeSettings
 from stages.fetch import user_agent
 from stages.patch_table import Committer, LedgerState, ShardResult, read_ledger
-from stages.sources import open_source
+from stages.sources import locate_source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +97,14 @@ def build(
     """
     started = time.perf_counter()
     layout = Layout(settings.database)
+    settings = replace(settings, source=locate_source(settings.source))
+    _require_lasting(layout)
     source = open_source(settings.source)
     settings = replace(settings, download=_absolute(settings.download))
     require_reasons(settings.retry_rejects)
     user_agent(settings.download.contact)  # Refuses a contact that fits no header.
     report = BuildReport()
-    with lease(layout, "arrag-db build"):
+    with lease(layout, "arrag-db build") as held:
         # Everything that can refuse the build comes before the first thing it creates.
         manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
@@ -112,26 +115,27 @@ def build(
         report.shards_skipped = work.skipped
         report.notes += work.notes
         if work.todo or state.unfinished:
-            _recover(layout, manifest, state, report)
+            _recover(layout, manifest, state, report, held.check)
         if work.todo:
             with ray_cluster(settings.resources):
-                workers = worker_count(settings.resources)
+                pool = encoder_pool(settings.resources)
                 if not exists(layout.manifest):
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
-                committer = Committer(layout, manifest.keys)
+                committer = Committer(layout, manifest.keys, held.check)
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)
                     committer.plan_again(a for a in work.todo if a.rows)
                     total += len(work.todo)
-                    _run(work, worker, workers, settings, committer, report, total, progress)
+                    _run(work, worker, pool, settings, committer, report, total, progress)
                     if settings.retry_rejects:
                         break
                     # A tar that proved longer than one shard has more to list now.
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
         if exists(layout.manifest):
+            held.check()
             # What was removed while its shard was under way has come in all the same.
             if receipt := take_out_suppressed(layout.root, "arrag-db build"):
                 report.notes.append(
@@ -143,11 +147,30 @@ def build(
 
 
 def _recover(
-    layout: Layout, manifest: DatabaseManifest, state: LedgerState, report: BuildReport
+    layout: Layout,
+    manifest: DatabaseManifest,
+    state: LedgerState,
+    report: BuildReport,
+    check: Callable[[], None],
 ) -> None:
     """Drop what a killed build left in the tables; a database that is yet to be made has none."""
-    if exists(layout.manifest) and (dropped := Committer(layout, manifest.keys).recover(state)):
+    if exists(layout.manifest) and (
+        dropped := Committer(layout, manifest.keys, check).recover(state)
+    ):
         report.notes.append(f"dropped {dropped} rows that a killed build left")
+
+
+def _require_lasting(layout: Layout) -> None:
+    """A submitted job runs in a copy of the working folder, which Ray deletes after it."""
+    if UNPACKED in layout.root:
+        raise BadInputError(
+            f"--db {layout.database} is in this job's own copy of the working folder, which goes"
+            " with the job; give an absolute path that all nodes share, or a bucket's URI"
+        )
+
+
+UNPACKED = "/runtime_resources/working_dir_files/"
+"""What is part of the path of every such copy."""
 
 
 def _worker_settings(
@@ -155,10 +178,7 @@ def _worker_settings(
 ) -> WorkerSettings:
     return WorkerSettings(
         database=layout.root,
-        source=replace(
-            settings.source,
-            input=tuple(str(Path(p).expanduser().absolute()) for p in settings.source.input),
-        ),
+        source=replace(settings.source, grid=_grid_shape(manifest)),
         tokenizer=manifest.tokenizer.name,
         tokenizer_weights=manifest.tokenizer_weights,
         device=manifest.encoder.device,
@@ -181,6 +201,11 @@ def _worker_settings(
     )
 
 
+def _grid_shape(manifest: DatabaseManifest) -> GridShape:
+    spec = manifest.tokenizer
+    return GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
+
+
 def _absolute(download: DownloadSettings) -> DownloadSettings:
     """With the folder for kept images as workers find it, who have another working folder."""
     if download.keep_images is None:
@@ -196,7 +221,7 @@ def _absolute(download: DownloadSettings) -> DownloadSettings:
 def _run(
     work: Plan,
     worker: WorkerSettings,
-    workers: int,
+    pool: EncoderPool,
     settings: BuildSettings,
     committer: Committer,
     report: BuildReport,
@@ -208,7 +233,7 @@ def _run(
     left: dict[str, Attempt] = {attempt.shard.id: attempt for attempt in work.todo}
     progress(total, report)
     for attempt in range(1, ATTEMPTS + 1):
-        for outcome in run_shards(list(left.values()), worker, settings.resources, workers):
+        for outcome in run_shards(list(left.values()), worker, settings.resources, pool):
             if isinstance(outcome, ShardFailure):
                 report.failed[outcome.shard] = outcome.error
                 log.warning("shard %s failed (%d): %s", outcome.shard, attempt, outcome.error)
@@ -244,6 +269,9 @@ def _describe_run(
     run: dict[str, Any] = {
         "source": settings.source.name,
         "input": list(settings.source.input),
+        "where": settings.source.where,
+        "limit": settings.source.limit,
+        "shuffle_seed": settings.source.shuffle_seed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "min_side": settings.min_side,
         "max_pixels": settings.max_pixels,

@@ -60,8 +60,8 @@ def compact(database: str | Path, progress: Progress = lambda _step: None) -> Co
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     before = _bytes(layout)
-    with lease(layout, COMMAND):
-        committer = Committer(layout, manifest.keys)
+    with lease(layout, COMMAND) as held:
+        committer = Committer(layout, manifest.keys, held.check)
         # From here on whatever the tables hold is complete.
         committer.recover(read_ledger(layout))
         whole = {folder for folder in index_folders(layout) if _holds_all(layout, folder)}
@@ -71,18 +71,21 @@ def compact(database: str | Path, progress: Progress = lambda _step: None) -> Co
         committer.begin_compaction(losses)
         patches = 0
         for keys in patch_tables(layout):
+            held.check()
             progress(f"deleting from {keys.name}")
             deleted = delete_pictures(layout.patches(keys), "patch_id", gone)
             patches += deleted
             progress(f"writing {keys.name} anew")
             compact_table(layout.patches(keys))
+        held.check()
         progress("writing the images anew")
         images = delete_pictures(layout.images, "image_id", gone)
         compact_table(layout.images)
         for path in (layout.rejects, layout.ledger, layout.removed):
             if exists(path):
                 compact_table(path, keep=KEEP_VERSIONS)
-        Committer(layout, manifest.keys).end_compaction()
+        held.check()
+        Committer(layout, manifest.keys, held.check).end_compaction()
     indexes = []
     for folder in index_folders(layout):
         if _is_outdated(layout, folder, gone):

@@ -19,6 +19,7 @@ from schemas.specs import Floats, KeySpec, key_spec, require_same_tokenizer
 from schemas.tables import require_grid_fits
 from stages.download import DownloadSettings
 from stages.patch_table import create_tables, read_ledger
+from stages.sources import GRID_SOURCES
 from stages.take_out import create_list
 from stages.tokenizers import load_tokenizer
 
@@ -62,8 +63,14 @@ def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseM
         raise BadInputError(
             f"unknown precision '{settings.precision}'; choose one of {', '.join(PRECISIONS)}"
         )
+    grids = settings.source.name in GRID_SOURCES
+    if grids and settings.tokenizer is None:
+        raise BadInputError(
+            f"--source {settings.source.name} needs --tokenizer: the one that made the grids"
+        )
     if exists(layout.manifest):
         manifest = DatabaseManifest.read(layout)
+        _require_latents(manifest.keys, grids)
         _require_same(manifest, settings)
         tokenizer = load_tokenizer(
             settings.tokenizer or manifest.tokenizer.name,
@@ -75,6 +82,7 @@ def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseM
         return replace(manifest, tokenizer_weights=tokenizer.weights), codes
     _require_room(layout)
     keys = _key_spec(settings)
+    _require_latents(keys, grids)
     tokenizer = load_tokenizer(settings.tokenizer or "sample", settings.tokenizer_weights)
     require_grid_fits(tokenizer.spec)
     device = _device(settings)
@@ -107,7 +115,7 @@ def _require_room(layout: Layout) -> None:
     ours = {
         p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects, layout.removed)
     }
-    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.lease, layout.codebook))}
+    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.leases, layout.codebook))}
     others = [name for name in names(layout.root) if name not in ours and name[0] != "."]
     if others:
         raise BadInputError(
@@ -118,6 +126,15 @@ def _require_room(layout: Layout) -> None:
         raise BadInputError(
             f"{layout.root} has tables with rows but no manifest.json; restore it, or name another"
             " folder with --db"
+        )
+
+
+def _require_latents(keys: KeySpec, grids: bool) -> None:
+    """Refuse grids in latent key space."""
+    if grids and keys.space == "latent":
+        raise IncompatibleError(
+            "token grids bring no latents, so they have no keys in latent space; use --key-space"
+            " codebook, or build from the pictures themselves"
         )
 
 
@@ -136,7 +153,8 @@ def _key_spec(settings: BuildSettings) -> KeySpec:
 def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:
     """Raise IncompatibleError for the first setting that is given and differs."""
     keys, encoder = manifest.keys, manifest.encoder
-    if _device(settings) != encoder.device:
+    # Grids meet no encoder, so any machine may add them.
+    if _device(settings) != encoder.device and settings.source.name not in GRID_SOURCES:
         raise IncompatibleError(
             f"this database was encoded on {encoder.device}, and a {_device(settings)} gives a few"
             f" other ids; pass --gpus {int(encoder.device == 'cuda')}, or name another folder with"

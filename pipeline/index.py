@@ -112,10 +112,10 @@ def index_database(
             f"--name '{name}' is no name for a folder; use letters, digits, - and _"
         )
     Target.parse(settings.target_recall)
-    with lease(layout, "arrag-db index"):
+    with lease(layout, "arrag-db index") as held:
         started = time.perf_counter()
         # Rows of shards that a killed build left unfinished must not be indexed.
-        Committer(layout, manifest.keys).recover(read_ledger(layout))
+        Committer(layout, manifest.keys, held.check).recover(read_ledger(layout))
         table = PatchTable(layout.patches(manifest.keys))
         settings = settings.resolved(manifest.keys, table.count)
         name = name or str(settings.kind)
@@ -136,6 +136,7 @@ def index_database(
             shutil.rmtree(work, ignore_errors=True)
             raise
         final.write(work)
+        held.check()
         put_index(layout.index(name), work)
         return final
 

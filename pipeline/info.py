@@ -40,6 +40,7 @@ def info(database: str | Path) -> dict[str, Any]:
         "shards": len(state.done),
         "shards_open": len(state.recorded) - len(state.done),
         "sources": list(manifest.sources),
+        "by_source": {name: dict(counts) for name, counts in sorted(state.by_source.items())},
         "tokenizer": spec.name,
         "grid": [spec.grid_height, spec.grid_width],
         "vocabulary": spec.vocabulary,
@@ -101,9 +102,12 @@ def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str,
 
 def _sizes(layout: Layout) -> dict[str, int]:
     """The bytes of the database's tables and indexes, by the names of their folders."""
-    sizes = {name: size(join(layout.root, name)) for name in names(layout.root)}
-    files = {place.rpartition("/")[2] for place in (layout.manifest, layout.codebook, layout.lease)}
-    return {name: taken for name, taken in sizes.items() if name not in files}
+    folders = {"patches", layout.indexes.rpartition("/")[2]}
+    return {
+        name: size(join(layout.root, name))
+        for name in names(layout.root)
+        if name in folders or name.endswith(".lance")
+    }
 
 
 def to_text(fields: dict[str, Any]) -> str:
@@ -119,6 +123,12 @@ def to_text(fields: dict[str, Any]) -> str:
         f"  tokenizer {fields['tokenizer']}, grid {grid}, {fields['vocabulary']:,} codes",
         f"  keys {fields['neighborhood']}, border {fields['border']}, {fields['key_space']} space",
     ]
+    if len(fields["by_source"]) > 1:
+        lines += [
+            f"  from {name}: {counts['inputs']:,} inputs, {counts['images']:,} images,"
+            f" {counts['rejects']:,} rejects, {counts['patches']:,} patches"
+            for name, counts in fields["by_source"].items()
+        ]
     if fields["removed_waiting"]:
         lines.append(
             f"  {fields['removed_waiting']:,} of the removed are hidden and still on disk: run"

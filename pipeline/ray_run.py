@@ -34,13 +34,19 @@ class RayResources:
     """What the run may use. `address` None starts an embedded cluster that ends with the run.
 
     workers: encode actors, each with `threads` CPU threads (0: one actor a GPU, else one a core);
-    gpus: GPUs for them in all, one an actor.
+    gpus: GPUs for them in all, one an actor. With `autoscale` these are upper bounds: what the
+    cluster lacks now may join later, and the pool of encoders grows to it.
+    read_resource, encode_resource: names of custom resources; reading and downloading, and
+    encoding, run on nodes that declare them.
     """
 
     address: str | None = None
     workers: int = 0
     threads: int = 1
     gpus: int = 0
+    autoscale: bool = False
+    read_resource: str | None = None
+    encode_resource: str | None = None
     in_flight_bytes: int = 4 << 30
 
 
@@ -50,6 +56,14 @@ class ShardFailure:
 
     shard: str
     error: str
+
+
+@dataclass(frozen=True)
+class EncoderPool:
+    """How many encode actors to begin with, and how many there may be when nodes have joined."""
+
+    smallest: int
+    largest: int
 
 
 @contextmanager
@@ -92,6 +106,11 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
 
 def _require_reachable(address: str) -> None:
     """Knock at HOST:PORT, since Ray itself would wait for minutes at a closed door."""
+    if address.startswith(("http://", "https://")):
+        raise BadInputError(
+            f"--ray (or RAY_ADDRESS) {address} is where jobs are submitted to; submit this command"
+            f" with `ray job submit --address {address} -- …`, or name HOST:PORT of the cluster"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -118,33 +137,76 @@ def _silent_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def worker_count(resources: RayResources) -> int:
-    """How many encode actors to run, checked against what the cluster has."""
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
+def encoder_pool(resources: RayResources) -> EncoderPool:
+    """The encode actors to run, checked against what the cluster declares.
+
+    Raises BadInputError for more than there is, unless the cluster is said to grow (`autoscale`).
+    """
+    every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in every if node["Alive"]]
+    for option, name in (
+        ("--read-resource", resources.read_resource),
+        ("--encode-resource", resources.encode_resource),
+    ):
+        if name and not resources.autoscale and not any(node.get(name) for node in nodes):
+            raise BadInputError(
+                f"{option} {name}, but no node of the Ray cluster declares it; start nodes with"
+                f" --resources '{{\"{name}\": 1}}', or pass --autoscale if they join later"
+            )
+    name = resources.encode_resource
+    encoding = [node for node in nodes if not name or node.get(name)]
+    gpus = int(sum(node.get("GPU", 0) for node in encoding))
+    cpus = int(sum(node.get("CPU", 0) for node in encoding))
+    wanted = resources.gpus or resources.workers or max(1, cpus // resources.threads)
+    if resources.autoscale:
+        there = gpus if resources.gpus else cpus // resources.threads
+        return EncoderPool(max(1, min(wanted, there)), wanted)
     if resources.gpus > gpus:
         raise BadInputError(
-            f"--gpus {resources.gpus}, but the Ray cluster declares {gpus}; start it with more, or"
-            " pass a smaller --gpus"
+            f"--gpus {resources.gpus}, but the Ray cluster declares {gpus}; start it with more,"
+            " pass a smaller --gpus, or --autoscale if more join later"
         )
-    wanted = resources.gpus or resources.workers or max(1, cpus // resources.threads)
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    largest = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
+    largest = max((node.get("CPU", 0) for node in encoding), default=0)
     if wanted * resources.threads > cpus or resources.threads > largest:
         raise BadInputError(
             f"{wanted} workers of {resources.threads} threads need more than the cluster's {cpus}"
             f" CPUs ({int(largest)} on its largest node); pass fewer --workers or --threads"
         )
-    return wanted
+    return EncoderPool(wanted, wanted)
+
+
+def _of(resource: str | None) -> dict[str, Any]:
+    """Ray's options that keep a step to nodes that declare a resource: a trace of it is asked."""
+    return {"resources": {resource: TRACE}} if resource else {}
+
+
+TRACE = 0.001
 
 
 def run_shards(
-    attempts: Sequence[Attempt], settings: WorkerSettings, resources: RayResources, workers: int
+    attempts: Sequence[Attempt],
+    settings: WorkerSettings,
+    resources: RayResources,
+    pool: EncoderPool,
 ) -> Iterator[ShardResult | ShardFailure]:
     """Run shards, one attempt each, in any order; every one of them is answered for, once.
 
-    A shard whose worker died, or whose task raised, comes back as a failure.
+    A shard whose worker died, or whose task raised, comes back as a failure. Ray Data keeps a few
+    kilobytes in the driver for every shard it was ever given, so it gets `WINDOW` of them at a time.
     """
+    for start in range(0, len(attempts), WINDOW):
+        yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
+
+
+WINDOW = 512
+
+
+def _run_window(
+    attempts: Sequence[Attempt],
+    settings: WorkerSettings,
+    resources: RayResources,
+    pool: EncoderPool,
+) -> Iterator[ShardResult | ShardFailure]:
     # Ray 2.60 has no other way to say how often a task may be tried.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
@@ -156,7 +218,7 @@ def run_shards(
         object_store_memory=resources.in_flight_bytes
     )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    workers = min(workers, len(attempts))
+    most = min(pool.largest, len(attempts))
     encode_cpus = resources.threads - 2 * READ_CPUS
     # The type of a function on Arrow tables is one that ray.data's own hints do not know.
     read: Any = read_shard
@@ -167,19 +229,23 @@ def run_shards(
             fn_kwargs={"settings": settings},
             batch_size=None,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=min(workers + 1, len(attempts))),
+            compute=TaskPoolStrategy(size=min(most + 1, len(attempts))),
             num_cpus=READ_CPUS,
+            **_of(resources.read_resource),
         )
         .map_batches(
             EncodeWorker,
             fn_constructor_kwargs={"settings": settings},
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(
+                min_size=min(pool.smallest, most), max_size=most, max_tasks_in_flight_per_actor=2
+            ),
             num_cpus=encode_cpus,
             num_gpus=1 if resources.gpus else 0,
             # Ray would run a shard that kills its worker again without end.
             max_task_retries=0,
+            **_of(resources.encode_resource),
         )
     )
     missing = {attempt.shard.id for attempt in attempts}

@@ -5,6 +5,7 @@ rows with a result or an error; neither function raises for what is wrong with a
 """
 
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.errors import ShardError
+from schemas.location import exists
 from schemas.manifest import Layout
 from schemas.records import (
     Attempt,
+    GridRecord,
     ImageRecord,
     LinkRecord,
     Reject,
@@ -32,7 +35,7 @@ from stages.download import DownloadSettings, download_links
 from stages.encode_images import EncodeSettings, encode_shard
 from stages.extract_patches import extract_patches
 from stages.patch_table import ShardResult, table_paths, write_fragments
-from stages.sources import open_source
+from stages.sources import GRID_SOURCES, open_source
 from stages.suppress import read_suppressed, without_removed
 from stages.tokenizers import load_tokenizer
 
@@ -98,7 +101,9 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
 
 
-def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ImageRecord | Reject]:
+def _inputs(
+    attempt: Attempt, settings: WorkerSettings
+) -> Iterator[ImageRecord | GridRecord | Reject]:
     """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
 
     What is on the list of removed pictures is turned away: before it is downloaded where its
@@ -114,8 +119,8 @@ def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ImageRecord 
 
 
 def _only(
-    items: Iterator[ImageRecord | LinkRecord | Reject], attempt: Attempt
-) -> Iterator[ImageRecord | LinkRecord | Reject]:
+    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject], attempt: Attempt
+) -> Iterator[ImageRecord | LinkRecord | GridRecord | Reject]:
     """The items of the rows that are tried again. Raises ShardError where one is gone."""
     missing = set(attempt.rows)
     for item in items:
@@ -144,9 +149,10 @@ class EncodeWorker:
         self._settings = settings
         self._measured = False
         self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
-        self._tokenizer.setup(
-            settings.device, precision=settings.precision, compile=settings.compile
-        )
+        if settings.source.name not in GRID_SOURCES:
+            self._tokenizer.setup(
+                settings.device, precision=settings.precision, compile=settings.compile
+            )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
@@ -164,6 +170,13 @@ class EncodeWorker:
 
     def _encode(self, row: pa.Table) -> ShardResult:
         settings, spec = self._settings, self._tokenizer.spec
+        layout = Layout(settings.database)
+        if not exists(layout.manifest):
+            # Fragments would go to a folder of this node's own, where no table finds them.
+            raise ShardError(
+                f"node {socket.gethostname()} does not see the database at {layout.root}; put it"
+                " where all nodes of the cluster do: on a shared file system or in a bucket"
+            )
         columns = ("shard", "source", "members", "attempt", "rows")
         attempt = _attempt({name: row[name][0].as_py() for name in columns})
         shard = attempt.shard
@@ -192,7 +205,7 @@ class EncodeWorker:
             ],
             schema=REJECTS_SCHEMA,
         )
-        paths = table_paths(Layout(settings.database), settings.keys)
+        paths = table_paths(layout, settings.keys)
         tables = {
             "patches": patches,
             "rejects": rejects,

@@ -17,7 +17,7 @@ import ray
 
 from arrag_runtime.patch_index import PatchIndex
 from pipeline.lease import lease
-from pipeline.ray_run import RayResources, ray_cluster, worker_count
+from pipeline.ray_run import RayResources, encoder_pool, ray_cluster
 from pipeline.trainset_worker import TrainsetWorker, Written, write_pictures, write_shard
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.location import join, make_folder, names, normalised, remove, write_bytes
@@ -34,7 +34,7 @@ from schemas.trainset import (
 )
 from stages.patch_table import RowTable
 from stages.read_images import ImageTable
-from stages.sources import open_source
+from stages.sources import locate_source, open_source
 
 IMAGES_PER_TASK = 32
 """Pictures a task of the database's own: some 16,000 searches on a 24 x 24 grid."""
@@ -152,8 +152,7 @@ def make_trainset(
 
 def absolute(source: SourceSettings) -> SourceSettings:
     """The same source for workers, whose working folder is another one."""
-    inputs = tuple(str(Path(place).expanduser().absolute()) for place in source.input)
-    return replace(source, input=inputs)
+    return locate_source(source)
 
 
 def _describe(
@@ -250,7 +249,7 @@ def _run(
     options = {"num_cpus": resources.threads, "num_gpus": 1 if resources.gpus else 0}
     of_ids: Any = ray.remote(write_pictures).options(**options)
     of_shard: Any = ray.remote(write_shard).options(**options)
-    ahead, waiting = 2 * worker_count(resources), deque(tasks)
+    ahead, waiting = 2 * encoder_pool(resources).largest, deque(tasks)
     settings, running = ray.put(worker), deque[Any]()
     while waiting or running:
         while waiting and len(running) < ahead:

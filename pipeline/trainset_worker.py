@@ -5,7 +5,7 @@ of rows, as the driver commits them. A picture never retrieves itself or a copy 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +16,15 @@ from arrag_runtime.patch_index import PatchIndex
 from pipeline.query import load_database_tokenizer
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.neighborhood import MISSING, Neighborhood
-from schemas.records import Attempt, ImageRecord, Reject, Shard, SourceSettings
+from schemas.records import (
+    Attempt,
+    GridRecord,
+    GridShape,
+    ImageRecord,
+    Reject,
+    Shard,
+    SourceSettings,
+)
 from schemas.tables import Ids, fixed_lists
 from schemas.trainset import TrainsetManifest, trainset_schema
 from stages.decode import DecodeSettings
@@ -87,8 +95,11 @@ def write_shard(worker: TrainsetWorker, shard: Shard) -> Written:
     )
     tokenizer = _tokenizer(worker.database, worker.tokenizer_weights, worker.device)
     removed = read_suppressed(layout)
-    inputs: Iterator[ImageRecord | Reject] = download_links(
-        without_removed(open_source(worker.source).read(shard), removed),
+    spec = worker.manifest.tokenizer
+    grid = GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
+    source = open_source(replace(worker.source, grid=grid))
+    inputs: Iterator[ImageRecord | GridRecord | Reject] = download_links(
+        without_removed(source.read(shard), removed),
         *(DownloadSettings(), Attempt(shard)),
         removed=removed,
     )

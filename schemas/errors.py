@@ -17,5 +17,9 @@ class DatabaseBusyError(ArragError):
     """Another process holds the database's lease."""
 
 
+class LeaseLostError(ArragError):
+    """Another process took the database over while this one gave no sign of life."""
+
+
 class ShardError(ArragError):
     """A whole shard failed, as opposed to single pictures in it."""

@@ -47,8 +47,8 @@ class Layout:
         return join(self.root, "codebook.npy")
 
     @property
-    def lease(self) -> str:
-        return join(self.root, "lease")
+    def leases(self) -> str:
+        return join(self.root, "leases")
 
     @property
     def ledger(self) -> str:

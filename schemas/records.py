@@ -82,6 +82,22 @@ class LinkRecord:
 
 
 @dataclass(frozen=True)
+class GridRecord:
+    """A picture that comes as its token grid: no model is needed.
+
+    `grid` holds the tokens as uint16, little-endian, in raster order; they fit the tokenizer.
+    """
+
+    row: int
+    key: str
+    grid: bytes
+    caption: str | None = None
+    url: str | None = None
+    licence: str | None = None
+    metadata: str | None = None
+
+
+@dataclass(frozen=True)
 class Reject:
     """An input that did not become a row, and why. `reason` is one of `REASONS`."""
 
@@ -112,7 +128,7 @@ REASONS = {
     "sha-mismatch": "the bytes are not those that the publisher listed",
     "missing": "the file was listed but is gone",
     "unreadable": "the file exists but reading it failed",
-    "broken-archive": "the tar is damaged from here on",
+    "broken-archive": "the archive or table is damaged from here on",
     "name-twice": "a sample holds two files of one extension",
     "no-image": "a sample without a picture",
     "removed": "its bytes or its address are on the database's list of removed pictures",
@@ -123,18 +139,61 @@ REASONS = {
     "too-small": "the shorter side is below the minimum",
     "too-elongated": "so long and narrow that its resized form has too many pixels",
     "unsupported-mode": "a pixel format that has no agreed reading as RGB",
+    "bad-line": "a line of a list that names no picture",
+    "no-url": "a row without an address",
+    "no-grid": "a row or file without a token grid",
+    "grid-size": "a token grid of another size than the tokenizer's",
+    "token-outside": "a token that the tokenizer's codebook does not have",
 }
 """Every reason a reject can have, with its meaning."""
 
 
 @dataclass(frozen=True)
+class GridShape:
+    """What a token grid must be like to fit a tokenizer."""
+
+    height: int
+    width: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class SourceSettings:
-    """How to reach a source's inputs. `input` is empty where a source needs none."""
+    """How to reach a source's inputs, and which of them to take.
+
+    input: empty where a source needs none. where: an expression over the source's columns; rows it
+    is not true for are no inputs. limit: the first so many of those, in the order of the source or,
+    with `shuffle_seed`, in a shuffled one. columns: a preset's name or "image=…,caption=…".
+    caption: which of JourneyDB's two. scale, revision: of DataComp's and other hub data sets.
+    cache: where files fetched from a publisher are kept. grid: for token grids, set by the build.
+    """
 
     name: str
     input: tuple[str, ...] = ()
     limit: int | None = None
     shard_size: int | None = None
+    where: str | None = None
+    shuffle_seed: int | None = None
+    columns: str | None = None
+    caption: str | None = None
+    scale: str | None = None
+    revision: str | None = None
+    keep_faces: bool = False
+    cache: str | None = None
+    grid: GridShape | None = None
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many inputs a source has. Where it was not counted exactly, `note` says how.
+
+    links: whether they are addresses that have to be fetched.
+    """
+
+    inputs: int
+    exact: bool
+    note: str = ""
+    links: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +210,7 @@ RECORDS_SCHEMA = pa.schema(
         pa.field("key", pa.string(), nullable=False),
         pa.field("url", pa.string()),
         pa.field("data", pa.large_binary()),
+        pa.field("grid", pa.binary()),
         pa.field("caption", pa.string()),
         pa.field("licence", pa.string()),
         pa.field("metadata", pa.string()),
@@ -160,10 +220,10 @@ RECORDS_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-"""A shard's inputs on their way to the encoder: encoded pictures (data set) and rejects."""
+"""A shard's inputs on their way to the encoder: pictures (data set), grids and rejects."""
 
 
-def pack_records(items: Iterable[ImageRecord | Reject]) -> pa.Buffer:
+def pack_records(items: Iterable[ImageRecord | GridRecord | Reject]) -> pa.Buffer:
     """A shard's inputs as one Arrow stream, written a few at a time.
 
     It lies in a nameless temporary file ($TMPDIR) that is gone when the buffer is, and is mapped:
@@ -181,9 +241,11 @@ def pack_records(items: Iterable[ImageRecord | Reject]) -> pa.Buffer:
         return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _few(items: Iterable[ImageRecord | Reject]) -> Iterator[list[ImageRecord | Reject]]:
+def _few(
+    items: Iterable[ImageRecord | GridRecord | Reject],
+) -> Iterator[list[ImageRecord | GridRecord | Reject]]:
     """The items in groups of up to 16, a group ending where it reaches 16 MiB."""
-    group: list[ImageRecord | Reject] = []
+    group: list[ImageRecord | GridRecord | Reject] = []
     size = 0
     for item in items:
         group.append(item)
@@ -200,7 +262,7 @@ def _storable(value: object) -> object:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | Reject]:
+def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | GridRecord | Reject]:
     """The inputs that `pack_records` packed; one picture's bytes are copied at a time."""
     with pa.ipc.open_stream(stream) as reader:
         for batch in reader:
@@ -209,10 +271,12 @@ def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | Reject]:
                 yield _unpack(row)
 
 
-def _unpack(row: dict[str, Any]) -> ImageRecord | Reject:
+def _unpack(row: dict[str, Any]) -> ImageRecord | GridRecord | Reject:
     if row["reason"] is not None:
         return Reject(**{name: row[name] for name in _REJECT_FIELDS})
     known = {name: row[name] for name in _KNOWN_FIELDS}
+    if row["grid"] is not None:
+        return GridRecord(**known, grid=row["grid"])
     faces = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in row["faces"] or ())
     return ImageRecord(**known, data=row["data"], faces=faces)
 

@@ -59,7 +59,11 @@ def contains(ids: Ids, wanted: Ids) -> npt.NDArray[np.bool_]:
 
 
 def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
-    """A row a picture. tokens: the grid in raster order; latents: float16, same order."""
+    """A row a picture. tokens: the grid in raster order; latents: float16, same order.
+
+    width, height: of the upright original, 0 where only its grid was given; sha256: of its bytes,
+    or of the grid's.
+    """
     fields = [
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("source", pa.string(), nullable=False),

@@ -3,13 +3,13 @@
 In: the shard's inputs in order. Out: `EncodedShard`: grids of the pictures that could be used, a
 reject for every other. Threads decode ahead of the model, within a bounded window; batches are cut
 at fixed boundaries and the last one is padded, so a shard's tokens never depend on the others.
-Runs without Ray and Lance.
+Grids that come as such pass by the model, beside pictures or alone. Runs without Ray and Lance.
 """
 
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.records import ImageRecord, Reject, Shard
+from schemas.errors import ShardError
+from schemas.records import GridRecord, ImageRecord, Reject, Shard
 from schemas.specs import TokenizerSpec
 from schemas.split import is_held_out
 from schemas.tables import Ids, fixed_lists, image_id, images_schema
@@ -38,9 +39,12 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What is known of a picture besides its grid; `record` has lost its bytes."""
+    """What is known of a picture besides its grid; `record` has lost its bytes.
 
-    record: ImageRecord
+    Of a picture that came as its grid the sides are not known and 0, and the hash is the grid's.
+    """
+
+    record: ImageRecord | GridRecord
     width: int
     height: int
     sha256: str
@@ -102,7 +106,7 @@ class EncodedShard:
 
 def encode_shard(
     tokenizer: Tokenizer,
-    inputs: Iterable[ImageRecord | Reject],
+    inputs: Iterable[ImageRecord | GridRecord | Reject],
     settings: EncodeSettings,
     *,
     measure_agreement: bool = False,
@@ -112,11 +116,14 @@ def encode_shard(
     spec = tokenizer.spec
     images: list[EncodedImage] = []
     rejects: list[Reject] = []
+    grids: list[GridRecord] = []
     batches: list[Encoded] = []
     agreement: float | None = None
     with ThreadPoolExecutor(1, "encode") as model:
         waiting: deque[Future[Encoded]] = deque()
-        for pixels in _batches(_decoded(inputs, settings, rejects), images, settings):
+        for pixels in _batches(
+            _decoded(_pictures(inputs, grids), settings, rejects), images, settings
+        ):
             if measure_agreement and agreement is None:
                 agreement = tokenizer.agreement(pixels[: len(images)])
             waiting.append(model.submit(tokenizer.encode, pixels, latents=settings.latents))
@@ -128,14 +135,51 @@ def encode_shard(
     latents = [batch.latents for batch in batches if batch.latents is not None]
     if settings.latents and not latents:
         latents = [np.empty((*shape, spec.dimension), np.float16)]
+    encoded = np.concatenate(tokens)[: len(images)]
+    if grids:
+        images, encoded = _with_grids(images, encoded, grids, spec, settings)
     return EncodedShard(
         images=tuple(images),
-        tokens=np.concatenate(tokens)[: len(images)],
+        tokens=encoded,
         latents=np.concatenate(latents)[: len(images)] if latents else None,
         rejects=tuple(sorted(rejects, key=lambda reject: reject.row)),
         seconds=time.perf_counter() - started,
         agreement=agreement,
     )
+
+
+def _pictures(
+    inputs: Iterable[ImageRecord | GridRecord | Reject], grids: list[GridRecord]
+) -> Iterator[ImageRecord | Reject]:
+    """What is no grid yet; the others go to `grids`."""
+    for item in inputs:
+        if isinstance(item, GridRecord):
+            grids.append(item)
+        else:
+            yield item
+
+
+def _with_grids(
+    images: list[EncodedImage],
+    tokens: Tokens,
+    grids: Sequence[GridRecord],
+    spec: TokenizerSpec,
+    settings: EncodeSettings,
+) -> tuple[list[EncodedImage], Tokens]:
+    """Pictures and grids together, in the order of their rows."""
+    if settings.latents:
+        raise ShardError("token grids bring no latents; latent key space needs the pictures")
+    shape = (spec.grid_height, spec.grid_width)
+    given = [np.frombuffer(item.grid, "<u2") for item in grids]
+    if any(len(g) != spec.positions or int(g.max()) >= spec.vocabulary for g in given):
+        raise ShardError(f"a token grid does not fit {spec.describe()}")
+    for item in grids:
+        sha256 = hashlib.sha256(item.grid).hexdigest()
+        light = replace(item, grid=b"")
+        images.append(EncodedImage(light, 0, 0, sha256, is_held_out(sha256, settings.hold_out)))
+    stacked = [tokens, np.array(given, np.uint16).reshape(-1, *shape)]
+    order = np.argsort([image.record.row for image in images], kind="stable")
+    return [images[index] for index in order], np.concatenate(stacked)[order]
 
 
 def _decoded(
@@ -169,7 +213,7 @@ def _decode_one(
     record: ImageRecord, settings: EncodeSettings
 ) -> tuple[EncodedImage, Pixels] | Reject:
     try:
-        done: Decoded = decode(record.data, settings.decode)
+        done: Decoded = decode(record.data, settings.decode, record.faces)
     except UndecodableError as error:
         return Reject(record.row, record.key, "decode", error.reason, error.detail, record.url)
     sha256 = hashlib.sha256(record.data).hexdigest()

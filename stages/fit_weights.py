@@ -39,12 +39,13 @@ SETTLED = 0.02
 @dataclass(frozen=True)
 class WeightSettings:
     """How much is sampled: entries of the table to retrieve from, and for the fit and again for judging
-    `queries` positions of `pictures` pictures. k: candidates a query. rounds: at most so many."""
+    `queries` positions of `pictures` pictures. k: candidates a query, as many as DAiD retrieves: fewer
+    leave much of the likelihood out. rounds: at most so many."""
 
     entries: int = 1_000_000
     pictures: int = 300
-    queries: int = 3000
-    k: int = 1024
+    queries: int = 2000
+    k: int = 2048
     rounds: int = 4
     seed: int = 0
 

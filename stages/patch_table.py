@@ -10,7 +10,7 @@ A compaction says so in the ledger before it starts, since its fragments are new
 import datetime
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from lance.fragment import write_fragments as lance_write_fragments
 
-from schemas.errors import IncompatibleError
+from schemas.errors import IncompatibleError, LeaseLostError
 from schemas.location import exists, join, make_folder
 from schemas.manifest import Layout
 from schemas.records import Attempt, RecordedShard, Shard
@@ -37,8 +37,10 @@ from schemas.tables import (
 PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
 COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
 COUNTS = ("inputs", "images", "heldout", "patches", "rejects")
-CLEAN_EVERY = 200
-KEEP_VERSIONS = datetime.timedelta(minutes=10)
+CLEAN_EVERY = 50
+METADATA_CACHE = 1 << 20
+"""Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
+KEEP_VERSIONS = datetime.timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class LedgerState:
     taken: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     unfinished: Mapping[str, frozenset[int]] = field(default_factory=dict)
     compacting: bool = False
+    by_source: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def done(self) -> frozenset[str]:
@@ -147,6 +150,7 @@ def read_ledger(layout: Layout) -> LedgerState:
     marks: dict[str, int] = {}
     totals = dict.fromkeys((*COUNTS, "removed"), 0)
     open_compactions = 0
+    by_source: dict[str, dict[str, int]] = {}
     attempts: dict[str, int] = {}
     planned: dict[tuple[str, int], frozenset[int]] = {}
     taken: dict[str, dict[int, int]] = defaultdict(dict)
@@ -171,8 +175,11 @@ def read_ledger(layout: Layout) -> LedgerState:
         open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
         for name, mark in row["fragments"] or ():
             marks[name] = max(marks.get(name, -1), mark)
+        of_source = by_source.setdefault(row["source"], dict.fromkeys(COUNTS, 0))
         for name in COUNTS:
             totals[name] += row[name] or 0
+            of_source[name] += row[name] or 0
+    by_source.pop("", None)  # Rows about the whole database.
     unfinished: dict[str, frozenset[int]] = {}
     for (shard_id, _), open_rows in planned.items():
         unfinished[shard_id] = unfinished.get(shard_id, frozenset()) | open_rows
@@ -180,6 +187,7 @@ def read_ledger(layout: Layout) -> LedgerState:
     return LedgerState(
         *(recorded, marks, totals, attempts, dict(taken), unfinished),
         compacting=open_compactions > 0,
+        by_source=by_source,
     )
 
 
@@ -188,14 +196,32 @@ def _rows(ledger_row: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(map(int, ledger_row["members"] or ()))
 
 
-class Committer:
-    """The one writer of a database's tables; its holder has the lease."""
+def unfenced() -> None:
+    """The check of a writer that needs no lease: it writes to a table of its own."""
 
-    def __init__(self, layout: Layout, keys: KeySpec) -> None:
+
+class Committer:
+    """The one writer of a database's tables; its holder has the lease.
+
+    check: called before every commit; raises when the lease is lost, and nothing is committed.
+    """
+
+    def __init__(self, layout: Layout, keys: KeySpec, check: Callable[[], None] = unfenced) -> None:
+        self._check = check
+        # Every version of a table that is opened stays in a cache; ours are read once.
+        session = lance.Session(metadata_cache_size_bytes=METADATA_CACHE)
+        self._ledger = lance.dataset(layout.ledger, session=session)
+        self._session = session
         self._paths = table_paths(layout, keys)
-        self._ledger = lance.dataset(layout.ledger)
-        self._tables = {name: lance.dataset(path) for name, path in self._paths.items()}
+        self._open()
         self._commits = 0
+
+    def _open(self) -> None:
+        """Take the tables at their newest versions, and their highest fragments."""
+        self._tables = {
+            name: lance.dataset(path, session=self._session) for name, path in self._paths.items()
+        }
+        self._highest = {name: _highest_fragment(table) for name, table in self._tables.items()}
 
     def recover(self, state: LedgerState) -> int:
         """Drop what attempts without a ledger row left in the tables; returns the rows dropped.
@@ -216,9 +242,8 @@ class Committer:
                 dropped += sum(f.count_rows() for f in stale)
                 ids = [f.fragment_id for f in stale]
                 operation = lance.LanceOperation.Delete([], ids, "unfinished shards")
-                self._tables[name] = lance.LanceDataset.commit(
-                    table, operation, read_version=table.version
-                )
+                self._tables[name] = self._commit(table, operation)
+                self._highest[name] = _highest_fragment(self._tables[name])
         return dropped
 
     def plan(self, shards: Iterable[Shard]) -> None:
@@ -264,8 +289,15 @@ class Committer:
         )
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
+            self._tidy_ledger()
             for table in (*self._tables.values(), self._ledger):
                 table.cleanup_old_versions(older_than=KEEP_VERSIONS)
+
+    def _tidy_ledger(self) -> None:
+        """Bring the ledger's rows together: one file a row would be slow to read when resuming."""
+        self._check()
+        self._ledger.optimize.compact_files()
+        self._ledger.checkout_latest()
 
     def begin_compaction(self, losses: Iterable[Loss]) -> None:
         """Record what the tables are about to lose, before they do."""
@@ -284,30 +316,51 @@ class Committer:
 
     def end_compaction(self) -> None:
         """Record the tables' new versions and marks; what is in them now is complete."""
-        self._tables = {name: lance.dataset(path) for name, path in self._paths.items()}
+        self._open()
         row = {"shard": "", "source": "", "attempt": 0, "state": "compacted"}
         self._append_ledger([row | self._marks()])
 
     def _marks(self) -> dict[str, object]:
         """The versions and marks of a ledger row, and its time."""
-        tables = {name: self._tables[name] for name in COMMIT_ORDER}
-        marks = {
-            name: max((f.fragment_id for f in table.get_fragments()), default=-1)
-            for name, table in tables.items()
-        }
-        versions = [(name, table.version) for name, table in tables.items()]
-        return {"versions": versions, "fragments": list(marks.items()), "time": _now()}
+        versions = [(name, self._tables[name].version) for name in COMMIT_ORDER]
+        marks = [(name, self._highest[name]) for name in COMMIT_ORDER]
+        return {"versions": versions, "fragments": marks, "time": _now()}
 
     def _append(self, name: str, fragments: Sequence[str]) -> None:
         table = self._tables[name]
         new = [lance.FragmentMetadata.from_json(text) for text in fragments]
-        self._tables[name] = lance.LanceDataset.commit(
-            table, lance.LanceOperation.Append(new), read_version=table.version
-        )
+        grown = self._commit(table, lance.LanceOperation.Append(new))
+        # Ids go up by one, but for the first after a deletion; to list all takes ever longer.
+        mark = self._highest[name] + len(new)
+        known = grown.get_fragment(mark) and not grown.get_fragment(mark + 1)
+        self._tables[name] = grown
+        self._highest[name] = mark if known else _highest_fragment(grown)
 
     def _append_ledger(self, rows: list[dict[str, object]]) -> None:
         table = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA)
-        self._ledger = lance.write_dataset(table, self._ledger, mode="append")
+        new = lance_write_fragments(table, self._ledger.uri, schema=LEDGER_SCHEMA)
+        self._ledger = self._commit(self._ledger, lance.LanceOperation.Append(new))
+
+    def _commit(self, table: lance.LanceDataset, operation: Any) -> lance.LanceDataset:
+        """The table's next version. Raises LeaseLostError when there was another in between.
+
+        Lance rebases an append on whatever it finds, be it another writer's or, where a store
+        answered too late, the same append; both would double rows. The ledger has no row for them
+        then, so the next build drops them.
+        """
+        self._check()
+        grown = lance.LanceDataset.commit(table, operation, read_version=table.version)
+        if grown.version != table.version + 1:
+            raise LeaseLostError(
+                f"{table.uri} is at version {grown.version} after one commit to {table.version}, so"
+                " something else was committed beside this; run the same command again once no"
+                " other process writes to the database"
+            )
+        return grown
+
+
+def _highest_fragment(table: lance.LanceDataset) -> int:
+    return max((f.fragment_id for f in table.get_fragments()), default=-1)
 
 
 class RowTable:

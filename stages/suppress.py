@@ -14,7 +14,7 @@ import lance
 
 from schemas.location import exists
 from schemas.manifest import Layout
-from schemas.records import ImageRecord, LinkRecord, Reject
+from schemas.records import GridRecord, ImageRecord, LinkRecord, Reject
 
 Item = TypeVar("Item")
 
@@ -29,7 +29,7 @@ class Suppressed:
     def __bool__(self) -> bool:
         return bool(self.hashes or self.urls)
 
-    def reject(self, item: ImageRecord | LinkRecord) -> Reject | None:
+    def reject(self, item: ImageRecord | LinkRecord | GridRecord) -> Reject | None:
         """The reject that this input becomes, or None where it may come in."""
         if item.url is not None and item.url in self.urls:
             detail = "its address is on the list of removed pictures"
@@ -58,12 +58,13 @@ def _read(table: str, version: int) -> Suppressed:
 def without_removed(items: Iterable[Item], suppressed: Suppressed) -> Iterator[Item | Reject]:
     """These inputs in order, with rejects in place of pictures and links that were removed."""
     for item in items:
-        asked = item if isinstance(item, ImageRecord | LinkRecord) else None
+        asked = item if isinstance(item, ImageRecord | LinkRecord | GridRecord) else None
         yield (asked and suppressed.reject(asked)) or item
 
 
-def _sha256(item: ImageRecord | LinkRecord) -> str | None:
-    """The hash of a picture's bytes, or the one that the publisher lists for a link."""
+def _sha256(item: ImageRecord | LinkRecord | GridRecord) -> str | None:
+    """The hash of a picture's bytes or grid, or the one that the publisher lists for a link."""
     if isinstance(item, LinkRecord):
         return item.sha256
-    return hashlib.sha256(item.data).hexdigest()
+    data = item.grid if isinstance(item, GridRecord) else item.data
+    return hashlib.sha256(data).hexdigest()

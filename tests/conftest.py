@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+from tests.s3_server import new_bucket, s3_server
 
 # One thread each for torch and faiss: on a busy machine their threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -91,3 +93,26 @@ def tokenizer(narrow_weights: Path) -> Any:
     loaded = load_tokenizer("vq16", str(narrow_weights))
     loaded.setup("cpu", precision="float32")
     return loaded
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Mapping[str, str]]:
+    """The environment in which a server on loopback is the object store."""
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new, empty bucket; this process and those it starts reach it."""
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    return new_bucket()
+
+
+@pytest.fixture(params=["disk", "store"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place for a database: a folder that is not there yet, or a prefix in a bucket."""
+    if request.param == "store":
+        return f"s3://{request.getfixturevalue('bucket')}/some/prefix"
+    return str(tmp_path / "place")

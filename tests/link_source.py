@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from schemas.records import LinkRecord, Listing, RecordedShard, Reject, Shard, SourceSettings
+from schemas.records import Count, LinkRecord, Listing, RecordedShard, Reject, Shard, SourceSettings
 from stages.sources import SOURCES
 from stages.sources.content import make_shard
 
@@ -32,6 +32,9 @@ class LinkSource:
         groups = [lines[start : start + self._size] for start in range(0, len(lines), self._size)]
         shards = [make_shard(self.name, group) for group in groups]
         return Listing([s for s in shards if s.id not in known or known[s.id].inputs is None])
+
+    def count(self) -> Count:
+        return Count(len(self._path.read_text().splitlines()), exact=True, links=True)
 
     def read(self, shard: Shard) -> Iterator[LinkRecord | Reject]:
         for row, line in enumerate(shard.members):

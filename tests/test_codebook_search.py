@@ -305,6 +305,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         np.save(tmp_path / CENTROIDS, wrong)
         with pytest.raises(IncompatibleError, match="lists and centroids disagree"):
             open_codes(tmp_path, world, [name])
+    with pytest.raises(IncompatibleError, match="names no parts"):
+        open_codes(tmp_path, world, [])
     (tmp_path / CENTROIDS).unlink()
     with pytest.raises(IncompatibleError, match="no readable centroids"):
         open_codes(tmp_path, world, [name])

@@ -11,7 +11,7 @@ import pytest
 from schemas.errors import BadInputError
 from schemas.records import RecordedShard, Reject, pack_records, unpack_records
 from tests.conftest import jpeg
-from tests.source_cases import folder_of, open_folder, read_all, records
+from tests.source_cases import folder_of, open_folder, packable, read_all, records
 
 
 def test_a_folder_is_read_with_captions_and_without_hidden_files(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_file_name_that_is_no_utf8_can_be_packed(tmp_path: Path) -> None:
     folder_of(tmp_path)
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(jpeg(9))
     for items in read_all(open_folder(tmp_path)).values():
-        assert len(list(unpack_records(pack_records(items)))) == 8
+        assert len(list(unpack_records(pack_records(packable(items))))) == 8
 
 
 def test_several_folders_are_one_source(tmp_path: Path) -> None:

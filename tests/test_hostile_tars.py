@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from schemas.records import ImageRecord, Reject, SourceSettings, pack_records, unpack_records
+from schemas.records import (
+    GridRecord,
+    ImageRecord,
+    Reject,
+    SourceSettings,
+    pack_records,
+    unpack_records,
+)
 from stages.decode import DecodeSettings, UndecodableError, decode
 from stages.sources import open_source
 from tests.conftest import jpeg
-from tests.source_cases import read_all
+from tests.source_cases import packable, read_all
 
 Entry = tuple[str, bytes | tuple[bytes, str]]
 """A name, and its content or the type and target of what is no file."""
@@ -74,16 +81,17 @@ def test_hostile_entries(case: str, tmp_path: Path) -> None:
                 archive.addfile(member, io.BytesIO(content))
     source = open_source(SourceSettings("webdataset", (str(path),)))
     items = [item for found in read_all(source).values() for item in found]
-    packed = list(unpack_records(pack_records(items)))
+    packed = list(unpack_records(pack_records(packable(items))))
     assert {item.key: outcome(item) for item in packed} == expected | {"last": "picture"}
     assert [item.row for item in packed] == list(range(len(packed)))
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
-def outcome(item: ImageRecord | Reject) -> str:
+def outcome(item: ImageRecord | GridRecord | Reject) -> str:
     """What becomes of an input, decoded where it can be."""
     if isinstance(item, Reject):
         return item.reason
+    assert isinstance(item, ImageRecord)
     try:
         decode(item.data, DecodeSettings())
     except UndecodableError as error:

@@ -1,6 +1,5 @@
 """Places on disks and in buckets, and what moves between them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,27 +22,6 @@ from schemas.location import (
     write_bytes,
 )
 from schemas.manifest import Layout
-from tests.s3_server import new_bucket, s3_server
-
-S3 = "s3"
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket at a server of this module's own."""
-    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield new_bucket()
-
-
-@pytest.fixture(params=["disk", S3])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place: a folder that is not there yet, or a prefix."""
-    if request.param == S3:
-        bucket: str = request.getfixturevalue("bucket")
-        return f"s3://{bucket}/{tmp_path.name}"
-    return str(tmp_path / "place")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def undisturbed(database: Layout, tmp_path_factory: pytest.TempPathFactory) -> L
     return copy
 
 
-@pytest.mark.parametrize("moment", [2, 9, 16, 24, 32])
+@pytest.mark.parametrize("moment", [3, 9, 16, 24, 32])
 def test_a_killed_index_goes_on_to_the_same_bytes(
     moment: int, database: Layout, undisturbed: Layout, tmp_path: Path
 ) -> None:

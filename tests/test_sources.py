@@ -18,7 +18,17 @@ from schemas.records import (
 from stages.sources import SOURCES, open_source
 from stages.sources.content import fingerprint, make_shard
 from stages.sources.sample import PICTURES
-from tests.source_cases import CASES, open_case, open_folder, read_all, records, tar_of
+from tests.source_cases import (
+    CASES,
+    items_of,
+    open_case,
+    open_folder,
+    packable,
+    read_all,
+    records,
+    rowless,
+    tar_of,
+)
 
 
 def test_every_source_has_a_case() -> None:
@@ -41,7 +51,7 @@ def test_the_contract_of_a_source(name: str, tmp_path: Path) -> None:
         assert len(items) <= 3
         assert re.fullmatch("[0-9a-f]{16}", shard.id)
         assert shard.source == name
-        assert list(unpack_records(pack_records(items))) == items
+        assert list(unpack_records(pack_records(packable(items)))) == packable(items)
     assert len({shard.id for shard in found}) == len(found)
     keys = [item.key for items in found.values() for item in items]
     assert len(set(keys)) == len(keys) == (48 if name == "sample" else 7)
@@ -67,12 +77,40 @@ def test_what_is_done_is_not_listed_and_what_is_planned_comes_back(
 @pytest.mark.parametrize("limit", [1, 4])
 def test_a_limit_takes_the_first_inputs(name: str, limit: int, tmp_path: Path) -> None:
     """--limit N gives the first N inputs, over all shards together."""
-    whole = list(records(open_case(name, tmp_path)).values())
-    limited = records(open_case(name, tmp_path, shard_size=3, limit=limit)).values()
-    assert [item.data for item in limited] == [item.data for item in whole[:limit]]
+    whole = items_of(open_case(name, tmp_path))
+    limited = items_of(open_case(name, tmp_path, shard_size=3, limit=limit))
+    assert list(map(rowless, limited)) == list(map(rowless, whole[:limit]))
 
 
-@pytest.mark.parametrize("name", ["folder", "webdataset"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_shuffle_is_the_same_every_time_and_loses_nothing(name: str, tmp_path: Path) -> None:
+    """--shuffle-seed orders shards and rows; the seed decides, and is part of the shard."""
+    whole = {rowless(item) for item in items_of(open_case(name, tmp_path, shard_size=3))}
+    orders = []
+    for seed in (1, 1, 2, 3):
+        found = read_all(open_case(name, tmp_path, shard_size=3, shuffle_seed=seed))
+        items = [rowless(item) for items in found.values() for item in items]
+        assert len(items) == len(whole)
+        assert set(items) == whole
+        for shard, rows in found.items():
+            assert [item.row for item in rows] == list(range(len(rows)))
+            again = open_case(name, tmp_path).read(shard)
+            assert list(again) == rows
+        orders.append(items)
+    assert orders[0] == orders[1]
+    assert orders[1] != orders[2] or orders[2] != orders[3]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_input_is_counted_before_anything_runs(name: str, tmp_path: Path) -> None:
+    """Small inputs are counted exactly; a limit is heeded."""
+    source = open_case(name, tmp_path)
+    assert source.count().inputs == len(items_of(source))
+    assert source.count().exact
+    assert open_case(name, tmp_path, limit=2).count().inputs == 2
+
+
+@pytest.mark.parametrize("name", sorted({*SOURCES} - {"sample"}))
 def test_the_input_has_to_be_given_and_the_size_to_fit(name: str, tmp_path: Path) -> None:
     """Missing --input, and shard sizes that the ids of a shard's rows could not count."""
     with pytest.raises(BadInputError, match="--input"):

@@ -24,9 +24,9 @@ from schemas.records import (
     unpack_records,
 )
 from stages.sources import Source, open_source
-from stages.sources.webdataset import _key
+from stages.sources.webdataset import WebdatasetLayout
 from tests.conftest import encoded, jpeg, picture
-from tests.source_cases import Items, read_all, records
+from tests.source_cases import Items, packable, read_all, records
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
@@ -240,7 +240,7 @@ def test_text_that_is_no_unicode_can_be_packed(
 ) -> None:
     """Half a surrogate pair in a json, or a name in an old encoding, must not lose its shard."""
     items = items_of(open_tars(write_tar(tmp_path / "a.tar", [*files, *samples(0, 1)])))
-    assert len(list(unpack_records(pack_records(items)))) == 2
+    assert len(list(unpack_records(pack_records(packable(items))))) == 2
 
 
 def test_a_tar_whose_name_is_no_utf8_can_be_recorded(tmp_path: Path) -> None:
@@ -302,5 +302,42 @@ def test_keys_are_webdatasets_own(tmp_path: Path) -> None:
     ]
     for name in names:
         member = tarfile.TarInfo(name)
-        key, extension = _key(member)
+        key, extension = WebdatasetLayout().key(member)
         assert (key, extension or None) == base_plus_ext(name), name
+
+
+def test_what_datacomps_tools_wrote_is_kept_and_can_be_a_condition(tmp_path: Path) -> None:
+    """The json of img2dataset with DataComp's columns: all of it stays, --where sees all of it."""
+    files = []
+    for n in range(4):
+        described = {
+            "uid": f"{n:032x}",
+            "sha256": f"{n:064x}",
+            "caption": f"c{n}",
+            "url": f"http://h/{n}",
+            "key": f"{n:09}",
+            "status": "success",
+            "error_message": None,
+            "width": 100 * n,
+            "height": 90,
+            "original_width": 300,
+            "original_height": 200,
+            "clip_l14_similarity_score": n / 10 if n else None,
+            "exif": "{}",
+        }
+        files += [(f"{n:09}.jpg", jpeg(n)), (f"{n:09}.txt", f"c{n}".encode())]
+        files.append((f"{n:09}.json", json.dumps(described).encode()))
+    path = write_tar(tmp_path / "00000.tar", files)
+    found = records(open_tars(path))
+    kept = json.loads(found["000000003"].metadata or "")
+    assert (kept["uid"], kept["sha256"]) == (f"{3:032x}", f"{3:064x}")
+    assert (kept["width"], kept["clip_l14_similarity_score"]) == (300, 0.3)
+    assert set(described) - set(kept) == {"caption", "url"}
+    where = "clip_l14_similarity_score >= 0.2 or url like '%/0'"
+    some = open_source(SourceSettings("webdataset", (str(path),), where=where))
+    items = items_of(some)
+    assert [item.key for item in items] == ["000000000", "000000002", "000000003"]
+    assert [item.row for item in items] == [0, 1, 2]
+    wrong = open_source(SourceSettings("webdataset", (str(path),), where="score > 1"))
+    with pytest.raises(BadInputError, match=r"'score'.*uid, sha256, caption"):
+        wrong.listing(())

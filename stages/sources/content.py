@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from schemas.errors import BadInputError
-from schemas.records import Shard
+from schemas.records import MAX_ROWS_PER_SHARD, Shard
 
 WINDOW, WINDOWS = 8 * 1024, 16
 
@@ -43,3 +43,9 @@ def require_input(name: str, given: tuple[str, ...]) -> tuple[str, ...]:
     if not given:
         raise BadInputError(f"--source {name} needs --input PATH")
     return given
+
+
+def require_shard_size(size: int | None) -> None:
+    """Raise BadInputError for a shard size that the ids of its rows could not count."""
+    if size is not None and not 0 < size <= MAX_ROWS_PER_SHARD:
+        raise BadInputError(f"--shard-size {size} is outside 1..{MAX_ROWS_PER_SHARD}")

@@ -11,17 +11,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-import pyarrow.parquet as pq
+import numpy as np
 
 from schemas.errors import BadInputError
 from schemas.records import (
-    MAX_ROWS_PER_SHARD,
+    Count,
     ImageRecord,
     Listing,
     RecordedShard,
@@ -29,11 +26,16 @@ from schemas.records import (
     Shard,
     SourceSettings,
 )
-from stages.sources.content import fingerprint, make_shard, require_input
+from stages.sources.content import (
+    fingerprint,
+    make_shard,
+    require_input,
+    require_shard_size,
+)
+from stages.sources.folder_metadata import read_metadata, take_text, with_numbers
+from stages.sources.where import parse_where, table_of
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 LICENCE_COLUMNS = ("licence", "license")
 BESIDE = frozenset((".txt", ".json", ".jsonl", ".csv", ".parquet", ".md"))
@@ -45,22 +47,30 @@ SHARD_BYTES = 256 << 20
 
 
 class FolderSource:
-    """See the module. `shard_size` defaults to an eighth of the pictures, 16 to 1,000."""
+    """See the module. `shard_size` defaults to an eighth of the pictures, 16 to 1,000.
 
-    def __init__(self, settings: SourceSettings) -> None:
+    suffixes: the endings of its files, in lower case; kind: what they are, for messages.
+    """
+
+    def __init__(
+        self,
+        settings: SourceSettings,
+        suffixes: frozenset[str] = SUFFIXES,
+        kind: str = "pictures",
+    ) -> None:
         self.name = settings.name
+        self._suffixes, self._kind = suffixes, kind
+        self._where = parse_where(settings.where) if settings.where is not None else None
+        self._seed = settings.shuffle_seed
         self._roots = tuple(Path(p).expanduser() for p in require_input(self.name, settings.input))
         self._limit = settings.limit
         self._shard_size = settings.shard_size
-        if self._shard_size and not 0 < self._shard_size <= MAX_ROWS_PER_SHARD:
-            raise BadInputError(
-                f"--shard-size {self._shard_size} is outside 1..{MAX_ROWS_PER_SHARD}"
-            )
+        require_shard_size(self._shard_size)
         for root in self._roots:
             if not root.is_dir():
                 what = "is a file" if root.exists() else "does not exist"
                 raise BadInputError(
-                    f"--input '{root}' {what}; --source folder needs a folder of pictures"
+                    f"--input '{root}' {what}; --source {self.name} needs a folder of {kind}"
                 )
         self._listed: dict[str, int] | None = None
         self._notes: list[str] = []
@@ -101,11 +111,11 @@ class FolderSource:
     def _record(self, row: int, name: str, root: Path, relative: str) -> ImageRecord:
         data = (root / relative).read_bytes()
         fields = dict(read_metadata(root).get(relative, {}))
-        caption = _take(fields, CAPTION_COLUMNS)
+        caption = take_text(fields, CAPTION_COLUMNS)
         beside = (root / relative).with_suffix(".txt")
         if caption is None and beside.exists():
             caption = beside.read_text(encoding="utf-8", errors="replace").strip() or None
-        url, licence = _take(fields, ("url",)), _take(fields, LICENCE_COLUMNS)
+        url, licence = take_text(fields, ("url",)), take_text(fields, LICENCE_COLUMNS)
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
         return ImageRecord(row, name, data, caption, url, licence, rest)
 
@@ -116,19 +126,42 @@ class FolderSource:
         """
         if self._listed is None:
             members: dict[str, int] = {}
-            listed = ((root, name) for root in self._roots for name in self._pictures(root))
-            for count, (root, relative) in enumerate(listed):
+            found = False
+            for count, (root, relative) in enumerate(self._wanted()):
+                found = True
                 if self._limit is not None and count >= self._limit:
                     break
                 content, size = _content(root / relative)
                 members.setdefault(f"{content} {_to_text(relative)}", size)
-            if not members:
+            if not found and self._where is None:
                 names = ", ".join(str(root) for root in self._roots)
                 raise BadInputError(
-                    f"no pictures below {names}; looked for {', '.join(sorted(SUFFIXES))}"
+                    f"no {self._kind} below {names}; looked for {', '.join(sorted(self._suffixes))}"
                 )
             self._listed = members
         return self._listed
+
+    def _wanted(self) -> Iterable[tuple[Path, str]]:
+        """Root and relative path of every file that --where takes, in the order asked for."""
+        listed = ((root, name) for root in self._roots for name in self._pictures(root))
+        if self._where is None and self._seed is None:
+            return listed
+        chosen = list(listed)
+        if self._where is not None:
+            rows = [read_metadata(root).get(relative, {}) for root, relative in chosen]
+            table = with_numbers(table_of(rows))
+            self._where.require(name for name in table.column_names if name)
+            mask = self._where.mask(table)
+            chosen = [file for file, taken in zip(chosen, mask, strict=True) if taken]
+        if self._seed is not None:
+            order = np.random.default_rng(self._seed).permutation(len(chosen))
+            chosen = [chosen[index] for index in order]
+        return chosen
+
+    def count(self) -> Count:
+        """See `Source.count`."""
+        found = sum(1 for _ in self._wanted())
+        return Count(found if self._limit is None else min(found, self._limit), exact=True)
 
     def _pictures(self, root: Path) -> Iterator[str]:
         """Relative paths of the pictures below `root`, sorted; hidden files are left out.
@@ -144,7 +177,7 @@ class FolderSource:
             below[:] = sorted(name for name in below if not name.startswith("."))
             for name in sorted(files):
                 suffix = Path(name).suffix.lower()
-                if suffix in SUFFIXES and not name.startswith("."):
+                if suffix in self._suffixes and not name.startswith("."):
                     yield str((Path(folder) / name).relative_to(root))
                 elif suffix not in BESIDE and not name.startswith("."):
                     others[suffix or "no ending"] += 1
@@ -200,48 +233,3 @@ def _shard_size(pictures: int) -> int:
         return SMALLEST_SHARD
     wanted = 2 ** math.ceil(math.log2(pictures / FEWEST_SHARDS))
     return int(min(max(wanted, SMALLEST_SHARD), LARGEST_SHARD))
-
-
-def read_metadata(root: Path) -> Mapping[str, dict[str, Any]]:
-    """The rows of a folder's metadata file by file name; empty where there is none."""
-    for name in METADATA_FILES:
-        path = root / name
-        if path.exists():
-            return _read_metadata(path, path.stat().st_mtime_ns)
-    return {}
-
-
-@lru_cache(maxsize=4)
-def _read_metadata(path: Path, _changed: int) -> Mapping[str, dict[str, Any]]:
-    try:
-        if path.suffix == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-            rows = table.to_dict(orient="records")
-        elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            rows = [dict(json.loads(line)) for line in lines if line.strip()]
-        else:
-            rows = pq.read_table(path).to_pylist()
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInputError(f"cannot read {path}: {reason}; mend it or move it away") from error
-    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    column = next((name for name in FILE_COLUMNS if name in columns), None)
-    if rows and column is None:
-        raise BadInputError(
-            f"{path} has columns {', '.join(columns)}, but none of {', '.join(FILE_COLUMNS)};"
-            " name the file column file_name"
-        )
-    return {os.path.normpath(str(row.pop(column))): _present(row) for row in rows if column in row}
-
-
-def _present(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(name): value for name, value in row.items() if value is not None}
-
-
-def _take(fields: dict[str, Any], names: Sequence[str]) -> str | None:
-    """Remove and return the first of these fields that holds something, as text."""
-    for name in names:
-        if name in fields and str(fields[name]).strip():
-            return str(fields.pop(name)).strip()
-    return None

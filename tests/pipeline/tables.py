@@ -10,7 +10,7 @@ from schemas.manifest import DatabaseManifest, Layout
 ORDER = {"images": "image_id", "patches": "patch_id"}
 
 
-def all_rows(database: Path) -> dict[str, pa.Table]:
+def all_rows(database: str | Path) -> dict[str, pa.Table]:
     """The images, patches, rejects and ledger of a database, sorted; without times and versions."""
     layout = Layout(database)
     patches = layout.patches(DatabaseManifest.read(layout).keys)
@@ -26,7 +26,7 @@ def all_rows(database: Path) -> dict[str, pa.Table]:
     }
 
 
-def assert_same_rows(one: Path, other: Path) -> None:
+def assert_same_rows(one: str | Path, other: str | Path) -> None:
     """Both databases hold the same rows in every table."""
     left, right = all_rows(one), all_rows(other)
     for name, table in left.items():

@@ -12,6 +12,7 @@ from pipeline.build import build
 from pipeline.ray_run import RayResources
 from schemas.errors import BadInputError
 from tests.pipeline.conftest import settings
+from tests.pipeline.processes import encoders
 from tests.pipeline.tables import assert_same_rows
 
 
@@ -38,34 +39,6 @@ def test_a_refused_first_build_creates_nothing(
     assert not database.exists()
 
 
-def encoders() -> list[int]:
-    """The process ids of this machine's encode workers that belong to our own Ray cluster."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and _is_encoder(folder) and _descends_from_us(int(folder.name)):
-            found.append(int(folder.name))
-    return found
-
-
-def _is_encoder(process: Path) -> bool:
-    try:
-        return b"EncodeWorker" in (process / "cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def _descends_from_us(pid: int) -> bool:
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return False
-        pid = int(stat.rpartition(")")[2].split()[1])
-    return False
-
-
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_a_retry_and_no_row(
     ray_session: None, built: Path, pictures: Path, tmp_path: Path
@@ -75,7 +48,7 @@ def test_a_worker_that_dies_costs_a_retry_and_no_row(
 
     def kill_two() -> None:
         while not over.is_set() and len(killed) < 2:
-            for pid in encoders()[:1]:
+            for pid in encoders(os.getpid())[:1]:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
             time.sleep(0.05)

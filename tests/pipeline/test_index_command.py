@@ -16,6 +16,12 @@ from schemas.manifest import Layout
 from tests.pipeline.conftest import settings, write_picture
 
 
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certify with few queries; how well is not asked here."""
+    monkeypatch.setattr("pipeline.index.QUERIES", 60)
+
+
 def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
     ray_session: None, copied: Path, pictures: Path, tmp_path: Path
 ) -> None:

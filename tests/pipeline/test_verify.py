@@ -134,14 +134,13 @@ def lose_a_part(database: Path) -> None:
 
 
 def forget_a_part(database: Path) -> None:
-    """The manifest names no part that holds half of the entries."""
+    """The manifest names no part any more, and no keys."""
     folder = Path(Layout(database).index("codebook"))
-    made = IndexManifest.read(folder)
-    half = made.count // 2
-    replace(made, parts=(), count=half, entries=half).write(folder)
+    replace(IndexManifest.read(folder), parts=(), count=0, entries=0).write(folder)
 
 
 def name_another_version(database: Path) -> None:
+    """One of which the index holds more than the table did."""
     folder = Path(Layout(database).index("codebook"))
     made = IndexManifest.read(folder)
     replace(made, table_version=made.table_version - 1).write(folder)

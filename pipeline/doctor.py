@@ -1,0 +1,270 @@
+"""`arrag-db doctor`: is this machine fit for the work, said before hours are spent on it.
+
+Out: one `Finding` a thing looked at, each with the next step where it is not as it should be. Facts
+about the machine are gathered in one place and judged by pure functions.
+"""
+
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from pipeline.forecast import Forecast, size
+from schemas.location import in_store
+
+Verdict = Literal["ok", "warn", "FAIL"]
+OPEN_FILES_WANTED = 4096
+SHM_WANTED = 2 << 30
+"""Ray keeps pictures on their way in shared memory; below this it writes them to disk instead."""
+GATED = frozenset(("journeydb",))
+SPARE = 1.2
+"""Tables are compacted and indexes are built beside old ones, so a little room must be left."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `step` is what to do about it, empty where it is as it should be."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    step: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the findings are made from. Sizes are in bytes; None where something is not there."""
+
+    python: str
+    packages: dict[str, str]
+    cuda_build: str | None
+    gpus: tuple[str, ...]
+    nvidia: bool
+    hub_token: bool
+    free_disk: int | None
+    memory: int
+    open_files: int
+    shared_memory: int | None
+    ray_auth: str
+    ray_token: bool
+
+
+def examine(database: str | Path) -> Machine:
+    """Look at this machine; `database` says whose disk is meant."""
+    shm = Path("/dev/shm")
+    cuda, gpus = _torch()
+    return Machine(
+        python=".".join(map(str, sys.version_info[:3])),
+        packages=_packages(),
+        cuda_build=cuda,
+        gpus=gpus,
+        nvidia=Path("/proc/driver/nvidia/version").exists(),
+        hub_token=_has_hub_token(),
+        free_disk=None
+        if in_store(str(database))
+        else shutil.disk_usage(_existing(Path(database))).free,
+        memory=_available_memory(),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        shared_memory=shutil.disk_usage(shm).total if shm.exists() else None,
+        ray_auth=os.environ.get("RAY_AUTH_MODE", ""),
+        ray_token=bool(os.environ.get("RAY_AUTH_TOKEN"))
+        or Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists(),
+    )
+
+
+def diagnose(
+    machine: Machine, plan: Forecast | None = None, *, gpus: int = 0, address: str | None = None
+) -> list[Finding]:
+    """Judge a machine for a plan, or for work in general. Pure.
+
+    gpus: how many the build is to use; address: of the Ray cluster it is to run on.
+    """
+    return [
+        _faiss(machine),
+        _bounds(machine),
+        _gpu(machine, gpus),
+        _token(machine, plan),
+        _disk(machine, plan),
+        _memory(machine, plan),
+        _files(machine),
+        _shared(machine),
+        _ray(machine, address),
+    ]
+
+
+def _faiss(machine: Machine) -> Finding:
+    cpu, gpu = (machine.packages.get(name) for name in ("faiss-cpu", "faiss-gpu"))
+    if cpu and gpu:
+        step = (
+            "keep one: `pip uninstall -y faiss-cpu faiss-gpu`, then"
+            f" `pip install --no-deps {'faiss-gpu' if machine.gpus else 'faiss-cpu'}`"
+        )
+        return Finding("faiss", "FAIL", f"faiss-cpu {cpu} and faiss-gpu {gpu} clash", step)
+    if not cpu and not gpu:
+        return Finding("faiss", "FAIL", "not installed", "`pip install faiss-cpu`")
+    if cpu and machine.gpus:
+        step = "`pip uninstall -y faiss-cpu`, then `pip install --no-deps faiss-gpu`"
+        return Finding("faiss", "warn", f"faiss-cpu {cpu} beside a GPU: training is slow", step)
+    return Finding("faiss", "ok", f"faiss-cpu {cpu}" if cpu else f"faiss-gpu {gpu}")
+
+
+def _bounds(machine: Machine) -> Finding:
+    """Pairs that install without complaint and fail at import."""
+    numpy, arrow = (machine.packages.get(name, "0") for name in ("numpy", "pyarrow"))
+    detail = f"Python {machine.python}, numpy {numpy}, pyarrow {arrow}"
+    if "autofaiss" in machine.packages and int(numpy.split(".")[0]) >= 2:
+        return Finding(
+            "packages",
+            "FAIL",
+            f"{detail}: autofaiss needs numpy below 2",
+            "`pip install 'numpy<2'`",
+        )
+    if int(arrow.split(".")[0]) >= 26 and int(numpy.split(".")[0]) < 2:
+        step = "`pip install 'pyarrow<26'`"
+        return Finding("packages", "FAIL", f"{detail}: pyarrow 26 needs numpy 2", step)
+    return Finding("packages", "ok", detail)
+
+
+def _gpu(machine: Machine, gpus: int) -> Finding:
+    torch = f"torch {machine.packages.get('torch', 'missing')}"
+    if len(machine.gpus) < gpus:
+        detail = f"--gpus {gpus}, but {torch} sees {len(machine.gpus)}"
+        if machine.nvidia and machine.cuda_build is None:
+            return Finding("GPU", "FAIL", f"{detail}: a CPU build", "install a CUDA build of torch")
+        return Finding(
+            "GPU", "FAIL", detail, f"pass --gpus {len(machine.gpus)}, or use another machine"
+        )
+    if machine.nvidia and machine.cuda_build is None:
+        step = "install a CUDA build of torch"
+        return Finding("GPU", "warn", f"a driver is here, but {torch} is a CPU build", step)
+    if not machine.gpus:
+        step = "a CPU encodes a few pictures a second at best: use --source tokens, or a GPU"
+        return Finding("GPU", "warn", f"none; {torch}", step)
+    return Finding("GPU", "ok", f"{', '.join(machine.gpus)}; {torch}, CUDA {machine.cuda_build}")
+
+
+def _token(machine: Machine, plan: Forecast | None) -> Finding:
+    if machine.hub_token:
+        return Finding("hub token", "ok", "there is one")
+    gated = plan is not None and plan.source in GATED
+    step = "`hf auth login` with an account that was granted access"
+    detail = "none" + ("; this data set is gated" if gated else "; gated data sets stay closed")
+    return Finding("hub token", "FAIL" if gated else "warn", detail, step)
+
+
+def _disk(machine: Machine, plan: Forecast | None) -> Finding:
+    if machine.free_disk is None:
+        return Finding("disk", "ok", "the database is in a bucket")
+    free = f"{size(machine.free_disk)} free"
+    if plan is None:
+        low = machine.free_disk < 10 << 30
+        step = "give a source to compare with a plan, or name a larger disk with --db"
+        return Finding("disk", "warn", free, step) if low else Finding("disk", "ok", free)
+    index = min(plan.index_memory.values())
+    needed = round((plan.disk_bytes + index) * SPARE)
+    detail = f"{free}, the plan takes about {size(needed)} with an index"
+    if machine.free_disk < needed:
+        return Finding("disk", "FAIL", detail, "name a larger disk with --db, or pass --limit")
+    return Finding("disk", "ok", detail)
+
+
+def _memory(machine: Machine, plan: Forecast | None) -> Finding:
+    free = f"{size(machine.memory)} available"
+    if plan is None:
+        low = machine.memory < 4 << 30
+        step = "use fewer --workers: each holds the tokenizer and a shard"
+        return Finding("memory", "warn", free, step) if low else Finding("memory", "ok", free)
+    kind, needed = min(plan.index_memory.items(), key=lambda entry: entry[1])
+    detail = f"{free}, the smallest index ({kind}) takes {size(needed)}"
+    if machine.memory < needed:
+        step = "search on a machine with more memory, or index a part with --limit"
+        return Finding("memory", "warn", detail, step)
+    return Finding("memory", "ok", detail)
+
+
+def _files(machine: Machine) -> Finding:
+    detail = f"{machine.open_files:,} may be open"
+    if machine.open_files < OPEN_FILES_WANTED:
+        return Finding(
+            "file limit", "warn", detail, f"`ulimit -n {OPEN_FILES_WANTED}` before the build"
+        )
+    return Finding("file limit", "ok", detail)
+
+
+def _shared(machine: Machine) -> Finding:
+    if machine.shared_memory is None:
+        return Finding("/dev/shm", "warn", "not there", "Ray uses a folder on disk, which is slow")
+    detail = size(machine.shared_memory)
+    if machine.shared_memory < SHM_WANTED:
+        step = "enlarge it (`docker run --shm-size 8g …`), else Ray uses a slow folder on disk"
+        return Finding("/dev/shm", "warn", detail, step)
+    return Finding("/dev/shm", "ok", detail)
+
+
+def _ray(machine: Machine, address: str | None) -> Finding:
+    version = f"Ray {machine.packages.get('ray', 'missing')}"
+    if "ray" not in machine.packages:
+        return Finding("Ray", "FAIL", "not installed", "`pip install 'arrag[build]'`")
+    if machine.ray_auth == "token" and not machine.ray_token:
+        step = "`ray get-auth-token --generate`, the same token on the head and on every client"
+        return Finding("Ray", "FAIL", f"{version}, RAY_AUTH_MODE=token without a token", step)
+    mode = machine.ray_auth or "its default"
+    if address is not None and machine.ray_auth != "token":
+        step = "set RAY_AUTH_MODE=token and the head's token, unless the cluster runs without"
+        return Finding("Ray", "warn", f"{version}, authentication {mode} for {address}", step)
+    return Finding("Ray", "ok", f"{version}, authentication {mode}")
+
+
+def to_text(findings: Sequence[Finding]) -> str:
+    """A line a finding, and below it the next step."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.verdict:<4} {finding.name}: {finding.detail}")
+        if finding.step and finding.verdict != "ok":
+            lines.append(f"     → {finding.step}")
+    return "\n".join(lines)
+
+
+def _packages() -> dict[str, str]:
+    names = ("faiss-cpu", "faiss-gpu", "numpy", "pyarrow", "torch", "ray", "autofaiss", "pylance")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _torch() -> tuple[str | None, tuple[str, ...]]:
+    """The CUDA version torch was built for, and the GPUs it sees."""
+    try:
+        import torch
+    except ImportError:
+        return None, ()
+    cuda = torch.version.cuda
+    count = torch.cuda.device_count() if cuda and torch.cuda.is_available() else 0
+    return cuda, tuple(torch.cuda.get_device_name(index) for index in range(count))
+
+
+def _has_hub_token() -> bool:
+    """Whether there is a token; it is neither read out nor sent anywhere."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def _existing(path: Path) -> Path:
+    """The path or the nearest folder above it that exists."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _available_memory() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,137 @@
+"""The `journeydb` source: the publisher's NNN.tgz archives and their annotations, both as streams.
+
+--input: the data set's folder (or its `train` folder), or archives and annotation files; without it
+the data set on the hub, which is gated and needs the user's own token. Archives are `NNN.tgz` with
+`NNN/x.jpg` inside; annotations are `…anno….jsonl`, plain or in a tgz of its own, with a line a
+picture: `img_path` (`./NNN/x.jpg`), `prompt`, `Task1`, `Task2` {`Caption`}, `Task3`. Nothing is
+unpacked to disk: of the annotations a worker keeps the lines that name its archive's folder.
+The caption is Task2's, or the prompt with `--caption prompt`; null where that one is missing. The
+questions of Task3 are left out of the metadata.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import PurePosixPath
+from typing import Any
+
+from schemas.errors import BadInputError, ShardError
+from schemas.records import ImageRecord, Reject, SourceSettings
+from stages.sources.archives import ArchiveSource
+from stages.sources.columns import metadata_text
+from stages.sources.content import require_input
+from stages.sources.files import SourceFile, find_files
+from stages.sources.tar_samples import Sample, open_tar
+
+ARCHIVES, ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
+IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))
+CAPTIONS = ("task2", "prompt")
+HUB_INPUT = "hf://datasets/JourneyDB/JourneyDB/data/train"
+
+
+class JourneyDbLayout:
+    """How JourneyDB lays out an archive; follows the protocol `Layout`."""
+
+    def __init__(self, annotations: Sequence[SourceFile], caption: str) -> None:
+        self._annotations = annotations
+        self._caption = caption
+        self._read: tuple[str, dict[str, dict[str, Any]]] = ("", {})
+
+    def takes(self, name: str) -> bool:
+        """The archives of annotations are none of pictures."""
+        return not name.endswith(ANNOTATIONS)
+
+    def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
+        """Every picture is a sample of its own."""
+        path = PurePosixPath(member.name)
+        suffix = path.suffix[1:].lower()
+        ours = member.isreg() and suffix in IMAGE_SUFFIXES and not path.name.startswith(".")
+        return (_normal(member.name), suffix) if ours else (None, "")
+
+    def fields(self, archive: SourceFile, sample: Sample) -> dict[str, Any]:
+        """The picture's annotation; empty where it has none."""
+        if self._read[0] != archive.print:
+            found = {
+                _normal(str(line.get("img_path"))): line
+                for file in self._annotations
+                for line in read_annotations(file, _folder(archive))
+            }
+            self._read = (archive.print, found)
+        return self._read[1].get(sample.key, {})
+
+    def record(self, row: int, sample: Sample, fields: Mapping[str, Any]) -> ImageRecord | Reject:
+        """The picture with its caption; a name that comes twice in a row is a reject."""
+        if sample.twice is not None:
+            detail = "two files of this name follow each other"
+            return Reject(row, sample.key, "read", "name-twice", detail)
+        task2 = fields.get("Task2")
+        described = task2.get("Caption") if isinstance(task2, Mapping) else None
+        caption = described if self._caption == "task2" else fields.get("prompt")
+        text = (str(caption).strip() or None) if caption is not None else None
+        rest = {k: v for k, v in fields.items() if k not in ("img_path", "Task3")}
+        data = next(iter(sample.files.values()))
+        return ImageRecord(row, sample.key, data, text, metadata=metadata_text(rest))
+
+
+def journeydb_source(settings: SourceSettings) -> ArchiveSource:
+    """JourneyDB's archives with their annotations. Raises BadInputError for an unknown caption."""
+    caption = settings.caption or "task2"
+    if caption not in CAPTIONS:
+        raise BadInputError(f"--caption '{caption}' is not one of {', '.join(CAPTIONS)}")
+    given = require_input(settings.name, settings.input)
+    lists = [path for path in given if path.endswith(ANNOTATIONS)]
+    archives = [path for path in given if path not in lists]
+    try:
+        below = find_files(archives, ANNOTATIONS, settings.name) if not lists else []
+        annotations = below or find_files(lists, ANNOTATIONS, settings.name)
+    except BadInputError:
+        annotations = []
+    annotations = [file for file in annotations if file.location.endswith(ANNOTATIONS)]
+    notes = () if annotations else ("no annotations (…anno….jsonl) are there: no captions",)
+    layout = JourneyDbLayout(annotations, caption)
+    return ArchiveSource(settings, archives, ARCHIVES, layout, notes)
+
+
+def read_annotations(file: SourceFile, folder: str | None) -> Iterator[dict[str, Any]]:
+    """The annotations that name pictures in `folder` (all of them for None), as a stream.
+
+    Lines that are no JSON object are left out: the pictures are the inputs, not the lines.
+    """
+    mark = re.compile(rb'"img_path"\s*:\s*"(?:\./)?' + re.escape((folder or "").encode()))
+    with file.open() as stream, closing(_lines(file, stream)) as lines:
+        for line in lines:
+            if mark.search(line):
+                try:
+                    fields = json.loads(line.decode("utf-8", "replace"))
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(fields, dict):
+                    yield fields
+
+
+def _lines(file: SourceFile, stream: Any) -> Generator[bytes, None, None]:
+    """The lines of a file, or of the files in a tgz; they end where a tgz is damaged."""
+    if file.location.endswith(".jsonl"):
+        yield from stream
+        return
+    try:
+        with open_tar(stream) as tar:
+            for member in tar:
+                if member.isreg() and (inside := tar.extractfile(member)) is not None:
+                    yield from inside
+    except ShardError:
+        raise
+    except Exception:  # A damaged archive makes tarfile raise nearly anything.
+        return
+
+
+def _folder(archive: SourceFile) -> str | None:
+    """The folder inside NNN.tgz, as annotations write it; None for an archive of another name."""
+    stem = PurePosixPath(archive.name).name.split(".")[0]
+    return f"{stem}/" if stem.isdigit() else None
+
+
+def _normal(path: str) -> str:
+    return path.removeprefix("./").removeprefix("imgs/")
