@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from arrag_runtime import Neighbors, neighbors
 from arrag_runtime.augment import Batch, Step
+from arrag_runtime.augmented_layer import window_cells
 from arrag_runtime.faid import Faid, attach
 from arrag_runtime.patch_blender import FORMS
 from schemas.errors import BadInputError
@@ -32,6 +33,12 @@ def model(janus: Any) -> Iterator[Any]:
     yield janus
     for layer in janus.model.language_model.layers:
         layer.self_attn._forward_hooks.clear()
+
+
+@pytest.fixture(autouse=True)
+def start() -> None:
+    """Fresh blenders start the same in every order of the tests."""
+    torch.manual_seed(0)
 
 
 def neighbors_of(retrieved: Tensor) -> Neighbors | None:
@@ -219,3 +226,18 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(BadInputError, match=message):
         attach(model, hops, blenders)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_training_goes_on_after_decoding_in_inference_mode(model: Any) -> None:
+    window_cells.cache_clear()
+    faid = stirred(attach(model, k=K))
+    tokens, retrieved = some_tokens(1, CELLS), some_retrieved(1, *GRID, K)
+    with torch.inference_mode():
+        step_by_step(model, faid, tokens, retrieved, False)
+    inputs = torch.cat(prompt_and_tokens(model, tokens, False), 1)
+    for training in (False, True):
+        faid.train(training)
+        with faid.whole(retrieved, *GRID, start=PROMPT):
+            hidden = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+        hidden.square().sum().backward()
+    assert all(p.grad is not None for p in faid.parameters())
