@@ -38,7 +38,7 @@ def model(janus: Any) -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def start() -> None:
     """Fresh blenders start the same in every order of the tests."""
-    torch.manual_seed(0)
+    torch.manual_seed(4)
 
 
 def neighbors_of(retrieved: Tensor) -> Neighbors | None:
@@ -124,6 +124,8 @@ def test_every_position_is_what_loops_give(hops: tuple[int, ...], mix: Any, form
         expected = loop_features(model, faid, inputs, retrieved, GRID, PROMPT)[:, PROMPT - 1 : -1]
         plain = model.model.language_model(inputs_embeds=inputs).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    decoded = step_by_step(model, faid, tokens, retrieved, True)
+    torch.testing.assert_close(decoded, expected, atol=1e-6, rtol=0)
     apart = (found - plain[:, PROMPT - 1 : -1]).abs().amax(2)
     assert apart[:IMAGES].min() > 0.01
     assert apart[IMAGES:].max() < 1e-6
