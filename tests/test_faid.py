@@ -184,7 +184,9 @@ def test_weights_that_change_are_folded_again(model: Any) -> None:
     )
 
 
-def test_gradients_are_the_same_folded_and_unfolded(model: Any) -> None:
+def test_gradients_are_the_same_folded_and_unfolded() -> None:
+    """In float64, where only the model's own float32 norms round."""
+    model = narrow_janus().double()
     faid = stirred(attach(model, k=K)).train()
     tokens, retrieved = some_tokens(2, CELLS), some_retrieved(2, *GRID, K)
     inputs = torch.cat(prompt_and_tokens(model, tokens, False), 1)
@@ -200,7 +202,7 @@ def test_gradients_are_the_same_folded_and_unfolded(model: Any) -> None:
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4 * scale, rtol=1e-4)
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6 * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
