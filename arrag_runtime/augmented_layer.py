@@ -87,4 +87,6 @@ def window_cells(height: int, width: int, hops: Sequence[int], device: torch.dev
     at_row, at_col = rows[:, None] + offsets[:, 0], cols[:, None] + offsets[:, 1]
     inside = (at_row >= 0) & (at_col >= 0) & (at_col < width)
     cells = np.where(inside, at_row * width + at_col, height * width)
-    return torch.from_numpy(cells).to(device)
+    # Kept for training too, which cannot use what is made in inference mode.
+    with torch.inference_mode(False):
+        return torch.from_numpy(cells).to(device)

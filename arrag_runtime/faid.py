@@ -195,11 +195,17 @@ class Faid(nn.Module):
         weights = (*self.parameters(), *frozen)
         state = (self.training, self.form, [(w.data_ptr(), w._version, w.dtype) for w in weights])
         if self._known is None or self._known[0] != state:
-            with torch.no_grad(), torch.autocast(frozen[0].device.type, enabled=False):
+            device = frozen[0].device.type
+            # It may be used again outside of the inference mode in which pictures are decoded.
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(device, enabled=False),
+            ):
                 aligned = inner.generation_aligner(inner.generation_embeddings.weight)
-            fold = self.form == "folded" and not self.training
-            folded = [layer.folded() for layer in self._augmented] if fold else []
-            self._known = (state, _Prepared(pad(aligned, (0, 0, 0, 1)), folded))
+                fold = self.form == "folded" and not self.training
+                folded = [layer.folded() for layer in self._augmented] if fold else []
+                self._known = (state, _Prepared(pad(aligned, (0, 0, 0, 1)), folded))
         return self._known[1]
 
     def _blend(

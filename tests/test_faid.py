@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from arrag_runtime import Neighbors, neighbors
 from arrag_runtime.augment import Batch, Step
+from arrag_runtime.augmented_layer import window_cells
 from arrag_runtime.faid import Faid, attach
 from arrag_runtime.patch_blender import FORMS
 from schemas.errors import BadInputError
@@ -32,6 +33,12 @@ def model(janus: Any) -> Iterator[Any]:
     yield janus
     for layer in janus.model.language_model.layers:
         layer.self_attn._forward_hooks.clear()
+
+
+@pytest.fixture(autouse=True)
+def start() -> None:
+    """Fresh blenders start the same in every order of the tests."""
+    torch.manual_seed(4)
 
 
 def neighbors_of(retrieved: Tensor) -> Neighbors | None:
@@ -117,6 +124,8 @@ def test_every_position_is_what_loops_give(hops: tuple[int, ...], mix: Any, form
         expected = loop_features(model, faid, inputs, retrieved, GRID, PROMPT)[:, PROMPT - 1 : -1]
         plain = model.model.language_model(inputs_embeds=inputs).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    decoded = step_by_step(model, faid, tokens, retrieved, True)
+    torch.testing.assert_close(decoded, expected, atol=1e-6, rtol=0)
     apart = (found - plain[:, PROMPT - 1 : -1]).abs().amax(2)
     assert apart[:IMAGES].min() > 0.01
     assert apart[IMAGES:].max() < 1e-6
@@ -175,7 +184,9 @@ def test_weights_that_change_are_folded_again(model: Any) -> None:
     )
 
 
-def test_gradients_are_the_same_folded_and_unfolded(model: Any) -> None:
+def test_gradients_are_the_same_folded_and_unfolded() -> None:
+    """In float64, where only the model's own float32 norms round."""
+    model = narrow_janus().double()
     faid = stirred(attach(model, k=K)).train()
     tokens, retrieved = some_tokens(2, CELLS), some_retrieved(2, *GRID, K)
     inputs = torch.cat(prompt_and_tokens(model, tokens, False), 1)
@@ -191,7 +202,7 @@ def test_gradients_are_the_same_folded_and_unfolded(model: Any) -> None:
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4 * scale, rtol=1e-4)
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6 * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -219,3 +230,18 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(BadInputError, match=message):
         attach(model, hops, blenders)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_training_goes_on_after_decoding_in_inference_mode(model: Any) -> None:
+    window_cells.cache_clear()
+    faid = stirred(attach(model, k=K))
+    tokens, retrieved = some_tokens(1, CELLS), some_retrieved(1, *GRID, K)
+    with torch.inference_mode():
+        step_by_step(model, faid, tokens, retrieved, False)
+    inputs = torch.cat(prompt_and_tokens(model, tokens, False), 1)
+    for training in (False, True):
+        faid.train(training)
+        with faid.whole(retrieved, *GRID, start=PROMPT):
+            hidden = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+        hidden.square().sum().backward()
+    assert all(p.grad is not None for p in faid.parameters())
