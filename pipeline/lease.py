@@ -38,8 +38,6 @@ from schemas.manifest import Layout
 
 log = logging.getLogger(__name__)
 
-LOCK = "lock"
-
 
 @dataclass(frozen=True)
 class Beat:
@@ -160,9 +158,8 @@ def _locked(layout: Layout, beat: Beat) -> Iterator[bool]:
     if in_store(layout.root):
         yield False
         return
-    with Path(layout.leases, LOCK).open("a") as file:
-        locked = _flock(file, layout, beat)
-        yield locked
+    with Path(layout.leases, "lock").open("a") as file:
+        yield _flock(file, layout, beat)
 
 
 def _flock(file: IO[str], layout: Layout, beat: Beat) -> bool:
