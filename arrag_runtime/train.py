@@ -106,6 +106,17 @@ def train(
     other settings in `out`, a loss that is no number.
     """
     _check(settings)
+    before = torch.get_float32_matmul_precision()
+    if settings.precision == "bfloat16" and settings.device != "cpu":
+        # Blenders are folded in float32, which then may take a GPU's tensor cores too.
+        torch.set_float32_matmul_precision("high")
+    try:
+        return _train(settings, progress)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _train(settings: TrainSettings, progress: Progress) -> TrainReport:
     data = TrainingSet.open(settings.data)
     if data.manifest.k < settings.k:
         raise BadInputError(
@@ -123,9 +134,6 @@ def train(
     described = {"images": len(data), "set": data.manifest.to_json(), "steps": steps}
     run = TrainingRun(settings.out.expanduser(), settings.recipe() | described)
     torch.manual_seed(settings.seed)
-    if settings.precision == "bfloat16":
-        # Blenders are folded in float32, which then may take a GPU's tensor cores too.
-        torch.set_float32_matmul_precision("high")
     model = make_training_model(settings, data, str(accelerator.device))
     parameters = list(model.trained().values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)

@@ -125,24 +125,36 @@ def key_vectors(
     """Keys as search vectors: float32 [N, n · d].
 
     keys: uint16 tokens [N, n], looked up in the normalised codebook `codes` [V, d] with a zero
-    vector for `MISSING`; or float latents [N, n · d], cast. weights: one an offset; its root scales
-    that neighbour's vector, so squared distances become Σ_o w_o · ‖q_o − k_o‖².
-    Raises BadInputError for a token outside the codebook.
+    vector for `MISSING`; or float latents [N, n · d], cast. weights: one an offset, none negative;
+    each neighbour's vector is scaled by the root of its weight w_o, so that the squared L2 distance
+    of two such vectors is Σ_o w_o · ‖q_o − k_o‖².
+    Raises BadInputError for a token outside the codebook, or another number of weights than n.
     """
-    dimension = codes.shape[1]
     if keys.dtype.kind == "f":
-        width = keys.shape[1] // dimension
-        vectors: Floats = np.asarray(keys, np.float32).reshape(len(keys), width, dimension)
-    else:
-        missing = keys == MISSING
-        outside = (keys >= len(codes)) & ~missing
-        if outside.any():
-            raise BadInputError(
-                f"token {int(keys[outside].flat[0])} is outside the codebook of {len(codes)} codes;"
-                f" tokens are 0..{len(codes) - 1}"
-            )
-        vectors = codes[np.where(missing, 0, keys)]
-        vectors[missing] = 0
-    if weights is not None:
-        vectors = vectors * np.sqrt(np.asarray(weights, np.float32))[:, None]
-    return np.ascontiguousarray(vectors.reshape(len(keys), vectors.shape[1] * dimension))
+        return _weighted(np.ascontiguousarray(keys, dtype=np.float32), weights, codes.shape[1])
+    vocabulary, dimension = codes.shape
+    missing = keys == MISSING
+    outside = (keys >= vocabulary) & ~missing
+    if outside.any():
+        raise BadInputError(
+            f"token {int(keys[outside].flat[0])} is outside the codebook of {vocabulary} codes;"
+            f" tokens are 0..{vocabulary - 1}"
+        )
+    vectors: Floats = codes[np.where(missing, 0, keys)]
+    vectors[missing] = 0
+    return _weighted(vectors.reshape(len(keys), keys.shape[1] * dimension), weights, dimension)
+
+
+def _weighted(vectors: Floats, weights: tuple[float, ...] | None, dimension: int) -> Floats:
+    """Vectors [N, n · d] with each neighbour's d values scaled by the root of its weight."""
+    if weights is None:
+        return vectors
+    neighbors = vectors.shape[1] // dimension
+    if len(weights) != neighbors or min(weights) < 0:
+        raise BadInputError(
+            f"{len(weights)} weights {weights} for keys of {neighbors} neighbours; give one for each"
+            " offset, none negative"
+        )
+    scales = np.repeat(np.sqrt(np.asarray(weights, np.float32)), dimension)
+    scaled: Floats = vectors * scales
+    return scaled

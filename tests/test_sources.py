@@ -32,13 +32,13 @@ from tests.source_cases import (
 
 
 def test_every_source_has_a_case() -> None:
-    """A new source joins the contract below."""
-    assert set(CASES) == set(SOURCES)
+    """A new source joins the contract below; `links` is one that other tests add for themselves."""
+    assert set(CASES) == set(SOURCES) - {"links"}
     with pytest.raises(BadInputError, match=r"'imagenet'.*sample, folder, webdataset"):
         open_source(SourceSettings("imagenet"))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_contract_of_a_source(name: str, tmp_path: Path) -> None:
     """Rows count from 0; reading again gives the same; ids come from content; packing keeps all."""
     first, again = (open_case(name, tmp_path, shard_size=3) for _ in range(2))
@@ -57,7 +57,7 @@ def test_the_contract_of_a_source(name: str, tmp_path: Path) -> None:
     assert len(set(keys)) == len(keys) == (48 if name == "sample" else 7)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_done_is_not_listed_and_what_is_planned_comes_back(
     name: str, tmp_path: Path
 ) -> None:
@@ -73,7 +73,7 @@ def test_what_is_done_is_not_listed_and_what_is_planned_comes_back(
     )
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("limit", [1, 4])
 def test_a_limit_takes_the_first_inputs(name: str, limit: int, tmp_path: Path) -> None:
     """--limit N gives the first N inputs, over all shards together."""
@@ -82,7 +82,7 @@ def test_a_limit_takes_the_first_inputs(name: str, limit: int, tmp_path: Path) -
     assert list(map(rowless, limited)) == list(map(rowless, whole[:limit]))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_shuffle_is_the_same_every_time_and_loses_nothing(name: str, tmp_path: Path) -> None:
     """--shuffle-seed orders shards and rows; the seed decides, and is part of the shard."""
     whole = {rowless(item) for item in items_of(open_case(name, tmp_path, shard_size=3))}
@@ -101,7 +101,7 @@ def test_a_shuffle_is_the_same_every_time_and_loses_nothing(name: str, tmp_path:
     assert orders[1] != orders[2] or orders[2] != orders[3]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", CASES)
 def test_an_input_is_counted_before_anything_runs(name: str, tmp_path: Path) -> None:
     """Small inputs are counted exactly; a limit is heeded."""
     source = open_case(name, tmp_path)
@@ -110,7 +110,7 @@ def test_an_input_is_counted_before_anything_runs(name: str, tmp_path: Path) -> 
     assert open_case(name, tmp_path, limit=2).count().inputs == 2
 
 
-@pytest.mark.parametrize("name", sorted({*SOURCES} - {"sample"}))
+@pytest.mark.parametrize("name", sorted({*CASES} - {"sample"}))
 def test_the_input_has_to_be_given_and_the_size_to_fit(name: str, tmp_path: Path) -> None:
     """Missing --input, and shard sizes that the ids of a shard's rows could not count."""
     with pytest.raises(BadInputError, match="--input"):

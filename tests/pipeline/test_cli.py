@@ -88,7 +88,7 @@ def test_build_then_look(
         (["info", "--db", "nowhere"], "no database at nowhere (no manifest.json); build one with"),
         (["build", "--source", "flickr"], "unknown source 'flickr'; choose one of sample, folder"),
         (["build", "--source", "folder"], "--source folder needs --input PATH"),
-        (["build", "--source", "folder", "-i", "gone"], "--input 'gone' does not exist;"),
+        (["build", "--source", "folder", "-i", "gone"], "gone' does not exist;"),
         (
             ["build", "--source", "sample", "--tokenizer", "x"],
             "unknown tokenizer 'x'; choose one of",
@@ -116,7 +116,7 @@ def test_build_then_look(
         ),
         (
             ["build", "--source", "sample", "--retry-rejects", "dns,teapot"],
-            "--retry-rejects 'teapot' is no reason of a reject; choose from bad-url, blocked",
+            "--retry-rejects 'teapot' is no reason of a reject; choose from bad-line, bad-url",
         ),
         (
             ["build", "--source", "sample", "--retry-rejects", ","],

@@ -204,7 +204,7 @@ def test_reading_a_shard_again_takes_its_rows_alone(web: Web, listed: Path) -> N
 
 def test_a_reason_that_no_reject_has_is_refused(tmp_path: Path, listed: Path) -> None:
     with pytest.raises(
-        BadInputError, match="'teapot' is no reason of a reject; choose from bad-url"
+        BadInputError, match="'teapot' is no reason of a reject; choose from bad-line, bad-url"
     ):
         build(settings(tmp_path / "db", link_settings(listed), retry_rejects=("teapot",)))
     with pytest.raises(BadInputError, match="no database at"):
