@@ -120,6 +120,7 @@ def build_blank(
         (ray_run, "read_shard"): read_nothing,
         (ray_run, "EncodeWorker"): EncodeNothing,
         (build_module, "open_source"): lambda _settings: BlankSource(shards),
+        (build_module, "locate_source"): lambda settings: settings,
     }
     kept = {(module, name): getattr(module, name) for module, name in steps}
     for (module, name), stand_in in steps.items():

@@ -5,6 +5,7 @@ writes its fragments. What comes back to the driver is one small row a shard, a 
 The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
 """
 
+import gc
 import logging
 import os
 import socket
@@ -196,9 +197,11 @@ def run_shards(
     """
     for start in range(0, len(attempts), WINDOW):
         yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
+        # A finished run of Ray Data is a ring of references, which Python alone is slow to free.
+        gc.collect()
 
 
-WINDOW = 512
+WINDOW = 256
 
 
 def _run_window(
