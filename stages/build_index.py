@@ -123,6 +123,8 @@ def _train(
                 max_index_memory_usage=cast_bytes_to_memory_string(int(memory * 0.8)),
                 current_memory_available=cast_bytes_to_memory_string(memory),
                 use_gpu=has_gpu(),
+                # It would otherwise set the threads of the whole process, torch's too.
+                nb_cores=faiss.omp_get_max_threads(),
                 verbose=logging.ERROR,
             )
         except RuntimeError as error:

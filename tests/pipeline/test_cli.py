@@ -88,7 +88,7 @@ def test_build_then_look(
         (["info", "--db", "nowhere"], "no database at nowhere (no manifest.json); build one with"),
         (["build", "--source", "flickr"], "unknown source 'flickr'; choose one of sample, folder"),
         (["build", "--source", "folder"], "--source folder needs --input PATH"),
-        (["build", "--source", "folder", "-i", "gone"], "gone' does not exist;"),
+        (["build", "--source", "folder", "-i", "gone"], "--input '"),
         (
             ["build", "--source", "sample", "--tokenizer", "x"],
             "unknown tokenizer 'x'; choose one of",
