@@ -5,6 +5,8 @@ writes its fragments. What comes back to the driver is one small row a shard, a 
 The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
 """
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -12,7 +14,6 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class EncoderPool:
     largest: int
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_cluster(resources: RayResources) -> Iterator[None]:
     """Connect to the cluster at `address`, or start an embedded one for as long as this lasts.
 
@@ -80,7 +81,9 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     # Ray would otherwise announce a changed default on every start without a GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # An arena of memory for each thread made encoders grow with the number of shards.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        os.environ["MALLOC_ARENA_MAX"] = "1"
+        _one_arena()
     # The driver forks to start Ray's own programs, none of which touches Lance.
     warnings.filterwarnings("ignore", "lance is not fork-safe")
     # Ray's C++ side reports harmless details of actor creation as errors on the terminal.
@@ -105,6 +108,16 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
         ray.shutdown()
 
 
+def _one_arena() -> None:
+    """The same for this process, which read its environment when it began; glibc only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+M_ARENA_MAX = -8
+"""From glibc's malloc.h."""
+
+
 def _require_reachable(address: str) -> None:
     """Knock at HOST:PORT, since Ray itself would wait for minutes at a closed door."""
     if address.startswith(("http://", "https://")):
@@ -124,7 +137,7 @@ def _require_reachable(address: str) -> None:
         ) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Drop what Ray's C++ side writes to file descriptor 2 while it starts; errors are raised."""
     sys.stderr.flush()
