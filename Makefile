@@ -37,7 +37,7 @@ test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu and not soak"
 
 soak: $(VENV)/.test
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak tests/pipeline/test_soak.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
