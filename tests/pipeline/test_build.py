@@ -92,6 +92,7 @@ def test_the_same_file_has_the_same_tokens_through_every_source(
     assert DatabaseManifest.read(Layout(copied)).sources == ("folder", "webdataset")
 
 
+@pytest.mark.slow
 def test_a_long_tar_becomes_several_shards(
     ray_session: None, pictures: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_long_tar_becomes_several_shards(
     assert len(set(all_rows(tmp_path / "db")["images"]["key"].to_pylist())) == 5
 
 
+@pytest.mark.slow
 def test_a_failed_shard_is_reported_and_the_others_go_on(
     ray_session: None, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ def test_rows_without_a_ledger_row_are_dropped(
     assert_same_rows(built, database)
 
 
+@pytest.mark.slow
 def test_latent_keys_and_zero_borders(ray_session: None, pictures: Path, tmp_path: Path) -> None:
     database = tmp_path / "db"
     source = SourceSettings("folder", (str(pictures),), limit=2)

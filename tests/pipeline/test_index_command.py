@@ -57,6 +57,7 @@ def test_names_that_are_no_folders_are_refused(built: Path, name: str) -> None:
         index_database(built, IndexSettings(), name=name)
 
 
+@pytest.mark.slow
 def test_any_faiss_key_can_be_indexed(copied: Path) -> None:
     made = index_database(copied, IndexSettings(kind="ivfpq", index_key="HNSW16"))
     assert made.nprobe is None

@@ -40,6 +40,7 @@ def token_settings(database: Path, folder: Path, **changes: object) -> BuildSett
     return BuildSettings(database, source, **fields | changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_database_from_token_grids(
     ray_session: None, pictures: Path, copied: Path, tmp_path: Path
 ) -> None:
