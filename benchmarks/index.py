@@ -62,9 +62,10 @@ PLATEAU = 0.005
 REPEATS = 5
 RESIDENT = """
 import json, sys
+sys.path.insert(0, "benchmarks")
 import numpy as np
 from arrag_runtime import PatchIndex
-from benchmarks.index import resident_pages, touched_lists
+from index import resident_pages, touched_lists
 database, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 index = PatchIndex.open(database, name)
 rng = np.random.default_rng(0)
