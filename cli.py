@@ -1018,8 +1018,9 @@ def _run_index(
 def _draw(
     answer: "QueryAnswer", db: str, title: str, sheet: Path, weights: str | None, quiet: bool
 ) -> None:
+    from arrag_runtime.pictures import save_png
     from pipeline.query import load_database_tokenizer
-    from pipeline.sheet import draw_sheet, save_sheet
+    from pipeline.sheet import draw_sheet
     from schemas.manifest import Layout
 
     layout = Layout(db)
@@ -1032,7 +1033,7 @@ def _draw(
             title,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    save_sheet(drawn, sheet)
+    save_png(drawn, sheet)
     if not quiet:
         typer.echo(f"contact sheet: {sheet}")
 

@@ -6,12 +6,12 @@ The patch that comes next is framed; the neighbours that form the key are outlin
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from arrag_runtime.pictures import font
 from pipeline.query import Neighbor, PositionResult, QueryAnswer
 from schemas.manifest import Layout
 from stages.read_images import ImageTable
@@ -49,8 +49,8 @@ def draw_sheet(
         "RGB", (max(width, 760), top + len(results) * (TILE + TEXT) + MARGIN), "white"
     )
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, _font(20))
-    draw.text((MARGIN, MARGIN + 28), _legend(answer, len(results)), FAINT, _font(13))
+    draw.text((MARGIN, MARGIN), title, INK, font(20))
+    draw.text((MARGIN, MARGIN + 28), _legend(answer, len(results)), FAINT, font(13))
     if asked is not None:
         _overview(sheet, asked, results, answer, (MARGIN, MARGIN + 64), overview)
     offsets = answer.manifest.keys.neighborhood.offsets
@@ -140,7 +140,7 @@ def _overview(
                 (x + cell + 2, y - 2),
                 str(number),
                 FRAME,
-                _font(13),
+                font(13),
                 stroke_width=2,
                 stroke_fill="white",
             )
@@ -161,7 +161,7 @@ def _overview(
             (KEY, "Blue text: the very token that stands in the query's picture."),
         )
     ):
-        draw.text((x, at[1] + 4 + line * 24), text, color, _font(13))
+        draw.text((x, at[1] + 4 + line * 24), text, color, font(13))
 
 
 def _legend(answer: QueryAnswer, shown: int) -> str:
@@ -182,17 +182,5 @@ def _caption(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, color: tuple[int, int, int]
 ) -> None:
     first, _, rest = text.partition("\n")
-    draw.text(at, first, color, _font(11))
-    draw.multiline_text((at[0], at[1] + 13), rest, FAINT, _font(10), spacing=1)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write the sheet; its folder is created, and a half-written file is never seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    sheet.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    draw.text(at, first, color, font(11))
+    draw.multiline_text((at[0], at[1] + 13), rest, FAINT, font(10), spacing=1)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from schemas.errors import BadInputError
 from schemas.specs import Floats, key_vectors
-from schemas.tables import Ids, split_patch_ids
+from schemas.tables import Ids, contains, split_patch_ids
 from stages.read_patches import PatchBlock
 
 NO_IMAGE = -1
@@ -100,9 +100,9 @@ def exact_search(
         count = len(block.patch_ids)
         if row + count > 1 << ROW_SHIFT:
             raise BadInputError(f"exact search counts rows up to {1 << ROW_SHIFT:,}")
-        keep = np.ones(count, bool) if skip is None else ~_contains(skip, block.patch_ids)
+        keep = np.ones(count, bool) if skip is None else ~contains(skip, block.patch_ids)
         if left_out is not None:
-            keep &= ~_contains(left_out, split_patch_ids(block.patch_ids)[0])
+            keep &= ~contains(left_out, split_patch_ids(block.patch_ids)[0])
         found = key_vectors(block.keys[keep], codes, weights)
         entries = _Entries(
             found,
@@ -155,7 +155,7 @@ def true_distances(
     keys: npt.NDArray[Any] | None = None
     seen = np.zeros(len(wanted), bool)
     for block in blocks:
-        hit = _contains(wanted, block.patch_ids)
+        hit = contains(wanted, block.patch_ids)
         at = np.searchsorted(wanted, block.patch_ids[hit])
         if keys is None:
             keys = np.zeros((len(wanted), block.keys.shape[1]), block.keys.dtype)
@@ -277,12 +277,3 @@ def _unpacked(packed: Packed, patch_ids: Ids, tokens: Any) -> Nearest:
         np.where(real, patch_ids, -1),
         real.sum(axis=1),
     )
-
-
-def _contains(ordered: Ids, values: Ids) -> npt.NDArray[np.bool_]:
-    """Which of the values are in a sorted array."""
-    if not len(ordered):
-        return np.zeros(len(values), bool)
-    at = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
-    found: npt.NDArray[np.bool_] = ordered[at] == values
-    return found

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from arrag_runtime.pictures import save_png
 from pipeline.index import index_database
 from pipeline.query import QueryAnswer, QuerySettings, load_database_tokenizer, query
-from pipeline.sheet import GAP, MARGIN, TILE, draw_sheet, save_sheet
+from pipeline.sheet import GAP, MARGIN, TILE, draw_sheet
 from schemas.errors import BadInputError
 from schemas.index_settings import IndexSettings
 from schemas.manifest import DatabaseManifest, Layout
@@ -128,7 +129,7 @@ def test_a_sheet_shows_the_patches_it_lists(
     layout = Layout(indexed)
     tokenizer = load_database_tokenizer(layout, found.manifest)
     sheet = draw_sheet(found, tokenizer, "a title")
-    save_sheet(sheet, tmp_path / "new" / "sheet.png")
+    save_png(sheet, tmp_path / "new" / "sheet.png")
     drawn = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
     assert drawn.shape == (sheet.height, sheet.width, 3)
     # The picture finds itself first, so its tile stands twice in one row of the sheet.
