@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import BadInputError
+from schemas.index_settings import FLAT_UP_TO, IMBALANCE, PROBES, SCAN_NS, choose_lists
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import Count, SourceSettings
@@ -28,11 +29,8 @@ BYTES_A_GRID_TOKEN = 1100 / 576
 BYTES_A_REJECT, BYTES_A_SHARD = 200, 600
 CODE_BYTES = {"codebook": 9, "ivfpq": 18}
 """Resident bytes a key: the packed codes, or codes and ids, with what next tokens take."""
-FLAT_UP_TO = 50_000
-SCAN_SECONDS_A_CODE, IMBALANCE = 11e-9, 2.1
 SECONDS_A_SEARCH = 0.3e-3
 """Look-up tables and coarse search, once a query."""
-MOST_LISTS = 1_000_000
 PUBLISHED_LINES = 12_423_374
 """Of Conceptual 12M."""
 SUCCESS = 0.9
@@ -141,15 +139,14 @@ def suggest_index(keys: int, query_ms: float, *, latent: bool = False) -> dict[s
 
     milliseconds: of one query on one thread; threads: how many answer it within `query_ms`.
     """
-    if keys <= FLAT_UP_TO:
-        seconds = SECONDS_A_SEARCH + keys * SCAN_SECONDS_A_CODE
-        kind: dict[str, Any] = {"kind": "flat", "lists": None, "nprobe": None}
-    else:
-        lists = min(round(4 * math.sqrt(keys)), MOST_LISTS)
-        nprobe = 32 if lists < 100_000 else 64
-        scanned = keys / lists * min(nprobe, lists) * IMBALANCE
-        seconds = SECONDS_A_SEARCH + scanned * SCAN_SECONDS_A_CODE
+    kind: dict[str, Any] = {"kind": "flat", "lists": None, "nprobe": None}
+    scanned = float(keys)
+    if keys > FLAT_UP_TO:
+        lists = choose_lists(keys, query_ms)
+        nprobe = min(PROBES, lists)
         kind = {"kind": "ivfpq" if latent else "codebook", "lists": lists, "nprobe": nprobe}
+        scanned = keys / lists * nprobe * IMBALANCE
+    seconds = SECONDS_A_SEARCH + scanned * SCAN_NS * 1e-9
     threads = max(1, math.ceil(seconds * 1000 / query_ms))
     return kind | {"milliseconds": seconds * 1000, "threads": threads, "query_ms": query_ms}
 

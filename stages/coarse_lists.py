@@ -19,24 +19,9 @@ TWO_LEVELS_FROM = 4096
 GRAPH_FROM = 65_537
 """With this many lists or more a search finds the nearest ones through a graph."""
 POINTS_PER_LIST = 64
-FEWEST_POINTS = 39
-"""faiss' own minimum of training points a list; below it centroids are badly placed."""
 ROUNDS = 10
 GROUPS_SEARCHED = 4
 """Groups of centroids in which a key looks for its own; the nearest is missed once in hundreds."""
-SCAN_NS, IMBALANCE, PROBES = 11, 1.5, 48
-"""Measured: nanoseconds a code scanned, lists' imbalance factor, lists visited at 0.98 recall@10."""
-
-
-def choose_lists(keys: int, query_ms: float) -> int:
-    """How many lists let a query take about `query_ms` on one core, coarse search aside.
-
-    At least 2·√keys, so that finding the lists and scanning them stay in balance, and at most what
-    `FEWEST_POINTS` keys a list allow.
-    """
-    scan = keys * PROBES * IMBALANCE * SCAN_NS / (query_ms * 1e6)
-    wanted = max(2 * math.sqrt(keys), scan)
-    return max(1, min(round(wanted), keys // FEWEST_POINTS, 1 << 20))
 
 
 def train_centroids(vectors: Floats, lists: int, *, seed: int) -> Floats:

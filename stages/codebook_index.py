@@ -12,17 +12,11 @@ import numpy as np
 
 from schemas.codes import CodeLayout
 from schemas.errors import BadInputError
-from schemas.index_settings import IndexSettings, size_in_bytes
+from schemas.index_settings import IndexSettings, choose_lists, size_in_bytes
 from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
 from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids
-from stages.coarse_lists import (
-    POINTS_PER_LIST,
-    ListFinder,
-    choose_lists,
-    train_centroids,
-    write_graph,
-)
+from stages.coarse_lists import POINTS_PER_LIST, ListFinder, train_centroids, write_graph
 from stages.fill_lists import MERGE_ENTRIES, fill_part, merge_parts
 from stages.read_patches import PatchTable, TablePart
 

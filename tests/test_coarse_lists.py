@@ -1,4 +1,4 @@
-"""Coarse lists: how many there are, trained in one level or two, and which of them a key is in."""
+"""Coarse lists: trained in one level or two, and which of them a key is in."""
 
 from pathlib import Path
 
@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stages.coarse_lists
-from stages.coarse_lists import (
-    FEWEST_POINTS,
-    ListFinder,
-    _apportion,
-    choose_lists,
-    nearest,
-    train_centroids,
-)
+from stages.coarse_lists import ListFinder, _apportion, nearest, train_centroids
 from tests.code_world import check_answer, expected_entries, make_codes, open_codes, write_codes
 
 
@@ -110,13 +103,3 @@ def test_as_many_lists_as_points() -> None:
     centroids = train_centroids(world.vectors, 30, seed=0)
     assert centroids.shape == (30, 16)
     assert np.isfinite(centroids).all()
-
-
-@given(keys=st.integers(1, 10**10), query_ms=st.floats(0.05, 20))
-def test_lists_grow_with_the_keys(keys: int, query_ms: float) -> None:
-    """Never fewer for more keys or less time; enough points for each; at most a million."""
-    lists = choose_lists(keys, query_ms)
-    assert 1 <= lists <= 1 << 20
-    assert lists == 1 or lists * FEWEST_POINTS <= keys
-    assert choose_lists(2 * keys, query_ms) >= lists
-    assert choose_lists(keys, query_ms / 2) >= lists

@@ -4,9 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas.errors import BadInputError
-from schemas.index_settings import FLAT_UP_TO, IndexSettings, size_in_bytes
+from schemas.index_settings import (
+    FEWEST_POINTS,
+    FLAT_UP_TO,
+    IndexSettings,
+    choose_lists,
+    size_in_bytes,
+)
 from schemas.specs import key_spec
 
 TOKENS = key_spec("causal-1", "skip", "codebook")
@@ -78,3 +86,13 @@ def test_typed_weights_have_a_mean_of_one() -> None:
 )
 def test_sizes_as_typed(text: str, size: int) -> None:
     assert size_in_bytes("--memory", text) == size
+
+
+@given(keys=st.integers(1, 10**10), query_ms=st.floats(0.05, 20))
+def test_lists_grow_with_the_keys(keys: int, query_ms: float) -> None:
+    """Never fewer for more keys or less time; enough points for each; at most a million."""
+    lists = choose_lists(keys, query_ms)
+    assert 1 <= lists <= 1 << 20
+    assert lists == 1 or lists * FEWEST_POINTS <= keys
+    assert choose_lists(2 * keys, query_ms) >= lists
+    assert choose_lists(keys, query_ms / 2) >= lists
