@@ -102,7 +102,7 @@ class Faid(nn.Module):
 
     def begin(self, batch: Batch) -> None:
         """Start decoding a batch; rows 0..B-1 of each forward pass are its pictures with prompts."""
-        prepared = self._prepare()
+        prepared = self._prepare(fold=self.form == "folded")
         table, images = prepared.table, batch.images
         cells = window_cells(batch.height, batch.width, self.spec.hops, table.device)
         positions, near = cells.shape
@@ -155,7 +155,8 @@ class Faid(nn.Module):
                 f"{retrieved.shape[1]} positions from sequence position {start} on; FAiD needs"
                 f" {height * width} of a {height}x{width} grid, and a prompt before them"
             )
-        prepared = self._prepare()
+        # In training blenders are folded in every forward pass, so that gradients reach them.
+        prepared = self._prepare(fold=self.form == "folded" and not self.training)
         table = prepared.table
         given = candidates(
             retrieved.to(table.device, torch.long), self.spec.vocabulary, table.dtype
@@ -185,15 +186,12 @@ class Faid(nn.Module):
         self._originals.append((parameter, parameter.data))
         parameter.data = value.to(parameter.device, parameter.dtype)
 
-    def _prepare(self) -> _Prepared:
-        """What follows from the weights, kept for as long as they stay the same.
-
-        In training blenders are folded in every forward pass, so that gradients reach them.
-        """
+    def _prepare(self, *, fold: bool) -> _Prepared:
+        """What follows from the weights, kept for as long as they stay the same."""
         inner = self._model[0].model
         frozen = (*inner.generation_embeddings.parameters(), *inner.generation_aligner.parameters())
         weights = (*self.parameters(), *frozen)
-        state = (self.training, self.form, [(w.data_ptr(), w._version, w.dtype) for w in weights])
+        state = (fold, [(w.data_ptr(), w._version, w.dtype) for w in weights])
         if self._known is None or self._known[0] != state:
             device = frozen[0].device.type
             # It may be used again outside of the inference mode in which pictures are decoded.
@@ -203,7 +201,6 @@ class Faid(nn.Module):
                 torch.autocast(device, enabled=False),
             ):
                 aligned = inner.generation_aligner(inner.generation_embeddings.weight)
-                fold = self.form == "folded" and not self.training
                 folded = [layer.folded() for layer in self._augmented] if fold else []
                 self._known = (state, _Prepared(pad(aligned, (0, 0, 0, 1)), folded))
         return self._known[1]

@@ -359,7 +359,7 @@ def synthetic(bench: Bench, folder: Path, images: int) -> Path:
     draw = _Bigrams(real)
     for number, start in enumerate(range(0, images, 1000)):
         count = min(1000, images - start)
-        shard = Shard("bench", f"{number + 1:010x}000000", (str(number),))
+        shard = Shard("bench", f"{number + 1:09x}0000000", (str(number),))
         grids = draw(count, np.random.default_rng(number))
         ids = image_id(shard.id, 0) + np.arange(count, dtype=np.int64)
         # Every tenth picture is held out, to be asked about.
