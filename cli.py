@@ -336,7 +336,7 @@ def index(
     memory: Annotated[str, typer.Option(help="What the index may take in memory.")] = "4GB",
     worker_memory: Annotated[
         str, typer.Option(help="codebook: what a process may take while it fills.")
-    ] = "1GB",
+    ] = "600MB",
     ray: Annotated[
         str | None, typer.Option("--ray", help="Fill and measure on this Ray cluster.")
     ] = None,

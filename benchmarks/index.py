@@ -230,7 +230,9 @@ def build_ours(bench: Bench, vectors: Any, lists: int, folder: Path) -> dict[str
     found = ListFinder(centroids)(vectors)
     assigned = time.perf_counter()
     np.save(folder / CENTROIDS, centroids)
-    fill_part(folder / "filled", bench.blocks, _Known(found), layout, lists)
+    fill_part(
+        *(folder / "filled", bench.blocks, _Known(found), layout), lists=lists, keys=bench.count
+    )
     merge_parts(
         *(folder / "part", [ListPart.open(folder / "filled", layout.size)], layout), max_copies=16
     )
@@ -264,7 +266,8 @@ def fill_rate(bench: Bench, ours: dict[str, Any], folder: Path) -> float:
         blocks = bench.blocks[cuts[number].start : cuts[number].stop]
         known = _Known(ours["found"][ends[cuts[number].start] : ends[cuts[number].stop]])
         part = folder / f"rate-{number}"
-        fill_part(part, blocks, known, ours["layout"], ours["lists"])
+        keys = sum(len(block.patch_ids) for block in blocks)
+        fill_part(part, blocks, known, ours["layout"], lists=ours["lists"], keys=keys)
 
     def merge(number: int) -> None:
         parts = [ListPart.open(folder / f"rate-{n}", ours["layout"].size) for n in range(cores())]
@@ -432,7 +435,7 @@ class _Bigrams:
 
 
 def measure_growth(bench: Bench, folder: Path, images: int) -> tuple[dict[str, Any], list[str]]:
-    """Ten times the keys: the build's time, its process' peak memory, and a query's time."""
+    """Ten times the keys: the build's time, its process' own memory, and a query's time."""
     figures = []
     for number in (images, 10 * images):
         database = synthetic(bench, folder / f"{number}", number)
@@ -482,23 +485,25 @@ def measure_removal() -> tuple[dict[str, Any], list[str]]:
 
 
 def run(*arguments: str) -> int:
-    """Run `arrag-db` and return the peak memory of its process in bytes."""
-    code = (
-        "import atexit, resource, sys, cli\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "atexit.register(lambda: print('peak', peak(), file=sys.stderr))\n"
-        "cli.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--quiet"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"error: arrag-db {' '.join(arguments)}: {done.stderr.strip()}")
-    return int(done.stderr.split("peak")[-1]) * 1024
+    """Run `arrag-db` and return the peak of its process' own memory (RssAnon) in bytes.
+
+    Mapped files are left out: they are the page cache's, which gives them up when memory is short, and
+    what a search keeps of an index is measured apart.
+    """
+    command = [sys.executable, "-m", "cli", *arguments, "--quiet"]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors) as process,
+    ):
+        status, peak = Path(f"/proc/{process.pid}/status"), 0
+        while process.poll() is None:
+            own = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in own)])
+            time.sleep(0.01)
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"error: arrag-db {' '.join(arguments)}: {errors.read().strip()}")
+    return peak
 
 
 def main() -> None:

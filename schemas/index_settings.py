@@ -47,7 +47,7 @@ class IndexSettings:
     kind: str | None = None
     index_key: str | None = None
     memory: str = "4GB"
-    worker_memory: str = "1GB"
+    worker_memory: str = "600MB"
     lists: int | None = None
     query_ms: float = 0.5
     nprobe: int | None = None

@@ -36,9 +36,9 @@ COPIES_AT, COPIES_START, COPIES_IDS = "copies_at.npy", "copies_start.npy", "copi
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries of neighbouring lists. lists: int64 [E], ascending; codes: uint8 [E, size]."""
+    """Some entries. lists: integers [E]; codes: uint8 [E, size]."""
 
-    lists: Ids
+    lists: npt.NDArray[Any]
     codes: npt.NDArray[np.uint8]
     next_tokens: npt.NDArray[np.uint16]
     patch_ids: Ids
@@ -62,9 +62,9 @@ class ListPart:
         """Map the part in this folder. Raises IncompatibleError where files lack or disagree."""
 
         try:
-            starts: Ids = np.load(folder / STARTS)
-            at: Ids = np.load(folder / COPIES_AT)
-            copies_start: Ids = np.load(folder / COPIES_START)
+            starts: Ids = np.load(folder / STARTS, mmap_mode="r")
+            at: Ids = np.load(folder / COPIES_AT, mmap_mode="r")
+            copies_start: Ids = np.load(folder / COPIES_START, mmap_mode="r")
             entries, copies = int(starts[-1]), int(copies_start[-1])
             return ListPart(
                 folder,
@@ -128,7 +128,7 @@ class PartWriter:
         return self
 
     def add(self, entries: Entries, copies: Ids, copies_ids: Ids) -> None:
-        """Append entries of lists at or after those so far.
+        """Append entries, list by list, of lists at or after those so far.
 
         copies: int64 [E], how many keys each entry stands for; copies_ids: the patch ids of all that
         stand for more than one, in order.

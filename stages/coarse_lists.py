@@ -7,10 +7,13 @@ at the centroids exactly, or through a graph when they are very many.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from schemas.specs import Floats
 from schemas.tables import Ids
@@ -20,27 +23,38 @@ GRAPH_FROM = 65_537
 """With this many lists or more a search finds the nearest ones through a graph."""
 POINTS_PER_LIST = 64
 ROUNDS = 10
+BLOCK = 131_072
+"""Vectors of a sample that are made at a time."""
 GROUPS_SEARCHED = 4
 """Groups of centroids in which a key looks for its own; the nearest is missed once in hundreds."""
 
 
-def train_centroids(vectors: Floats, lists: int, *, seed: int) -> Floats:
-    """Centroids float32 [lists, D] of a sample float32 [N, D], N ≥ lists, in the sample's order.
+def train_centroids(
+    sample: npt.NDArray[Any],
+    lists: int,
+    *,
+    seed: int,
+    vectors_of: Callable[[npt.NDArray[Any]], Floats] = np.asarray,
+) -> Floats:
+    """Centroids float32 [lists, D] of a sample [N, ..], N ≥ lists, in the sample's order.
 
-    The sample is what was drawn over all shards; its order must not follow them.
+    The sample is what was drawn over all shards; its order must not follow them. vectors_of: makes
+    search vectors float32 [M, D] of some of it, so that millions of keys need not all be vectors at
+    once; without it the sample is float32 [N, D].
     """
     if lists < TWO_LEVELS_FROM:
-        return _kmeans(vectors, lists, seed)
+        return _kmeans(vectors_of(sample), lists, seed)
     groups = round(math.sqrt(lists))
-    upper = _kmeans(vectors[: groups * 256], groups, seed)
-    group_of = nearest(upper, vectors)
+    upper = _kmeans(vectors_of(sample[: groups * 256]), groups, seed)
+    blocks = (sample[start : start + BLOCK] for start in range(0, len(sample), BLOCK))
+    group_of = np.concatenate([nearest(upper, vectors_of(block)) for block in blocks])
     sizes = np.bincount(group_of, minlength=groups)
     shares = _apportion(sizes, lists)
     order = np.argsort(group_of, kind="stable")
     ends = np.cumsum(sizes)
     return np.concatenate(
         [
-            _kmeans(vectors[order[end - size : end]], int(share), seed)
+            _kmeans(vectors_of(sample[order[end - size : end]]), int(share), seed)
             for end, size, share in zip(ends, sizes, shares, strict=True)
             if share
         ]

@@ -17,11 +17,9 @@ from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
 from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids
 from stages.coarse_lists import POINTS_PER_LIST, ListFinder, train_centroids, write_graph
-from stages.fill_lists import MERGE_ENTRIES, fill_part, merge_parts
+from stages.fill_lists import HELD_A_KEY, MERGE_ENTRIES, fill_part, merge_parts
 from stages.read_patches import PatchTable, TablePart
 
-BYTES_A_KEY = 64
-"""What filling holds of each key of a part: code, next token, id and list, twice while sorting."""
 FIXED_BYTES = 400 << 20
 """What a worker takes with the libraries and one block, whatever the part."""
 TRAINED_ON_AT_MOST = 16_000_000
@@ -62,7 +60,10 @@ def run_step(step: FillStep | MergeStep) -> str:
         centroids: Floats = np.load(step.centroids)
         table = PatchTable(step.table, step.version)
         blocks = table.blocks(part=step.rows)
-        fill_part(folder, blocks, ListFinder(centroids), step.layout, len(centroids))
+        finder = ListFinder(centroids)
+        fill_part(
+            *(folder, blocks, finder, step.layout), lists=len(centroids), keys=step.rows.count
+        )
     else:
         merge_parts(
             folder,
@@ -93,12 +94,15 @@ def train_lists(
         raise BadInputError(
             f"--lists {lists} is more than the table has keys ({table.count}); pass fewer"
         )
-    sample = table.sample(
-        min(max(lists * POINTS_PER_LIST, lists), TRAINED_ON_AT_MOST), seed=settings.seed
+    wanted = min(max(lists * POINTS_PER_LIST, lists), TRAINED_ON_AT_MOST)
+    sample = table.sample_keys(wanted, seed=settings.seed)
+    np.random.default_rng(settings.seed).shuffle(sample)
+    centroids = train_centroids(
+        sample,
+        lists,
+        seed=settings.seed,
+        vectors_of=lambda keys: key_vectors(keys, layout.codes, layout.weights),
     )
-    vectors = key_vectors(sample.keys, layout.codes, layout.weights)
-    np.random.default_rng(settings.seed).shuffle(vectors)
-    centroids = train_centroids(vectors, lists, seed=settings.seed)
     write_graph(centroids, folder / GRAPH)
     draft = path.with_name(f".{path.name}")
     with draft.open("wb") as stream:
@@ -110,9 +114,9 @@ def train_lists(
 def part_rows(settings: IndexSettings) -> int:
     """Rows that one worker may hold within its memory. Raises BadInputError when that is too little."""
     memory = size_in_bytes("--worker-memory", settings.worker_memory)
-    rows = (memory - FIXED_BYTES) // BYTES_A_KEY
+    rows = (memory - FIXED_BYTES) // HELD_A_KEY
     if rows < MERGE_ENTRIES // 2:
-        needed = (FIXED_BYTES + BYTES_A_KEY * MERGE_ENTRIES // 2) / 10**9
+        needed = (FIXED_BYTES + HELD_A_KEY * MERGE_ENTRIES // 2) / 10**9
         raise BadInputError(
             f"--worker-memory {settings.worker_memory} is too little to fill lists in; give at least"
             f" {needed:.1f}GB"

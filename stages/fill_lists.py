@@ -6,7 +6,7 @@ keys give the same bytes however they were cut into parts. Identical entries (sa
 token) beyond `max_copies` are stored once and keep all their ids. faiss never encodes anything: the
 tokens are the codes.
 
-In memory at once: one block when filling, one group of lists when merging.
+In memory at once: the packed entries of a part when filling, one group of lists when merging.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,38 +24,44 @@ from stages.read_patches import PatchBlock
 
 Finder = Callable[[Floats], Ids]
 """The list int64 [N] of search vectors float32 [N, D]; a `ListFinder`, say."""
-MERGE_ENTRIES = 1 << 21
-"""Entries merged at a time: about 100 MB with everything that sorting them takes."""
+MERGE_ENTRIES = 1 << 20
+"""Entries merged at a time: about 50 MB with everything that sorting them takes."""
+HELD_A_KEY = 48
+"""Bytes that filling takes a key of a part: list, code, next token, id, and the order of the lists."""
 
 
 def fill_part(
-    folder: Path, blocks: Iterable[PatchBlock], finder: Finder, layout: CodeLayout, lists: int
+    folder: Path,
+    blocks: Iterable[PatchBlock],
+    finder: Finder,
+    layout: CodeLayout,
+    *,
+    lists: int,
+    keys: int,
 ) -> None:
-    """Write the keys of these blocks as a part, grouped by list; the blocks are held in memory.
+    """Write the keys of these blocks as a part, grouped by list, in the order they came within each.
 
-    The part appears complete or not at all.
+    keys: how many there are (or more); packed they are held in memory, at `HELD_A_KEY` bytes each. The part
+    appears complete or not at all.
     """
-    found, codes, tokens, ids = [], [], [], []
-    for block in blocks:
-        found.append(finder(key_vectors(block.keys, layout.codes, layout.weights)))
-        codes.append(pack_keys(block.keys, layout.bits, len(layout.codes)))
-        tokens.append(block.next_tokens)
-        ids.append(block.patch_ids)
-    grouped = group_by_list(
-        Entries(
-            np.concatenate([np.empty(0, np.int64), *found]),
-            np.concatenate([np.empty((0, layout.size), np.uint8), *codes]),
-            np.concatenate([np.empty(0, np.uint16), *tokens]),
-            np.concatenate([np.empty(0, np.int64), *ids]),
-        )
+    held = Entries(
+        np.empty(keys, np.uint16 if lists <= 1 << 16 else np.int32),
+        np.empty((keys, layout.size), np.uint8),
+        np.empty(keys, np.uint16),
+        np.empty(keys, np.int64),
     )
+    end = 0
+    for block in blocks:
+        start, end = end, end + len(block.patch_ids)
+        held.lists[start:end] = finder(key_vectors(block.keys, layout.codes, layout.weights))
+        held.codes[start:end] = pack_keys(block.keys, layout.bits, len(layout.codes))
+        held.next_tokens[start:end] = block.next_tokens
+        held.patch_ids[start:end] = block.patch_ids
+    order = np.argsort(held.lists[:end], kind="stable")
     with PartWriter(folder, lists) as part:
-        part.add(grouped, np.ones(len(grouped.lists), np.int64), grouped.patch_ids[:0])
-
-
-def group_by_list(entries: Entries) -> Entries:
-    """The entries by list, in the order they came within each."""
-    return _take(entries, np.argsort(_narrow(entries.lists), kind="stable"))
+        for start in range(0, end, MERGE_ENTRIES):
+            some = _take(held, order[start : start + MERGE_ENTRIES])
+            part.add(some, np.ones(len(some.lists), np.int64), some.patch_ids[:0])
 
 
 def merge_parts(
@@ -125,7 +131,9 @@ def _in_order(entries: Entries, layout: CodeLayout) -> Entries:
 def _narrow(lists: Ids) -> npt.NDArray[Any]:
     """Lists as numbers of the same order in sixteen bits, which numpy sorts several times as fast."""
     low = int(lists.min()) if len(lists) else 0
-    return (lists - low).astype(np.uint16) if len(lists) and lists.max() - low < 1 << 16 else lists
+    if not len(lists) or lists.max() - low >= 1 << 16:
+        return lists
+    return (lists - low).astype(np.uint16)
 
 
 def _take(entries: Entries, rows: Ids) -> Entries:

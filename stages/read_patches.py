@@ -19,6 +19,8 @@ from schemas.specs import KeySpec, key_spec
 from schemas.tables import Ids, contains, list_values, split_patch_ids
 
 BLOCK = 131_072
+CACHE_BYTES = 16 << 20
+"""What Lance may keep of a table's pages between reads, which otherwise grows with the table."""
 
 
 def patch_tables(layout: Layout) -> list[KeySpec]:
@@ -52,7 +54,12 @@ class PatchTable:
         if not exists(path):
             raise BadInputError(f"no patches at {path}; build them with `arrag-db build`")
         try:
-            self._dataset = lance.dataset(path, version=version)
+            self._dataset = lance.dataset(
+                path,
+                version=version,
+                index_cache_size_bytes=CACHE_BYTES,
+                metadata_cache_size_bytes=CACHE_BYTES,
+            )
         except (OSError, ValueError) as error:
             raise BadInputError(
                 f"version {version} of {path} is gone; index again with `arrag-db index`"
@@ -67,7 +74,12 @@ class PatchTable:
         if part is not None:
             fragments = [self._dataset.get_fragment(n) for n in part.fragments]
         scanner = self._dataset.scanner(
-            batch_size=size, scan_in_order=True, batch_readahead=2, fragments=fragments
+            batch_size=size,
+            scan_in_order=True,
+            fragments=fragments,
+            # More of either is no faster, and memory would grow with the table.
+            batch_readahead=2,
+            fragment_readahead=2,
         )
         for batch in scanner.to_batches():
             yield _block(pa.Table.from_batches([batch]))
@@ -118,10 +130,33 @@ class PatchTable:
 
     def sample(self, count: int, *, seed: int) -> PatchBlock:
         """A uniform sample over all shards without repetition; all rows where there are fewer."""
-        rng = np.random.default_rng(seed)
         if count >= self.count:
             return _block(self._dataset.to_table())
-        return self.take(np.sort(rng.choice(self.count, count, replace=False)))
+        return self.take(_ordinals(self.count, count, seed))
+
+    def sample_keys(self, count: int, *, seed: int) -> npt.NDArray[Any]:
+        """The keys of `sample`, read a block at a time, so that little else is held."""
+        if count >= self.count:
+            return np.concatenate([block.keys for block in self.blocks()])
+        rows = _ordinals(self.count, count, seed)
+        cuts = range(0, count, BLOCK)
+        blocks = (
+            self._dataset.take(rows[start : start + BLOCK].tolist(), columns=["key"])
+            for start in cuts
+        )
+        return np.concatenate([list_values(block["key"]) for block in blocks])
+
+
+def _ordinals(total: int, count: int, seed: int) -> Ids:
+    """`count` of `total` row numbers, drawn without repetition, ascending.
+
+    Holds no more than a few times `count` numbers, however many there are to draw from.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.empty(0, np.int64)
+    while len(drawn) < count:
+        drawn = np.unique(np.concatenate([drawn, rng.integers(0, total, count)]))
+    return np.sort(rng.choice(drawn, count, replace=False))
 
 
 def _block(table: pa.Table) -> PatchBlock:

@@ -92,7 +92,8 @@ def write_codes(
     names = []
     for number, block in enumerate(world.blocks(cuts)):
         filled = folder / f"fill-{number}"
-        fill_part(filled, [block], ListFinder(centroids), world.layout, lists)
+        finder, keys = ListFinder(centroids), len(block.patch_ids)
+        fill_part(filled, [block], finder, world.layout, lists=lists, keys=keys)
         names.append(f"part-{number:04}")
         opened = ListPart.open(filled, world.layout.size)
         merge_parts(folder / names[-1], [opened], world.layout, max_copies=max_copies)

@@ -35,7 +35,7 @@ def small_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stages.fill_lists, "MERGE_ENTRIES", 90)
     patch.setattr(stages.codebook_index, "MERGE_ENTRIES", 2)
     patch.setattr(stages.codebook_index, "FIXED_BYTES", 0)
-    patch.setattr(stages.codebook_index, "BYTES_A_KEY", 1)
+    patch.setattr(stages.codebook_index, "HELD_A_KEY", 1)
 
 
 class Watch:

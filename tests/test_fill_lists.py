@@ -1,6 +1,6 @@
 """Filling and merging lists: however the keys are cut into parts, the bytes are the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 import stages.fill_lists
 from schemas.inverted_lists import Entries, ListPart, PartWriter
+from schemas.specs import Floats
 from schemas.tables import split_patch_ids
 from stages.coarse_lists import ListFinder, train_centroids
 from stages.fill_lists import append_parts, collapse, expanded, fill_part, merge_parts
+from stages.read_patches import PatchBlock
 from tests.code_world import CodeWorld, make_codes
 
 LISTS = 7
@@ -33,13 +35,21 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.fill_lists, "MERGE_ENTRIES", 80)
 
 
+def fill_keys(
+    folder: Path, blocks: Iterable[PatchBlock], centroids: Floats, world: CodeWorld
+) -> None:
+    """Fill a part with blocks of the world's entries, with room for a few more."""
+    room = len(world.ids) + 3
+    fill_part(folder, blocks, ListFinder(centroids), world.layout, lists=LISTS, keys=room)
+
+
 def fill(folder: Path, world: CodeWorld, cuts: Sequence[int]) -> list[ListPart]:
     """One part for each piece of the entries."""
     centroids = train_centroids(world.vectors, LISTS, seed=0)
     parts = []
     for number, block in enumerate(world.blocks(cuts)):
         place = folder / f"fill-{number}-of-{len(cuts)}"
-        fill_part(place, [block], ListFinder(centroids), world.layout, LISTS)
+        fill_keys(place, [block], centroids, world)
         parts.append(ListPart.open(place, world.layout.size))
     return parts
 
@@ -94,9 +104,7 @@ def test_the_order_in_which_keys_come_makes_no_difference(world: CodeWorld, tmp_
     order = np.random.default_rng(3).permutation(len(world.ids))
     shuffled = CodeWorld(world.layout, world.keys[order], world.tokens[order], world.ids[order])
     centroids = train_centroids(world.vectors, LISTS, seed=0)
-    fill_part(
-        *(tmp_path / "fill", shuffled.blocks([11, 300]), ListFinder(centroids), world.layout, LISTS)
-    )
+    fill_keys(tmp_path / "fill", shuffled.blocks([11, 300]), centroids, world)
     [whole] = fill(tmp_path, world, [])
     one = merge(tmp_path / "a", world, [ListPart.open(tmp_path / "fill", world.layout.size)])
     assert_same_bytes(one, merge(tmp_path / "b", world, [whole]))
@@ -108,7 +116,7 @@ def test_pictures_that_are_left_out_leave_nothing(world: CodeWorld, tmp_path: Pa
     here = ~np.isin(split_patch_ids(world.ids)[0], gone)
     rest = CodeWorld(world.layout, world.keys[here], world.tokens[here], world.ids[here])
     centroids = train_centroids(world.vectors, LISTS, seed=0)
-    fill_part(tmp_path / "rest", rest.blocks([]), ListFinder(centroids), world.layout, LISTS)
+    fill_keys(tmp_path / "rest", rest.blocks([]), centroids, world)
     alone = merge(tmp_path / "a", world, [ListPart.open(tmp_path / "rest", world.layout.size)])
     parts = fill(tmp_path, world, [100])
     assert_same_bytes(merge(tmp_path / "b", world, parts, left_out=gone), alone)

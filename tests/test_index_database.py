@@ -86,7 +86,8 @@ def canonical(layout: Layout, name: str, tmp_path: Path) -> dict[str, bytes]:
     centroids = np.load(Path(layout.index(name)) / CENTROIDS)
     shutil.rmtree(tmp_path / "canonical", ignore_errors=True)
     filled = tmp_path / "canonical" / "fill"
-    fill_part(filled, table_of(layout).blocks(), ListFinder(centroids), coded, len(centroids))
+    table, finder = table_of(layout), ListFinder(centroids)
+    fill_part(*(filled, table.blocks(), finder, coded), lists=len(centroids), keys=table.count)
     part = ListPart.open(filled, coded.size)
     merge_parts(filled.with_name("part"), [part], coded, max_copies=CODES.max_copies)
     return {path.name: path.read_bytes() for path in filled.with_name("part").iterdir()}
