@@ -35,6 +35,7 @@ from pipeline.index_steps import (
     merge_into,
 )
 from pipeline.lease import lease
+from pipeline.memory import give_memory_back
 from pipeline.ray_run import RayResources
 from schemas.codes import CodeLayout
 from schemas.errors import ArragError, BadInputError
@@ -112,6 +113,7 @@ def index_database(
             f"--name '{name}' is no name for a folder; use letters, digits, - and _"
         )
     Target.parse(settings.target_recall)
+    give_memory_back()
     with lease(layout, "arrag-db index") as held:
         started = time.perf_counter()
         # Rows of shards that a killed build left unfinished must not be indexed.

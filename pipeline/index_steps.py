@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from pipeline.memory import give_memory_back
 from pipeline.ray_run import RayResources, ray_cluster
 from schemas.codes import CodeLayout
 from schemas.errors import BadInputError
@@ -127,6 +128,7 @@ def _one_thread(step: FillStep | MergeStep) -> str:
     import faiss
 
     faiss.omp_set_num_threads(1)
+    give_memory_back()
     return run_step(step)
 
 
