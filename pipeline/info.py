@@ -171,6 +171,7 @@ def index_to_text(made: IndexManifest) -> str:
         lines.append(
             f"  learned: {fitted['equal']:.3f} → {fitted['learned']:.3f} nats a token on"
             f" {fitted['judged_on']}; gain {fitted['gain']:.3f} ({low:.3f} to {high:.3f})"
+            + ("" if low > 0 else ", which may be none: `--weights equal` does as well")
         )
     if made.left_out:
         lines.append(f"  {made.left_out:,} pictures are left out: removed ones or copies")
