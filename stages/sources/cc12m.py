@@ -31,7 +31,7 @@ from stages.sources.columns import Record
 from stages.sources.content import make_shard, require_input, require_shard_size
 from stages.sources.files import SourceFile, find_file, find_files
 from stages.sources.pieces import Piece, Wanted, pending, remaining, windows
-from stages.sources.text_lines import Line, Scan, is_packed, lines_from, scan_lines, unpacked
+from stages.sources.text_lines import Line, Scan, is_packed, lines_from, packed_size, scan_lines
 from stages.sources.where import parse_where, table_of, taken
 
 PUBLISHED = "https://storage.googleapis.com/conceptual_12m/cc12m.tsv"
@@ -266,8 +266,4 @@ def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
                 break
         else:
             return lines, file.size, True
-    if not is_packed(file):
-        return lines, read, False
-    with closing(unpacked(file)) as packed:
-        packed.read(read)
-        return lines, int(packed.fileobj.tell()), False
+    return lines, packed_size(file, read) if is_packed(file) else read, False

@@ -10,7 +10,7 @@ import hashlib
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from stages.sources.files import SourceFile
 
 Span = tuple[int, int]
 CHUNK = 4 << 20
+PIECE = 1 << 12
 LONGEST_LINE = 1 << 20
 """A longer line is cut, so that a file without ends of lines cannot fill the memory."""
 SHOWN = 1000
@@ -59,6 +60,22 @@ def is_packed(file: SourceFile) -> bool:
     """Whether the file is gzip, so that offsets are not those of its bytes on disk."""
     with file.open() as stream:
         return bool(stream.read(2) == GZIP)
+
+
+def packed_size(file: SourceFile, unpacked_bytes: int) -> int:
+    """How many bytes of a gzip file hold its first so many unpacked ones, to a few kilobytes."""
+    consumed = made = 0
+    # What is damaged counts for nothing here; reading the lines tells of it.
+    with closing(file.open()) as stream, suppress(zlib.error):
+        member = zlib.decompressobj(wbits=31)
+        while made < unpacked_bytes and (piece := stream.read(PIECE)):
+            consumed += len(piece)
+            while piece:
+                made += len(member.decompress(piece))
+                piece = member.unused_data
+                if member.eof:
+                    member = zlib.decompressobj(wbits=31)
+    return consumed
 
 
 def lines_from(file: SourceFile, offset: int) -> Generator[Line, None, None]:
