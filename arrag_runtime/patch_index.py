@@ -20,7 +20,7 @@ from arrag_runtime.removed import Tombstones
 from schemas.codes import CodeLayout
 from schemas.errors import BadInputError, IncompatibleError
 from schemas.location import exists, join, local_folder, modified, names
-from schemas.manifest import IndexManifest, Layout, read_codebook
+from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids, contains, split_patch_ids
 
@@ -222,9 +222,10 @@ def open_engine(
 
 
 def newest_index(layout: Layout) -> str:
-    """The folder of the index built last. Raises BadInputError where there is none."""
+    """The folder of the index built last. Raises BadInputError where there is none, or no database."""
     folders = index_folders(layout)
     if not folders:
+        DatabaseManifest.read(layout)
         raise BadInputError(
             f"database {layout.root} has no index; build one with `arrag-db index"
             f" --db {layout.root}`"

@@ -200,7 +200,7 @@ def test_an_adapter_for_another_width_is_refused(
         (("--mode", "plain", "--trace", "t.json"), "--mode plain retrieves nothing to trace"),
         (("--index", "none"), "no complete index at"),
         (("--model", "/nowhere"), "no model at '/nowhere'"),
-        (("--db", "/nowhere"), "database /nowhere has no index"),
+        (("--db", "/nowhere"), "no database at /nowhere"),
         (("--mode", "compare", "--adapter", "/nowhere.safetensors"), "/nowhere.safetensors"),
     ],
 )
