@@ -225,7 +225,8 @@ def newest_index(layout: Layout) -> str:
     """The folder of the index built last. Raises BadInputError where there is none, or no database."""
     folders = index_folders(layout)
     if not folders:
-        DatabaseManifest.read(layout)
+        if not exists(layout.root):
+            DatabaseManifest.read(layout)
         raise BadInputError(
             f"database {layout.root} has no index; build one with `arrag-db index"
             f" --db {layout.root}`"
