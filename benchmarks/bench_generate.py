@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,21 +167,22 @@ def random_walks(vocabulary: int, images: int, rng: np.random.Generator) -> Any:
     return grids
 
 
-class Graphed:
-    """A backend whose steps are replayed from a CUDA graph once they are captured."""
+class Wrapped:
+    """A backend whose decoding of a batch stands behind something else; the latest is `decoding`."""
 
-    def __init__(self, inner: JanusBackend) -> None:
-        self._inner = inner
+    def __init__(self, inner: Backend, wrap: Callable[[Any], Any]) -> None:
+        self._inner, self._wrap = inner, wrap
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def start(self, prompts: Any, *, guided: bool) -> "GraphedDecoding":
-        return GraphedDecoding(self._inner.start(prompts, guided=guided))
+    def start(self, prompts: Any, *, guided: bool) -> Any:
+        self.decoding = self._wrap(self._inner.start(prompts, guided=guided))
+        return self.decoding
 
 
 class GraphedDecoding:
-    """Three steps run eagerly, the fourth is captured, and it and all others are replayed."""
+    """Replays steps from a CUDA graph: three run eagerly, the fourth is captured."""
 
     def __init__(self, running: JanusDecoding) -> None:
         self._running, self._steps = running, 0
@@ -210,7 +212,7 @@ def seconds_of(
     sampling = Sampling(5.0, 1.0, tuple(range(batch)))
     retriever = Retriever(index, K[method]) if method in K else None
     mixing = DaidSettings() if method == "daid" else None
-    used: Any = Graphed(backend) if graphed else backend  # type: ignore[arg-type]
+    used: Any = Wrapped(backend, GraphedDecoding) if graphed else backend
     with ExitStack() as stack:
         augmenters = ()
         if method == "faid":
@@ -250,24 +252,10 @@ class Clocked:
         return clocked
 
 
-class Watched:
-    """A backend whose forward passes are clocked."""
-
-    def __init__(self, inner: Backend) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def start(self, prompts: Any, *, guided: bool) -> Any:
-        self.decoding = Clocked(self._inner.start(prompts, guided=guided), "forward")
-        return self.decoding
-
-
 def overlap(backend: Backend, index: PatchIndex, batch: int) -> float:
     """The share of DAiD's search time that lies within forward passes, over one batch of pictures."""
     searching: Any = Clocked(Retriever(index, K["daid"]), "at")
-    watched: Any = Watched(backend)
+    watched: Any = Wrapped(backend, lambda decoding: Clocked(decoding, "forward"))
     sampling = Sampling(5.0, 1.0, tuple(range(batch)))
     decode(watched, [PROMPT] * batch, sampling, retriever=searching, mixing=DaidSettings())
     forward: list[tuple[float, float]] = watched.decoding.spans

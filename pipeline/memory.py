@@ -1,18 +1,29 @@
-"""Gives freed memory back to the system.
+"""Settings of glibc's malloc, for processes that should not hold what they freed."""
 
-glibc keeps what was freed for the next time, and more of it the larger the blocks that a process once
-freed: an index build over ten million keys kept 100 MB that one over a million did not.
-"""
-
+import contextlib
 import ctypes
 
-M_MMAP_THRESHOLD = -3
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""From glibc's malloc.h."""
 THRESHOLD = 32 << 20
 """glibc's own largest. A threshold that is set no longer grows, and neither does what is kept."""
 
 
 def give_memory_back() -> None:
-    """Let this process keep little of what it frees, from now on; nothing where there is no glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, THRESHOLD)
+    """Let this process keep little of what it frees, from now on.
+
+    glibc keeps more of it the larger the blocks that a process once freed: an index build over ten
+    million keys kept 100 MB that one over a million did not.
+    """
+    _set(M_MMAP_THRESHOLD, THRESHOLD)
+
+
+def one_arena() -> None:
+    """What MALLOC_ARENA_MAX=1 does, for a process that has read its environment already."""
+    _set(M_ARENA_MAX, 1)
+
+
+def _set(option: int, value: int) -> None:
+    """Nothing where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(option, value)

@@ -5,8 +5,6 @@ writes its fragments. What comes back to the driver is one small row a shard, a 
 The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
 """
 
-import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -14,6 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from pipeline.memory import one_arena
 from pipeline.shard_worker import EncodeWorker, WorkerSettings, read_shard, shard_rows
 from schemas.errors import BadInputError
 from schemas.records import Attempt
@@ -68,7 +68,7 @@ class EncoderPool:
     largest: int
 
 
-@contextlib.contextmanager
+@contextmanager
 def ray_cluster(resources: RayResources) -> Iterator[None]:
     """Connect to the cluster at `address`, or start an embedded one for as long as this lasts.
 
@@ -83,7 +83,7 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     # An arena of memory for each thread made encoders grow with the number of shards.
     if "MALLOC_ARENA_MAX" not in os.environ:
         os.environ["MALLOC_ARENA_MAX"] = "1"
-        _one_arena()
+        one_arena()
     # The driver forks to start Ray's own programs, none of which touches Lance.
     warnings.filterwarnings("ignore", "lance is not fork-safe")
     # Ray's C++ side reports harmless details of actor creation as errors on the terminal.
@@ -108,16 +108,6 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
         ray.shutdown()
 
 
-def _one_arena() -> None:
-    """The same for this process, which read its environment when it began; glibc only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-
-
-M_ARENA_MAX = -8
-"""From glibc's malloc.h."""
-
-
 def _require_reachable(address: str) -> None:
     """Knock at HOST:PORT, since Ray itself would wait for minutes at a closed door."""
     if address.startswith(("http://", "https://")):
@@ -137,7 +127,7 @@ def _require_reachable(address: str) -> None:
         ) from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Drop what Ray's C++ side writes to file descriptor 2 while it starts; errors are raised."""
     sys.stderr.flush()

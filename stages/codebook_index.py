@@ -94,7 +94,7 @@ def train_lists(
         raise BadInputError(
             f"--lists {lists} is more than the table has keys ({table.count}); pass fewer"
         )
-    wanted = min(max(lists * POINTS_PER_LIST, lists), TRAINED_ON_AT_MOST)
+    wanted = min(lists * POINTS_PER_LIST, TRAINED_ON_AT_MOST)
     sample = table.sample_keys(wanted, seed=settings.seed)
     np.random.default_rng(settings.seed).shuffle(sample)
     centroids = train_centroids(
