@@ -129,22 +129,37 @@ class PatchTable:
         return _block(self._dataset.take(list(map(int, rows))))
 
     def sample(self, count: int, *, seed: int) -> PatchBlock:
-        """A uniform sample over all shards without repetition; all rows where there are fewer."""
-        if count >= self.count:
-            return _block(self._dataset.to_table())
-        return self.take(_ordinals(self.count, count, seed))
+        """A uniform sample over all shards without repetition; all rows where there are fewer.
+
+        The same rows in the same order whatever order the shards were committed in.
+        """
+        return self.take(self._drawn(count, seed))
 
     def sample_keys(self, count: int, *, seed: int) -> npt.NDArray[Any]:
         """The keys of `sample`, read a block at a time, so that little else is held."""
-        if count >= self.count:
-            return np.concatenate([block.keys for block in self.blocks()])
-        rows = _ordinals(self.count, count, seed)
-        cuts = range(0, count, BLOCK)
+        rows = self._drawn(count, seed)
         blocks = (
             self._dataset.take(rows[start : start + BLOCK].tolist(), columns=["key"])
-            for start in cuts
+            for start in range(0, max(len(rows), 1), BLOCK)
         )
         return np.concatenate([list_values(block["key"]) for block in blocks])
+
+    def _drawn(self, count: int, seed: int) -> Ids:
+        """The ordinals of `sample`: drawn from the fragments in order of their first patch ids."""
+        parts = self.parts(1)
+        if not parts:
+            return np.empty(0, np.int64)
+        starts = np.array([part.start for part in parts])
+        sizes = np.array([part.count for part in parts])
+        firsts = self._dataset.take(starts.tolist(), columns=["patch_id"])["patch_id"]
+        order = np.argsort(firsts.to_numpy())
+        ends = np.cumsum(sizes[order])
+        drawn = _ordinals(self.count, min(count, self.count), seed)
+        # From an ordinal in that order to its fragment, and to its ordinal in the table.
+        owner = np.searchsorted(ends, drawn, side="right")
+        within = drawn - (ends - sizes[order])[owner]
+        ordinals: Ids = starts[order][owner] + within
+        return ordinals
 
 
 def _ordinals(total: int, count: int, seed: int) -> Ids:
@@ -152,6 +167,8 @@ def _ordinals(total: int, count: int, seed: int) -> Ids:
 
     Holds no more than a few times `count` numbers, however many there are to draw from.
     """
+    if count == total:
+        return np.arange(total)
     rng = np.random.default_rng(seed)
     drawn = np.empty(0, np.int64)
     while len(drawn) < count:

@@ -1,6 +1,7 @@
 """Indexing a database: grown, merged, built again, left out, refused and killed, on real tables."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.index_world import (
     index_files,
     small_steps,
 )
-from tests.removal_world import KEYS, add_shard, make_database, shard_of
+from tests.removal_world import KEYS, PER_SHARD, add_shard, make_database, shard_of
 from tests.test_remove import run
 
 CODES = IndexSettings("codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
@@ -105,6 +106,22 @@ def test_a_build_in_parts_makes_the_bytes_of_the_whole(layout: Layout, tmp_path:
         CENTROIDS: files[CENTROIDS]
     }
     assert sound(layout)
+
+
+@pytest.mark.parametrize("weights", ["equal", "learned"])
+def test_the_order_of_commits_changes_no_byte(tmp_path: Path, weights: str) -> None:
+    """Shards are committed as they finish, and neither lists nor what is measured depend on it."""
+    made = []
+    for order in (range(5), [3, 0, 4, 2, 1]):
+        layout = make_database(tmp_path / f"db {order}", shards=0)
+        for number in order:
+            add_shard(layout, number, range(PER_SHARD * number, PER_SHARD * (number + 1)))
+        manifest = index_database(layout.root, replace(CODES, weights=weights, lists=7))
+        tried = [{**one, "ms_batch": None} for one in manifest.certificate["tried"]]
+        first = next(table_of(layout).blocks()).patch_ids[0]
+        made.append((index_files(layout, "codebook"), manifest.nprobe, tried, first))
+    assert made[0][3] != made[1][3]
+    assert made[0][:3] == made[1][:3]
 
 
 def test_a_grown_index_finds_what_a_new_one_finds(layout: Layout) -> None:
