@@ -102,6 +102,9 @@ ImagesPerSecond = Annotated[
     float | None,
     typer.Option(min=0.001, help="Pictures encoded a second.  [default: as the database measured]"),
 ]
+QueryMs = Annotated[
+    float, typer.Option(min=0.01, help="codebook: milliseconds a query may scan on one core.")
+]
 Success = Annotated[
     float | None,
     typer.Option(min=0.0, max=1.0, help="Share of addresses that become pictures.  [default: 0.9]"),
@@ -312,9 +315,7 @@ def index(
     lists: Annotated[
         int | None, typer.Option(min=1, help="codebook: coarse lists.  [default: by --query-ms]")
     ] = None,
-    query_ms: Annotated[
-        float, typer.Option(min=0.01, help="codebook: milliseconds a query may scan on one core.")
-    ] = 0.5,
+    query_ms: QueryMs = 0.5,
     target_recall: Annotated[
         str, typer.Option(help="nprobe is the smallest that reaches it; R or R@K.")
     ] = "0.95",
@@ -601,7 +602,7 @@ def plan(
     hold_out: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of pictures kept out of the patches.")
     ] = 0.0,
-    query_ms: Annotated[float, typer.Option(min=0.01, help="Wanted milliseconds a query.")] = 5.0,
+    query_ms: QueryMs = 0.5,
     as_json: AsJson = False,
 ) -> None:
     """What a build would make and cost: pictures, patches, bytes, memory, hours. Writes nothing."""

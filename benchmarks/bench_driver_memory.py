@@ -9,7 +9,6 @@ In: nothing. Out: a table, one JSON line, exit code 1 when the bound is missed.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -59,7 +58,6 @@ def measure(shards: int) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            env={"RAY_worker_niceness": "0"} | os.environ,
         )
     [line] = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))

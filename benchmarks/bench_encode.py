@@ -19,7 +19,6 @@ In: a folder of pictures or of tars (claim 1). Out: a table, one JSON line, exit
 
 import argparse
 import itertools
-import os
 import sys
 import tempfile
 import time
@@ -51,8 +50,6 @@ WIDTHS: dict[str, dict[str, Any]] = {
 
 def run_pipeline(args: argparse.Namespace, tars: Path, database: Path) -> dict[str, Any]:
     """Build a database of the tars; rates, and what the workers did with their time."""
-    # Ray starts workers at niceness 15; beside other work that alone would decide the comparison.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     from pipeline.build import BuildReport, build
     from pipeline.database import BuildSettings
     from pipeline.ray_run import RayResources

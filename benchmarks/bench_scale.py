@@ -16,7 +16,6 @@ In: a folder of pictures or tars. Out: a table, one JSON line, exit code 1 when 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -35,8 +34,6 @@ from schemas.errors import ArragError
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_BOUND, MEMORY_BOUND = 11.0, 1.15
-NICENESS = "RAY_worker_niceness"
-"""Ray starts workers at 15, which beside other work would slow the two builds unequally."""
 EVERY = 0.2
 """Seconds between two looks at the processes."""
 
@@ -100,11 +97,10 @@ def _name(pid: int) -> str:
 
 def command(words: list[str]) -> tuple[dict[str, Any], float, Watch]:
     """Run one `arrag-db` command; what it printed as JSON, its seconds, its processes' peaks."""
-    environment = {NICENESS: "0"} | os.environ
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
         child = subprocess.Popen(
-            [sys.executable, "-m", "cli", *words], cwd=ROOT, stdout=out, stderr=err, env=environment
+            [sys.executable, "-m", "cli", *words], cwd=ROOT, stdout=out, stderr=err
         )
         watch = Watch(child.pid)
         ended = threading.Event()

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import BadInputError
-from schemas.index_settings import FLAT_UP_TO, IMBALANCE, PROBES, SCAN_NS, choose_lists
+from schemas.index_settings import (
+    IMBALANCE,
+    PROBES,
+    QUERY_MS,
+    SCAN_NS,
+    choose_ivfpq_lists,
+    choose_lists,
+    default_kind,
+)
 from schemas.location import exists
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import Count, SourceSettings
@@ -52,7 +60,7 @@ class ForecastSettings:
     neighborhood: str = "causal-1"
     border: str = "skip"
     hold_out: float = 0.0
-    query_ms: float = 5.0
+    query_ms: float = QUERY_MS
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def work_out(
         patches=patches,
         tables=_tables(count.inputs, images, patches, keys, height * width),
         index_memory=_memory(patches, keys, dimension),
-        index=suggest_index(patches, settings.query_ms, latent=keys.space == "latent"),
+        index=suggest_index(patches, settings.query_ms, space=keys.space),
         download_hours=count.inputs / settings.rate / 3600 if count.links else None,
         gpu_hours=images / rate / 3600 if rate else None,
         settings={
@@ -134,17 +142,19 @@ def work_out(
     )
 
 
-def suggest_index(keys: int, query_ms: float, *, latent: bool = False) -> dict[str, Any]:
-    """The kind, lists and nprobe that suit this many keys, and what a query would take.
+def suggest_index(keys: int, query_ms: float, *, space: str = "codebook") -> dict[str, Any]:
+    """The index that `arrag-db index` builds for this many keys, and what a query would take.
 
     milliseconds: of one query on one thread; threads: how many answer it within `query_ms`.
     """
-    kind: dict[str, Any] = {"kind": "flat", "lists": None, "nprobe": None}
+    name = default_kind(space, keys)
+    kind: dict[str, Any] = {"kind": name, "lists": None, "nprobe": None}
     scanned = float(keys)
-    if keys > FLAT_UP_TO:
-        lists = choose_lists(keys, query_ms)
+    if name != "flat":
+        of_codebook = name == "codebook"
+        lists = choose_lists(keys, query_ms) if of_codebook else choose_ivfpq_lists(keys)
         nprobe = min(PROBES, lists)
-        kind = {"kind": "ivfpq" if latent else "codebook", "lists": lists, "nprobe": nprobe}
+        kind |= {"lists": lists, "nprobe": nprobe}
         scanned = keys / lists * nprobe * IMBALANCE
     seconds = SECONDS_A_SEARCH + scanned * SCAN_NS * 1e-9
     threads = max(1, math.ceil(seconds * 1000 / query_ms))

@@ -80,6 +80,8 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray would otherwise announce a changed default on every start without a GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Workers have the priority of the command (`nice arrag-db build`), not the lowest there is.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # An arena of memory for each thread made encoders grow with the number of shards.
     if "MALLOC_ARENA_MAX" not in os.environ:
         os.environ["MALLOC_ARENA_MAX"] = "1"

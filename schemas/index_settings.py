@@ -18,12 +18,21 @@ SCAN_NS, IMBALANCE, PROBES = 11, 2.1, 48
 """Measured: nanoseconds a code scanned, lists' imbalance factor, lists visited at 0.98 recall@10."""
 BALANCE = 8
 """Lists for each √key at which looking at centroids and at codes cost about the same."""
+QUERY_MS = 0.5
+"""Wanted milliseconds of a query on one core, by default."""
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+def default_kind(space: str, keys: int) -> str:
+    """The kind of index that suits this many keys of a space, "codebook" or "latent"."""
+    if space == "codebook":
+        return "codebook"
+    return "flat" if keys <= FLAT_UP_TO else "ivfpq"
+
+
 def choose_lists(keys: int, query_ms: float) -> int:
-    """How many lists let a query take about `query_ms` on one core, coarse search aside.
+    """How many lists of a codebook index let a query take about `query_ms` on one core, coarse search aside.
 
     At least `BALANCE`·√keys, so that finding the lists and scanning them stay in balance, and at most
     what `FEWEST_POINTS` keys a list allow.
@@ -31,6 +40,11 @@ def choose_lists(keys: int, query_ms: float) -> int:
     scan = keys * PROBES * IMBALANCE * SCAN_NS / (query_ms * 1e6)
     wanted = max(BALANCE * math.sqrt(keys), scan)
     return max(1, min(round(wanted), keys // FEWEST_POINTS, MOST_LISTS))
+
+
+def choose_ivfpq_lists(keys: int) -> int:
+    """As many lists of an ivfpq index as the released one had for its size, about 4·√keys."""
+    return max(1, min(round(4 * math.sqrt(keys)), keys // FEWEST_POINTS))
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class IndexSettings:
     memory: str = "4GB"
     worker_memory: str = "600MB"
     lists: int | None = None
-    query_ms: float = 0.5
+    query_ms: float = QUERY_MS
     nprobe: int | None = None
     target_recall: str = "0.95"
     weights: str = "equal"
@@ -62,10 +76,8 @@ class IndexSettings:
 
         Raises BadInputError for settings that no index can have, or that do not go together.
         """
-        kind = self.kind or ("ivfpq" if self.index_key is not None else None)
-        if kind is None:
-            small = "flat" if count <= FLAT_UP_TO else "ivfpq"
-            kind = "codebook" if keys.space == "codebook" else small
+        by_key = "ivfpq" if self.index_key is not None else None
+        kind = self.kind or by_key or default_kind(keys.space, count)
         if kind not in KINDS:
             raise BadInputError(f"unknown index kind '{kind}'; choose one of {', '.join(KINDS)}")
         if kind == "codebook" and keys.space != "codebook":

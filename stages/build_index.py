@@ -8,7 +8,6 @@ so memory grows with the index alone and not with the table.
 import contextlib
 import io
 import logging
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +23,17 @@ from autofaiss.external.metadata import IndexMetadata
 from autofaiss.utils.cast import cast_bytes_to_memory_string
 
 from schemas.errors import BadInputError
-from schemas.index_settings import IndexSettings, size_in_bytes
+from schemas.index_settings import (
+    FEWEST_POINTS,
+    IndexSettings,
+    choose_ivfpq_lists,
+    size_in_bytes,
+)
 from schemas.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from schemas.specs import Floats, key_vectors
 from schemas.tables import Ids, contains, split_patch_ids
 from stages.read_patches import PatchTable
 
-POINTS_PER_LIST = 39
-"""faiss' own minimum of training points a list; below it centroids are badly placed."""
 TRAINING_POINTS_PER_LIST = 100
 """The released AR-RAG index was trained on this many."""
 
@@ -49,9 +51,8 @@ class FilledIndex:
 
 def default_index_key(keys: int, dimension: int) -> str:
     """The released layout with about 4·√keys lists, at least 39 training points each."""
-    lists = max(1, min(round(4 * math.sqrt(keys)), keys // POINTS_PER_LIST))
     rotated = min(32, dimension - dimension % 8)
-    return f"OPQ8_{rotated},IVF{lists},PQ8x8"
+    return f"OPQ8_{rotated},IVF{choose_ivfpq_lists(keys)},PQ8x8"
 
 
 def train_and_fill(
@@ -90,7 +91,7 @@ def _train(
     """A trained, empty index; how many keys it was trained on; autofaiss' scores on them."""
     lists = int(match[1]) if (match := re.search(r"IVF(\d+)", key)) else 1
     wanted = max(lists * TRAINING_POINTS_PER_LIST, 256 * TRAINING_POINTS_PER_LIST)
-    needed = max(256 if "PQ" in key else 1, lists * POINTS_PER_LIST)
+    needed = max(256 if "PQ" in key else 1, lists * FEWEST_POINTS)
     if table.count < needed:
         raise BadInputError(
             f"{key} wants at least {needed} keys to train on and the table has {table.count};"

@@ -165,13 +165,18 @@ def test_a_metadata_file_that_cannot_be_used(content: str, message: str, tmp_pat
 
 
 def test_inputs_that_are_no_folder_of_pictures_are_refused(tmp_path: Path) -> None:
-    """Missing, a file, or without pictures: each says what was looked for."""
+    """Missing, a file, or without pictures: each says what was looked for, and who reads what is there."""
     (tmp_path / "x.jpg").write_bytes(jpeg(0))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "tars" / "below").mkdir(parents=True)
+    (tmp_path / "tars" / "below" / "00000.tar").write_bytes(b"")
     for name, message in (
         ("nowhere", "does not exist"),
         ("x.jpg", "is a file"),
-        ("empty", r"no pictures below .*\.jpeg"),
+        ("empty", r"no pictures below .*\.jpeg.*\.webp$"),
+        ("tars", r"no pictures below .*\.tar files, which --source webdataset reads$"),
     ):
         with pytest.raises(BadInputError, match=message):
             open_folder(tmp_path / name).listing(())
+        with pytest.raises(BadInputError, match=message):
+            open_folder(tmp_path / name).count()

@@ -61,14 +61,17 @@ def test_downloads_and_what_is_held_out() -> None:
 
 def test_the_suggested_index_is_fast_enough() -> None:
     """Scanned codes at 11 ns, lists 2.1 times imbalanced; threads for the time that was asked."""
-    assert suggest_index(50_000, 5.0)["kind"] == "flat"
+    small = suggest_index(50_000, 5.0)
+    assert (small["kind"], small["lists"]) == ("codebook", 50_000 // 39)
+    assert suggest_index(50_000, 5.0, space="latent")["kind"] == "flat"
     billions = suggest_index(6_000_000_000, 5.0)
     scanned = 6e9 / billions["lists"] * billions["nprobe"] * 2.1
     assert billions["kind"] == "codebook"
     assert billions["milliseconds"] == pytest.approx(0.3 + scanned * 11e-6)
     assert billions["milliseconds"] / billions["threads"] <= 5.0
     assert (billions["threads"] - 1) * 5.0 < billions["milliseconds"]
-    assert suggest_index(10**9, 5.0, latent=True)["kind"] == "ivfpq"
+    latent = suggest_index(10**9, 5.0, space="latent")
+    assert (latent["kind"], latent["lists"]) == ("ivfpq", round(4 * 10**4.5))
 
 
 def test_a_plan_counts_footers_and_says_what_it_estimates(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 LICENCE_COLUMNS = ("licence", "license")
 BESIDE = frozenset((".txt", ".json", ".jsonl", ".csv", ".parquet", ".md"))
 """What may stand beside pictures without a note about it."""
+READ_BY = {".tar": "webdataset", ".parquet": "parquet", ".tsv": "cc12m", ".tgz": "journeydb"}
+"""Which source reads files that this one does not."""
 UNREADABLE = "0" * 16
 SMALLEST_SHARD, LARGEST_SHARD, FEWEST_SHARDS = 16, 1000, 8
 SHARD_BYTES = 256 << 20
@@ -126,20 +128,30 @@ class FolderSource:
         """
         if self._listed is None:
             members: dict[str, int] = {}
-            found = False
+            found = 0
             for count, (root, relative) in enumerate(self._wanted()):
-                found = True
+                found += 1
                 if self._limit is not None and count >= self._limit:
                     break
                 content, size = _content(root / relative)
                 members.setdefault(f"{content} {_to_text(relative)}", size)
-            if not found and self._where is None:
-                names = ", ".join(str(root) for root in self._roots)
-                raise BadInputError(
-                    f"no {self._kind} below {names}; looked for {', '.join(sorted(self._suffixes))}"
-                )
+            self._require_some(found)
             self._listed = members
         return self._listed
+
+    def _require_some(self, found: int) -> None:
+        """Raise BadInputError where there is nothing to take, and say what lies there instead."""
+        if found or self._where is not None:
+            return
+        names = ", ".join(str(root) for root in self._roots)
+        looked = ", ".join(sorted(self._suffixes))
+        hints = [
+            f"; there are {suffix} files, which --source {source} reads"
+            for suffix, source in READ_BY.items()
+            if any(next(root.rglob(f"*{suffix}"), None) for root in self._roots)
+        ]
+        hint = hints[0] if hints else ""
+        raise BadInputError(f"no {self._kind} below {names}; looked for {looked}{hint}")
 
     def _wanted(self) -> Iterable[tuple[Path, str]]:
         """Root and relative path of every file that --where takes, in the order asked for."""
@@ -161,6 +173,7 @@ class FolderSource:
     def count(self) -> Count:
         """See `Source.count`."""
         found = sum(1 for _ in self._wanted())
+        self._require_some(found)
         return Count(found if self._limit is None else min(found, self._limit), exact=True)
 
     def _pictures(self, root: Path) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """One Ray cluster for the whole suite, pictures on disk, and databases built from them."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ SHARD_SIZE = 4
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private cluster with two CPUs, which builds in this process use."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

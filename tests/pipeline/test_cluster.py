@@ -47,6 +47,23 @@ def test_a_cluster_that_grows_may_lack_what_comes_later(ray_session: None) -> No
     assert encoder_pool(RayResources(workers=1, autoscale=True)) == EncoderPool(1, 1)
 
 
+EMBEDDED = """
+import os, ray
+from pipeline.ray_run import RayResources, ray_cluster
+with ray_cluster(RayResources()):
+    print(ray.get(ray.remote(lambda: os.nice(0)).remote()))
+"""
+
+
+@pytest.mark.slow
+def test_an_embedded_cluster_has_the_priority_of_its_command() -> None:
+    """Ray itself would give its workers the lowest but four."""
+    command = ["nice", "-n", "3", sys.executable, "-c", EMBEDDED]
+    unset = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    run = subprocess.run(command, capture_output=True, text=True, env=unset, check=True)
+    assert run.stdout.split() == ["3"]
+
+
 @pytest.mark.slow
 def test_nodes_differ_and_one_of_them_goes(built: Path, pictures: Path, tmp_path: Path) -> None:
     """The same rows as on one machine, each step on nodes that declare what it asks for."""
