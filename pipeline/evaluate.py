@@ -158,7 +158,7 @@ def evaluate(
             f"database {layout.root} has no index to evaluate; build one with `arrag-db index"
             f" --db {layout.root}`"
         )
-    images = ImageTable(layout.images)
+    images = ImageTable(layout.images, Tombstones(layout).ids)
     asked: dict[str, Queries] = {}
     exact: dict[tuple[Any, ...], Nearest] = {}
     priors: dict[tuple[str, int], Probabilities] = {}

@@ -18,6 +18,7 @@ import numpy as np
 
 from arrag_runtime.codebook_search import CodebookSearch
 from arrag_runtime.patch_index import PatchIndex, open_engine
+from arrag_runtime.removed import Tombstones
 from pipeline.exact import exact_neighbors
 from pipeline.index_plan import (
     index_to_grow,
@@ -295,10 +296,11 @@ def _fit(job: _Job) -> FittedWeights:
     """Learn the weights from two disjoint samples of the table's own pictures."""
     return learn_weights(
         job.table,
-        ImageTable(job.layout.images),
+        ImageTable(job.layout.images, Tombstones(job.layout).ids),
         job.manifest.tokenizer,
         job.manifest.keys,
         job.codes,
+        left_out(job.work),
         WeightSettings(seed=job.settings.seed),
         lambda step: job.progress(f"learning weights, {step}", 0, 1),
     )
@@ -346,7 +348,7 @@ def _certified(
 def index_queries(layout: Layout, manifest: DatabaseManifest) -> Queries:
     """The queries by which every index of a database is judged."""
     return sample_queries(
-        *(ImageTable(layout.images), manifest.tokenizer, manifest.keys),
+        *(ImageTable(layout.images, Tombstones(layout).ids), manifest.tokenizer, manifest.keys),
         pictures=QUERY_PICTURES,
         queries=QUERIES,
     )

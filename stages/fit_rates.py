@@ -152,7 +152,7 @@ def entry_blocks(entries: PatchBlock) -> Iterator[PatchBlock]:
     """Entries in memory as a table gives them."""
     for start in range(0, len(entries.keys), BLOCK):
         cut = slice(start, start + BLOCK)
-        yield PatchBlock(entries.patch_ids[cut], entries.keys[cut], entries.next_tokens[cut])
+        yield entries.take(cut)
 
 
 def _logits() -> tuple[float, float]:

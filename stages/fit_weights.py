@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from schemas.errors import BadInputError
 from schemas.specs import Floats, KeySpec, TokenizerSpec
+from schemas.tables import Ids, contains, split_patch_ids
 from stages.bootstrap import mean_interval
 from stages.exact_search import Queries, exact_search
 from stages.fit_rates import Candidates, RateFit, entry_blocks, fit_rates, fit_temperature
@@ -107,10 +108,14 @@ def learn_weights(
     spec: TokenizerSpec,
     keys: KeySpec,
     codes: Floats,
+    left_out: Ids,
     settings: WeightSettings,
     progress: Callable[[str], None] = lambda _step: None,
 ) -> FittedWeights:
-    """`fit_weights` with samples of a database, the pictures being its own."""
+    """`fit_weights` with samples of a database, the pictures being its own.
+
+    left_out: ids of pictures, ascending, whose patches count for nothing.
+    """
     asked = sample_queries(
         *(images, spec, keys),
         pictures=2 * settings.pictures,
@@ -122,7 +127,8 @@ def learn_weights(
     others = len(np.unique(asked.images[~chosen]))
     judged_on = f"{np.count_nonzero(~chosen)} queries from {others} pictures that were not used"
     judge = replace(asked.take(~chosen), protocol=judged_on)
-    entries = table.sample(settings.entries, seed=settings.seed)
+    drawn = table.sample(settings.entries, seed=settings.seed)
+    entries = drawn.take(~contains(left_out, split_patch_ids(drawn.patch_ids)[0]))
     return fit_weights(entries, codes, asked.take(chosen), judge, settings, progress)
 
 

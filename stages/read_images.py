@@ -32,12 +32,16 @@ class ImageRow:
 
 
 class ImageTable:
-    """The images table of a database, at its newest version."""
+    """The images table of a database, at its newest version.
 
-    def __init__(self, path: str) -> None:
+    hidden: ids, ascending, of removed pictures; they are not drawn by `sample`.
+    """
+
+    def __init__(self, path: str, hidden: Ids | None = None) -> None:
         if not exists(path):
             raise BadInputError(f"no images at {path}; build them with `arrag-db build`")
         self._dataset = lance.dataset(path)
+        self._hidden = np.empty(0, np.int64) if hidden is None else hidden
         self.version: int = self._dataset.version
         self.count: int = self._dataset.count_rows()
 
@@ -71,7 +75,7 @@ class ImageTable:
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
         """Up to `count` pictures of a split: their ids [N], ascending, and flat grids [N, h · w]."""
         ids = self._dataset.to_table(columns=["image_id"], filter=f"split = '{split}'")
-        every = np.sort(ids["image_id"].to_numpy())
+        every = np.setdiff1d(ids["image_id"].to_numpy(), self._hidden)
         rng = np.random.default_rng(seed)
         chosen = every if len(every) <= count else np.sort(rng.choice(every, count, replace=False))
         if not len(chosen):

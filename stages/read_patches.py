@@ -37,6 +37,10 @@ class PatchBlock:
     keys: npt.NDArray[Any]
     next_tokens: npt.NDArray[np.uint16]
 
+    def take(self, rows: npt.NDArray[Any] | slice) -> "PatchBlock":
+        """Some of the rows, by ordinals, a mask or a slice."""
+        return PatchBlock(self.patch_ids[rows], self.keys[rows], self.next_tokens[rows])
+
 
 @dataclass(frozen=True)
 class TablePart:

@@ -11,7 +11,7 @@ import pytest
 
 import pipeline.index_plan
 from arrag_runtime import PatchIndex
-from pipeline.index import index_database
+from pipeline.index import index_database, index_queries
 from pipeline.index_plan import stale_index
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.verify import verify
@@ -19,7 +19,7 @@ from schemas.codes import CodeLayout
 from schemas.errors import BadInputError
 from schemas.index_settings import IndexSettings
 from schemas.inverted_lists import CENTROIDS, ListPart
-from schemas.manifest import IndexManifest, Layout, read_codebook
+from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from schemas.tables import image_id
 from stages.coarse_lists import ListFinder
 from stages.fill_lists import fill_part, merge_parts
@@ -225,6 +225,22 @@ def test_removed_pictures_are_in_no_index(layout: Layout, kind: str) -> None:
     assert made.left_out == len(gone)
     assert made.count == table_of(layout).count_without(np.array(sorted(gone)))
     assert sound(layout)
+
+
+def test_removed_pictures_are_neither_asked_about_nor_learned_from(
+    layout: Layout, tmp_path: Path
+) -> None:
+    """Before any compaction all is as in a database that never had them."""
+    never = make_database(tmp_path / "never", shards=0)
+    for number in (0, 2):
+        add_shard(never, number, range(PER_SHARD * number, PER_SHARD * (number + 1)))
+    removal = plan_removal(layout.root, RemovalRequest(where="key LIKE '1/%'"))
+    assert carry_out(layout.root, removal, "w", "c").image_ids
+    made = [index_database(one.root, replace(CODES, weights="learned")) for one in (layout, never)]
+    assert made[0].weights == made[1].weights
+    manifest = DatabaseManifest.read(layout)
+    asked = [index_queries(one, manifest).images.tolist() for one in (layout, never)]
+    assert asked[0] == asked[1] != []
 
 
 def database_copies(layout: Layout) -> dict[str, list[int]]:

@@ -143,6 +143,7 @@ def test_weights_are_learned_from_a_database(built: Path) -> None:
         manifest.tokenizer,
         manifest.keys,
         read_codebook(layout),
+        np.empty(0, np.int64),
         WeightSettings(entries=2000, pictures=3, queries=100, k=50, rounds=2),
     )
     assert np.mean(found.weights) == pytest.approx(1)
@@ -234,6 +235,7 @@ def test_latent_keys_are_asked_with_tokens(
         manifest.tokenizer,
         manifest.keys,
         read_codebook(layout),
+        np.empty(0, np.int64),
         WeightSettings(entries=2000, pictures=3, queries=100, k=50, rounds=1),
     )
     assert np.mean(found.weights) == pytest.approx(1)
