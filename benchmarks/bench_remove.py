@@ -29,13 +29,7 @@ from schemas.records import ImageRecord, Shard
 from schemas.specs import TokenizerSpec, key_spec, normalised
 from stages.encode_images import EncodedImage, EncodedShard
 from stages.extract_patches import extract_patches
-from stages.patch_table import (
-    Committer,
-    ShardResult,
-    create_tables,
-    table_paths,
-    write_fragments,
-)
+from stages.patch_table import Committer, ShardResult, create_tables, table_paths, write_fragments
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = TokenizerSpec("random", 384, 24, 24, 4096, 8, "none", "0" * 64)

@@ -36,7 +36,8 @@ from stages.decode import DecodeSettings
 from stages.download import DownloadSettings
 from stages.encode_images import EncodeSettings
 from stages.fetch import user_agent
-from stages.patch_table import Committer, LedgerState, ShardResult, read_ledger
+from stages.ledger import LedgerState, read_ledger
+from stages.patch_table import Committer, ShardResult
 from stages.sources import locate_source, open_source
 
 log = logging.getLogger(__name__)

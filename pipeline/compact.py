@@ -24,7 +24,8 @@ from schemas.index_settings import IndexSettings
 from schemas.location import exists, remove, size
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout
 from schemas.tables import Ids, contains
-from stages.patch_table import KEEP_VERSIONS, Committer, Loss, read_ledger
+from stages.ledger import read_ledger
+from stages.patch_table import KEEP_VERSIONS, Committer, Loss
 from stages.read_images import ImageTable
 from stages.read_patches import PatchTable, patch_tables
 from stages.take_out import booked_removals, compact_table, delete_pictures

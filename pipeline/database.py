@@ -18,7 +18,8 @@ from schemas.records import SourceSettings
 from schemas.specs import Floats, KeySpec, key_spec, require_same_tokenizer
 from schemas.tables import require_grid_fits
 from stages.download import DownloadSettings
-from stages.patch_table import create_tables, read_ledger
+from stages.ledger import read_ledger
+from stages.patch_table import create_tables
 from stages.sources import GRID_SOURCES
 from stages.take_out import create_list
 from stages.tokenizers import load_tokenizer

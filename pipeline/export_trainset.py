@@ -8,7 +8,7 @@ import pyarrow as pa
 from schemas.errors import BadInputError
 from schemas.location import exists, join, normalised, read_bytes
 from schemas.trainset import CODEBOOK, MANIFEST, ROWS
-from stages.patch_table import RowTable
+from stages.row_table import RowTable
 
 EXPORT_ROWS = 512
 

@@ -197,7 +197,7 @@ def _recorded(settings: ForecastSettings) -> int:
     """How many inputs of this source the database has already."""
     if _manifest(settings.database) is None or settings.database is None:
         return 0
-    from stages.patch_table import read_ledger
+    from stages.ledger import read_ledger
 
     state = read_ledger(Layout(settings.database))
     return state.by_source.get(settings.source.name, {}).get("inputs", 0)

@@ -63,7 +63,8 @@ from stages.certificate import Target, certify
 from stages.exact_search import Queries, true_distances
 from stages.fit_weights import FittedWeights, WeightSettings, learn_weights
 from stages.index_contents import left_out
-from stages.patch_table import Committer, read_ledger
+from stages.ledger import read_ledger
+from stages.patch_table import Committer
 from stages.read_images import ImageTable
 from stages.read_patches import PatchTable
 from stages.sample_queries import sample_queries

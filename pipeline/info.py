@@ -12,7 +12,7 @@ from schemas.location import exists, join, names, size
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout
 from schemas.tables import contains
 from stages.certificate import Certificate
-from stages.patch_table import read_ledger
+from stages.ledger import read_ledger
 from stages.read_images import ImageTable, duplicate_images
 from stages.read_rejects import open_rejects
 from stages.take_out import booked_removals

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from schemas.errors import BadInputError
 from schemas.records import Attempt, RecordedShard, Shard
 from schemas.tables import SHARD_BITS, shard_number
-from stages.patch_table import LedgerState
+from stages.ledger import LedgerState
 from stages.sources import Source
 
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from schemas.errors import BadInputError
 from schemas.manifest import Layout
 from schemas.records import REASONS, Attempt
-from stages.patch_table import LedgerState
+from stages.ledger import LedgerState
 from stages.read_rejects import open_rejects
 
 

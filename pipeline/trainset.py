@@ -32,8 +32,8 @@ from schemas.trainset import (
     TrainsetManifest,
     trainset_schema,
 )
-from stages.patch_table import RowTable
 from stages.read_images import ImageTable
+from stages.row_table import RowTable
 from stages.sources import locate_source, open_source
 
 IMAGES_PER_TASK = 32

@@ -32,7 +32,7 @@ from schemas.tables import (
 )
 from stages.extract_patches import extract_patches
 from stages.index_contents import checksum, index_contents, left_out
-from stages.patch_table import read_ledger
+from stages.ledger import read_ledger
 from stages.read_patches import PatchTable
 from stages.read_rejects import open_rejects
 

@@ -9,7 +9,6 @@ A compaction says so in the ledger before it starts, since its fragments are new
 
 import datetime
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from lance.fragment import write_fragments as lance_write_fragments
 from schemas.errors import IncompatibleError, LeaseLostError
 from schemas.location import exists, join, make_folder
 from schemas.manifest import Layout
-from schemas.records import Attempt, RecordedShard, Shard
+from schemas.records import Attempt, Shard
 from schemas.specs import KeySpec, TokenizerSpec
 from schemas.tables import (
     LEDGER_SCHEMA,
@@ -33,10 +32,10 @@ from schemas.tables import (
     patches_schema,
     shard_number,
 )
+from stages.ledger import LedgerState
 
 PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
 COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
-COUNTS = ("inputs", "images", "heldout", "patches", "rejects")
 CLEAN_EVERY = 50
 METADATA_CACHE = 1 << 20
 """Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
@@ -89,30 +88,6 @@ class Loss:
     patches: int
 
 
-@dataclass(frozen=True)
-class LedgerState:
-    """What the ledger says: shards recorded (planned or done), and each table's mark.
-
-    attempts: a shard's last done attempt; taken: for shards that were tried again, the last done
-    attempt that took a row; unfinished: rows of attempts that were planned and are not done.
-    totals: `COUNTS` and "removed". compacting: a compaction was begun and has not ended.
-    """
-
-    recorded: tuple[RecordedShard, ...]
-    marks: Mapping[str, int]
-    totals: Mapping[str, int]
-    attempts: Mapping[str, int] = field(default_factory=dict)
-    taken: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
-    unfinished: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    compacting: bool = False
-    by_source: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-
-    @property
-    def done(self) -> frozenset[str]:
-        """The ids of the shards that are complete."""
-        return frozenset(r.shard.id for r in self.recorded if r.inputs is not None)
-
-
 def table_paths(layout: Layout, keys: KeySpec) -> dict[str, str]:
     """The tables a shard's rows go to, by the names the ledger uses."""
     return {PATCHES: layout.patches(keys), REJECTS: layout.rejects, IMAGES: layout.images}
@@ -139,61 +114,6 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
         make_folder(path.rpartition("/")[0])
         mode = "overwrite" if exists(join(path, "_versions")) else "create"
         lance.write_dataset(schema.empty_table(), path, schema=schema, mode=mode)
-
-
-def read_ledger(layout: Layout) -> LedgerState:
-    """The ledger as it stands; nothing where there is none yet."""
-    if not exists(join(layout.ledger, "_versions")):
-        return LedgerState((), {}, dict.fromkeys((*COUNTS, "removed"), 0))
-    rows = lance.dataset(layout.ledger).to_table().to_pylist()
-    shards: dict[str, RecordedShard] = {}
-    marks: dict[str, int] = {}
-    totals = dict.fromkeys((*COUNTS, "removed"), 0)
-    open_compactions = 0
-    by_source: dict[str, dict[str, int]] = {}
-    attempts: dict[str, int] = {}
-    planned: dict[tuple[str, int], frozenset[int]] = {}
-    taken: dict[str, dict[int, int]] = defaultdict(dict)
-    for row in rows:
-        if row["state"] == "planned" and row["attempt"] == 0:
-            shard = Shard(row["source"], row["shard"], tuple(row["members"]))
-            shards.setdefault(shard.id, RecordedShard(shard))
-        elif row["state"] == "planned":
-            attempt = row["shard"], row["attempt"]
-            planned[attempt] = planned.get(attempt, frozenset()) | _rows(row)
-    for row in sorted(rows, key=lambda row: row["attempt"]):
-        if row["state"] == "done":
-            known = shards[row["shard"]]
-            inputs = (known.inputs or 0) + row["inputs"]
-            shards[row["shard"]] = RecordedShard(known.shard, inputs)
-            attempts[row["shard"]] = row["attempt"]
-            planned.pop((row["shard"], row["attempt"]), None)
-            if row["attempt"] > 1:
-                taken[row["shard"]].update(dict.fromkeys(_rows(row), row["attempt"]))
-        elif row["state"] == "removed":
-            totals["removed"] -= row["images"]
-        open_compactions += (row["state"] == "compacting") - (row["state"] == "compacted")
-        for name, mark in row["fragments"] or ():
-            marks[name] = max(marks.get(name, -1), mark)
-        of_source = by_source.setdefault(row["source"], dict.fromkeys(COUNTS, 0))
-        for name in COUNTS:
-            totals[name] += row[name] or 0
-            of_source[name] += row[name] or 0
-    by_source.pop("", None)  # Rows about the whole database.
-    unfinished: dict[str, frozenset[int]] = {}
-    for (shard_id, _), open_rows in planned.items():
-        unfinished[shard_id] = unfinished.get(shard_id, frozenset()) | open_rows
-    recorded = tuple(shards.values())
-    return LedgerState(
-        *(recorded, marks, totals, attempts, dict(taken), unfinished),
-        compacting=open_compactions > 0,
-        by_source=by_source,
-    )
-
-
-def _rows(ledger_row: Mapping[str, Any]) -> frozenset[int]:
-    """The rows that a later attempt takes."""
-    return frozenset(map(int, ledger_row["members"] or ()))
 
 
 def unfenced() -> None:
@@ -361,53 +281,6 @@ class Committer:
 
 def _highest_fragment(table: lance.LanceDataset) -> int:
     return max((f.fragment_id for f in table.get_fragments()), default=-1)
-
-
-class RowTable:
-    """A table outside of the ledger, such as a training set's: rows are appended, never changed."""
-
-    def __init__(self, dataset: lance.LanceDataset) -> None:
-        self._dataset = dataset
-        self._commits = 0
-
-    @staticmethod
-    def open(path: str) -> "RowTable | None":
-        """The table at this path, at its newest version; None where there is none."""
-        return RowTable(lance.dataset(path)) if exists(join(path, "_versions")) else None
-
-    @staticmethod
-    def create(path: str, schema: pa.Schema) -> "RowTable":
-        """A new, empty table with this schema and its metadata."""
-        return RowTable(lance.write_dataset(schema.empty_table(), path, schema=schema))
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The schema, with the metadata it was created with."""
-        return self._dataset.schema
-
-    def append(self, fragments: Sequence[str]) -> None:
-        """Make written fragments a part of the table, all of them or none."""
-        if not fragments:
-            return
-        new = [lance.FragmentMetadata.from_json(text) for text in fragments]
-        self._dataset = lance.LanceDataset.commit(
-            self._dataset, lance.LanceOperation.Append(new), read_version=self._dataset.version
-        )
-        self._commits += 1
-        if self._commits % CLEAN_EVERY == 0:
-            self._dataset.cleanup_old_versions(older_than=KEEP_VERSIONS)
-
-    def count(self) -> int:
-        """The number of rows."""
-        return int(self._dataset.count_rows())
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """One column, in the table's order."""
-        return self._dataset.to_table(columns=[name])[name]
-
-    def take(self, rows: Sequence[int]) -> pa.Table:
-        """The rows at these ordinals, in the order asked for."""
-        return self._dataset.take(list(rows))
 
 
 def _is_unfinished(name: str, fragment: lance.LanceFragment, state: LedgerState) -> bool:

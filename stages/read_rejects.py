@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.patch_table import LedgerState
+from stages.ledger import LedgerState
 
 NEEDED = ("shard", "attempt", "row")
 

@@ -14,14 +14,8 @@ from schemas.split import is_held_out
 from schemas.tables import REJECTS_SCHEMA
 from stages.encode_images import EncodedImage, EncodedShard
 from stages.extract_patches import extract_patches
-from stages.patch_table import (
-    Committer,
-    ShardResult,
-    create_tables,
-    read_ledger,
-    table_paths,
-    write_fragments,
-)
+from stages.ledger import read_ledger
+from stages.patch_table import Committer, ShardResult, create_tables, table_paths, write_fragments
 from stages.take_out import create_list
 
 SPEC = TokenizerSpec("toy", 112, 7, 7, 24, 4, "centre crop", "0" * 64)

@@ -12,15 +12,14 @@ from schemas.errors import IncompatibleError
 from schemas.manifest import Layout
 from schemas.records import Attempt, RecordedShard, Shard
 from schemas.tables import REJECTS_SCHEMA, fixed_lists, image_id, images_schema, patches_schema
+from stages.ledger import LedgerState, read_ledger
 from stages.patch_table import (
     IMAGES,
     PATCHES,
     REJECTS,
     Committer,
-    LedgerState,
     ShardResult,
     create_tables,
-    read_ledger,
     table_paths,
     write_fragments,
 )

@@ -26,7 +26,8 @@ from schemas.index_settings import IndexSettings
 from schemas.location import exists
 from schemas.manifest import IndexManifest, Layout, read_codebook
 from stages.index_contents import index_contents
-from stages.patch_table import Committer, read_ledger
+from stages.ledger import read_ledger
+from stages.patch_table import Committer
 from tests.removal_world import KEYS, add_shard, make_database, shard_of, write_shard
 
 

@@ -14,13 +14,7 @@ from schemas.specs import TokenizerSpec, key_spec, normalised
 from schemas.tables import REJECTS_SCHEMA
 from stages.encode_images import EncodedImage, EncodedShard
 from stages.extract_patches import extract_patches
-from stages.patch_table import (
-    Committer,
-    ShardResult,
-    create_tables,
-    table_paths,
-    write_fragments,
-)
+from stages.patch_table import Committer, ShardResult, create_tables, table_paths, write_fragments
 
 CODES, DIMENSION = 48, 8
 SPEC = TokenizerSpec("toy", 96, 6, 5, CODES, DIMENSION, "made up", "0" * 64)

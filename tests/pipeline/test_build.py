@@ -15,7 +15,8 @@ from schemas.errors import BadInputError, DatabaseBusyError, IncompatibleError
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import SourceSettings
 from schemas.split import is_held_out
-from stages.patch_table import read_ledger, write_fragments
+from stages.ledger import read_ledger
+from stages.patch_table import write_fragments
 from tests.pipeline.conftest import settings, write_picture
 from tests.pipeline.tables import all_rows, assert_same_rows
 

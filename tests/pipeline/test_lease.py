@@ -21,14 +21,8 @@ from schemas.location import exists, join, make_folder, names, write_bytes
 from schemas.manifest import Layout
 from schemas.records import Shard
 from schemas.tables import REJECTS_SCHEMA
-from stages.patch_table import (
-    REJECTS,
-    Committer,
-    ShardResult,
-    create_tables,
-    read_ledger,
-    write_fragments,
-)
+from stages.ledger import read_ledger
+from stages.patch_table import REJECTS, Committer, ShardResult, create_tables, write_fragments
 from tests.patch_world import KEYS, SPEC
 
 QUICK = Beat(seconds=0.1, missed=4)

@@ -12,7 +12,7 @@ from pipeline.lease import lease
 from schemas.errors import DatabaseBusyError
 from schemas.location import exists, names
 from schemas.manifest import Layout
-from stages.patch_table import read_ledger
+from stages.ledger import read_ledger
 from tests.pipeline.tables import assert_same_rows
 
 pytestmark = pytest.mark.slow

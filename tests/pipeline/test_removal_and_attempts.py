@@ -18,7 +18,8 @@ from pipeline.verify import verify
 from schemas.manifest import Layout
 from schemas.records import Attempt, Reject, SourceSettings, unpack_records
 from schemas.tables import REMOVED_SCHEMA
-from stages.patch_table import Committer, read_ledger
+from stages.ledger import read_ledger
+from stages.patch_table import Committer
 from stages.sources import open_source
 from stages.take_out import append_removed
 from tests.conftest import jpeg

@@ -17,7 +17,7 @@ import pytest
 
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.tables import shard_number
-from stages.patch_table import read_ledger
+from stages.ledger import read_ledger
 from tests.pipeline.conftest import SHARD_SIZE, write_picture
 from tests.pipeline.tables import assert_same_rows
 

@@ -23,7 +23,7 @@ from schemas.neighborhood import CAUSAL_1, MISSING
 from schemas.records import SourceSettings
 from schemas.specs import key_vectors
 from schemas.tables import list_values
-from stages.patch_table import RowTable
+from stages.row_table import RowTable
 from tests.pipeline.captioned_world import make_captioned
 from tests.pipeline.conftest import write_picture
 from tests.pipeline.test_cli import run
