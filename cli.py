@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.errors import ArragError, BadInputError
+from schemas.location import explain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -1140,7 +1141,7 @@ def _run(commands: typer.Typer) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:
-        typer.echo(f"error: {error}; check the path, its rights and the space left", err=True)
+        typer.echo(f"error: {explain(error)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)

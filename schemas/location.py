@@ -6,18 +6,21 @@ PUT, so that a reader sees the old file or the whole new one.
 
 Credentials are those of the environment, as Arrow and Lance both read them: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or a role of the machine; AWS_REGION; AWS_ENDPOINT_URL for
-another server than Amazon's, with AWS_ALLOW_HTTP=true where that speaks plain http; for gs://
-GOOGLE_APPLICATION_CREDENTIALS.
+another server than Amazon's, with AWS_ALLOW_HTTP=true where that speaks plain http. For gs://
+GOOGLE_APPLICATION_CREDENTIALS or a role of the machine; GOOGLE_BASE_URL for another server, with
+GOOGLE_ALLOW_HTTP=true and GOOGLE_SKIP_SIGNATURE=true where it speaks plain http and asks for no login.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from schemas.errors import BadInputError
 
@@ -66,7 +69,10 @@ def names(place: str) -> list[str]:
     """The names of what is in a folder, sorted; none where there is no folder."""
     if not in_store(place):
         return sorted(p.name for p in Path(place).iterdir()) if Path(place).is_dir() else []
-    return sorted({info.base_name for info in _below(place, recursive=False)})
+    prefix = f"{_store(place)[1]}/"
+    # In Google's buckets Arrow finds no folders, for there are none; what is below tells of them.
+    below = _below(place, recursive=place.startswith("gs://"))
+    return sorted({info.path.removeprefix(prefix).partition("/")[0] for info in below})
 
 
 def size(place: str) -> int:
@@ -122,7 +128,9 @@ def remove(place: str) -> None:
         return
     store, path = _store(place)
     kind = store.get_file_info(path).type.name
-    if kind == "Directory":
+    if kind == "Directory" and place.startswith("gs://"):
+        store.delete_dir_contents(path)
+    elif kind == "Directory":
         store.delete_dir(path)
     elif kind == "File":
         store.delete_file(path)
@@ -252,17 +260,19 @@ def _filesystem(scheme: str, bucket: str) -> Any:
     from pyarrow import fs
 
     if scheme == "gs":
-        return fs.GcsFileSystem()
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        server = _server("GOOGLE_BASE_URL", "GOOGLE_ALLOW_HTTP")
+        return fs.GcsFileSystem(
+            anonymous=os.environ.get("GOOGLE_SKIP_SIGNATURE", "").lower() in YES,
+            scheme=server.scheme or "https",
+            endpoint_override=server.netloc or None,
+            retry_time_limit=PATIENCE,
+        )
+    own = "AWS_ENDPOINT_URL_S3"
+    server = _server(own if os.environ.get(own) else "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if not endpoint:
+    if not server.netloc:
         region = region or fs.resolve_s3_region(bucket)
         return fs.S3FileSystem(region=region, allow_delayed_open=True)
-    server = urlsplit(endpoint)
-    if server.scheme == "http" and os.environ.get("AWS_ALLOW_HTTP", "").lower() not in YES:
-        raise BadInputError(
-            f"AWS_ENDPOINT_URL {endpoint} speaks plain http; set AWS_ALLOW_HTTP=true to allow it"
-        )
     return fs.S3FileSystem(
         region=region or "us-east-1",
         scheme=server.scheme,
@@ -271,7 +281,29 @@ def _filesystem(scheme: str, bucket: str) -> Any:
     )
 
 
+def _server(variable: str, allow: str) -> SplitResult:
+    """The server that a variable names, empty for the store's own; plain http must be allowed."""
+    server = urlsplit(os.environ.get(variable, ""))
+    if server.scheme == "http" and os.environ.get(allow, "").lower() not in YES:
+        raise BadInputError(
+            f"{variable} {server.geturl()} speaks plain http; set {allow}=true to allow it"
+        )
+    return server
+
+
 YES = ("1", "true", "yes")
+PATIENCE = timedelta(seconds=20)
+"""For a request to Google; Arrow would try for a quarter of an hour, also to find credentials."""
+
+
+def explain(error: OSError) -> str:
+    """One line for people about a disk or a store that failed, with what to look at."""
+    text = str(error)
+    if said := re.search(r"google::cloud::.*with a last message of (.*?)(?=\. | error_info)", text):
+        text = f"gs://: {said[1]}"
+    elif not re.search("google::cloud::|AWS Error", text):
+        return f"{text}; check the path, its rights and the space left"
+    return f"{text}; check the bucket's name, the network and the credentials (docs/cluster.md)"
 
 
 def _cache() -> Path:

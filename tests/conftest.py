@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from tests.s3_server import new_bucket, s3_server
+from tests import gcs_server, s3_server
 
 # One thread each for torch and faiss: on a busy machine their threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -98,21 +98,35 @@ def tokenizer(narrow_weights: Path) -> Any:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[Mapping[str, str]]:
     """The environment in which a server on loopback is the object store."""
-    with s3_server() as environment:
+    with s3_server.s3_server() as environment:
         yield environment
 
 
-@pytest.fixture
-def bucket(s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """A new, empty bucket; this process and those it starts reach it."""
-    for name, value in s3.items():
-        monkeypatch.setenv(name, value)
-    return new_bucket()
+@pytest.fixture(scope="session")
+def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """The environment in which a server on loopback is Google's."""
+    with gcs_server.gcs_server(tmp_path_factory.mktemp("gs")) as environment:
+        yield environment
 
 
-@pytest.fixture(params=["disk", "store"])
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """The URI of a new, empty bucket; this process and those it starts reach it."""
+    return request_bucket(request, request.param)
+
+
+def request_bucket(request: pytest.FixtureRequest, scheme: str) -> str:
+    """The URI of a new bucket at the server for this scheme."""
+    patch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    for name, value in request.getfixturevalue(scheme).items():
+        patch.setenv(name, value)
+    server = s3_server if scheme == "s3" else gcs_server
+    return f"{scheme}://{server.new_bucket()}"
+
+
+@pytest.fixture(params=["disk", "s3", "gs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty place for a database: a folder that is not there yet, or a prefix in a bucket."""
-    if request.param == "store":
-        return f"s3://{request.getfixturevalue('bucket')}/some/prefix"
-    return str(tmp_path / "place")
+    if request.param == "disk":
+        return str(tmp_path / "place")
+    return f"{request_bucket(request, request.param)}/some/prefix"

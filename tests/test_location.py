@@ -1,5 +1,6 @@
 """Places on disks and in buckets, and what moves between them."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from schemas.location import (
     write_bytes,
 )
 from schemas.manifest import Layout
+from tests.s3_server import free_port
+from tests.test_remove import run
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_a_folder_of_a_store_is_copied_once_and_again_when_it_changes(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARRAG_CACHE", str(tmp_path / "cache"))
-    place = f"s3://{bucket}/copied/lists"
+    place = f"{bucket}/copied/lists"
     for mark in ("old", "new"):
         draft = building_folder(place, "lists")
         filled(draft, mark, "parts/0")
@@ -120,9 +123,36 @@ def test_a_folder_on_a_disk_is_used_where_it_is(tmp_path: Path) -> None:
     assert local_folder(str(tmp_path)) == tmp_path
 
 
-def test_plain_http_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "server", "allow"),
+    [
+        ("s3", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP"),
+        ("gs", "GOOGLE_BASE_URL", "GOOGLE_ALLOW_HTTP"),
+    ],
+)
+def test_plain_http_must_be_allowed(
+    scheme: str, server: str, allow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys and data would cross the network unencrypted."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)
-    with pytest.raises(BadInputError, match="AWS_ALLOW_HTTP"):
-        exists("s3://a-bucket-never-asked-for/x")
+    monkeypatch.setenv(server, "http://127.0.0.1:1")
+    monkeypatch.delenv(allow, raising=False)
+    with pytest.raises(BadInputError, match=allow):
+        exists(f"{scheme}://a-bucket-never-asked-for/x")
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_does_not_answer_is_one_line(
+    scheme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within seconds, with what to look at."""
+    monkeypatch.setattr("schemas.location.PATIENCE", timedelta(seconds=1))
+    for store, server in (("AWS", "ENDPOINT_URL"), ("GOOGLE", "BASE_URL")):
+        monkeypatch.setenv(f"{store}_{server}", f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv(f"{store}_ALLOW_HTTP", "true")
+    monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+    code, _, err = run(capsys, "info", "--db", f"{scheme}://nobody-answers/db")
+    assert code == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert len(err) < 400
+    assert "check the bucket's name, the network and the credentials" in err

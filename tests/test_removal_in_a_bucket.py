@@ -1,6 +1,5 @@
-"""Removing and compacting a database in a bucket, on a real S3 server on loopback."""
+"""Removing and compacting a database in a bucket, on servers of both stores on loopback."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import lance
@@ -17,17 +16,14 @@ from schemas.index_settings import IndexSettings
 from schemas.manifest import Layout
 from schemas.receipt import Receipt
 from tests.removal_world import add_shard, make_database
-from tests.s3_server import new_bucket, s3_server
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> Iterator[Layout]:
-    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment | {"ARRAG_CACHE": str(tmp_path / "cache")}).items():
-            patch.setenv(name, value)
-        yield make_database(f"s3://{new_bucket()}/db")
+def layout(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    monkeypatch.setenv("ARRAG_CACHE", str(tmp_path / "cache"))
+    return make_database(f"{bucket}/db")
 
 
 def test_a_removal_in_a_bucket(

@@ -223,7 +223,7 @@ def test_what_is_committed_beside_this_writer_stops_it(tmp_path: Path) -> None:
 
 
 def test_a_bucket_that_is_not_there_is_one_line(bucket: str) -> None:
-    layout = Layout(f"s3://{bucket}-not/db")
+    layout = Layout(f"{bucket}-not/db")
     with (
         pytest.raises(BadInputError, match="check the bucket's name") as caught,
         lease(layout, "arrag-db build"),
