@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from arrag_runtime.patch_index import PatchIndex
+from arrag_runtime.removed import Tombstones
 from pipeline.lease import lease
 from pipeline.ray_run import RayResources, encoder_pool, ray_cluster
 from pipeline.trainset_worker import TrainsetWorker, Written, write_pictures, write_shard
@@ -23,7 +23,7 @@ from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.location import join, make_folder, names, normalised, remove, write_bytes
 from schemas.manifest import DatabaseManifest, Layout, read_codebook, write_codebook
 from schemas.records import Shard, SourceSettings
-from schemas.tables import ROW_BITS, shard_number
+from schemas.tables import ROW_BITS, Ids, contains, shard_number
 from schemas.trainset import (
     CODEBOOK,
     MANIFEST,
@@ -111,11 +111,12 @@ def make_trainset(
     layout = Layout(settings.database)
     database = DatabaseManifest.read(layout)
     folder = normalised(settings.out or join(layout.root, "trainset"))
-    with lease(layout, "arrag-db trainset"):
+    with lease(layout, "arrag-db trainset") as held:
         index = PatchIndex.open(layout.root, settings.index)
-        images = ImageTable(layout.images)
+        removed = Tombstones(layout).ids
+        images = ImageTable(layout.images, removed)
         wanted = _describe(settings, database, index, images)
-        rows = _open_rows(folder, wanted)
+        rows = _open_rows(folder, wanted, removed)
         tasks, captionless = _tasks(settings, wanted, images, rows)
         if rows is None:
             make_folder(folder)
@@ -136,6 +137,7 @@ def make_trainset(
             remove(join(folder, MANIFEST))
             with ray_cluster(settings.resources):
                 for number, written in enumerate(_run(tasks, worker, settings.resources)):
+                    held.check()
                     rows.append(written.fragments)
                     added += written.images
                     progress(number + 1, len(tasks))
@@ -146,6 +148,7 @@ def make_trainset(
                 " another --source, or build the database from one with captions"
             )
         finished = replace(wanted, images=count)
+        held.check()
         write_bytes(join(folder, MANIFEST), (finished.to_json() + "\n").encode())
     return TrainsetReport(folder, finished, count, added, captionless)
 
@@ -176,7 +179,7 @@ def _describe(
     if settings.source is not None:
         pictures = " ".join((settings.source.name, *settings.source.input))
     else:
-        held_out = images.captioned("heldout").num_rows > 0
+        held_out = len(images.captioned("heldout")[0]) > 0
         pictures = settings.pictures or ("heldout" if held_out else "database")
     version = index.manifest.table_version
     return TrainsetManifest(
@@ -184,8 +187,11 @@ def _describe(
     )
 
 
-def _open_rows(folder: str, wanted: TrainsetManifest) -> RowTable | None:
-    """The table that exists, checked against what is wanted; None where there is none yet."""
+def _open_rows(folder: str, wanted: TrainsetManifest, removed: Ids) -> RowTable | None:
+    """The table that exists, None where there is none yet.
+
+    Raises where it was made otherwise than wanted, or holds pictures that were removed since.
+    """
     rows = RowTable.open(join(folder, ROWS))
     if rows is None:
         others = sorted(set(names(folder)) - {CODEBOOK, MANIFEST, ROWS})
@@ -210,6 +216,11 @@ def _open_rows(folder: str, wanted: TrainsetManifest) -> RowTable | None:
                 f"training set {folder} was made with {option} {own}, not {new}; name another folder"
                 " with --out, or delete this one"
             )
+    if count := int(np.count_nonzero(contains(removed, rows.column("image_id").to_numpy()))):
+        raise IncompatibleError(
+            f"training set {folder} holds {count} pictures that were removed from the database since;"
+            " delete it and make it again"
+        )
     return rows
 
 
@@ -222,18 +233,18 @@ def _tasks(
         done = set((have >> ROW_BITS).tolist())
         shards = open_source(settings.source).listing([]).shards
         return [shard for shard in shards if shard_number(shard.id) not in done], 0
-    captioned = images.captioned(wanted.pictures)
+    captioned, captionless = images.captioned(wanted.pictures)
     done = set(have.tolist())
     todo = [image for image in _chosen(captioned, settings.limit) if image not in done]
     tasks: list[Task] = [
         todo[start : start + IMAGES_PER_TASK] for start in range(0, len(todo), IMAGES_PER_TASK)
     ]
-    return tasks, images.count_of(wanted.pictures) - captioned.num_rows
+    return tasks, captionless
 
 
-def _chosen(captioned: pa.Table, limit: int | None) -> list[int]:
+def _chosen(captioned: Ids, limit: int | None) -> list[int]:
     """The first `limit` pictures in the order of a hash, so that a larger limit only adds some."""
-    ids: list[int] = captioned["image_id"].to_pylist()
+    ids: list[int] = captioned.tolist()
     order = [hashlib.sha256(f"trainset {image}".encode()).digest() for image in ids]
     ranked = [image for _, image in sorted(zip(order, ids, strict=True))]
     return ranked[:limit]

@@ -34,7 +34,7 @@ class ImageRow:
 class ImageTable:
     """The images table of a database, at its newest version.
 
-    hidden: ids, ascending, of removed pictures; they are not drawn by `sample`.
+    hidden: ids, ascending, of removed pictures; `sample` and `captioned` leave them out.
     """
 
     def __init__(self, path: str, hidden: Ids | None = None) -> None:
@@ -84,14 +84,18 @@ class ImageTable:
         order = np.argsort(table["image_id"].to_numpy())
         return chosen, list_values(table["tokens"])[order]
 
-    def captioned(self, split: str) -> pa.Table:
-        """The ids (image_id) of the pictures of a split that have a caption."""
-        wanted = f"split = '{split}' AND caption IS NOT NULL AND caption != ''"
-        return self._dataset.to_table(columns=["image_id"], filter=wanted)
-
-    def count_of(self, split: str) -> int:
-        """The number of pictures of a split."""
-        return int(self._dataset.count_rows(filter=f"split = '{split}'"))
+    def captioned(self, split: str) -> tuple[Ids, int]:
+        """The ids int64 [N] of the pictures of a split that have a caption, and how many have none."""
+        told, untold = (
+            np.setdiff1d(
+                self._dataset.to_table(
+                    columns=["image_id"], filter=f"split = '{split}' AND {condition}"
+                )["image_id"].to_numpy(),
+                self._hidden,
+            )
+            for condition in ("caption != ''", "(caption IS NULL OR caption = '')")
+        )
+        return told, len(untold)
 
     def schema(self, columns: Iterable[str]) -> pa.Schema:
         """The schema of some columns."""

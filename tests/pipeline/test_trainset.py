@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline import export_trainset as exporting
 from pipeline import trainset
 from pipeline.export_trainset import export_trainset
 from pipeline.index import index_database
+from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.trainset import TrainsetReport, TrainsetSettings, make_trainset
 from schemas.errors import ArragError, BadInputError, IncompatibleError
 from schemas.index_settings import IndexSettings
@@ -165,6 +167,24 @@ def test_an_interrupted_set_goes_on_and_ends_the_same(
     assert done[-1][0] == done[-1][1] == -(-(whole.images - 2) // 2)
     assert rows_of(again).equals(rows_of(whole))
     assert make_trainset(wanted).added == 0
+
+
+def test_a_removed_picture_is_not_taken_and_is_not_kept(ray_session: None, tmp_path: Path) -> None:
+    """Neither into a new set, also before any compaction, nor in one that is added to."""
+    database = make_captioned(tmp_path / "db")
+    wanted = TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "old")
+    before = make_trainset(wanted)
+    gone = rows_of(before)["image_id"][0].as_py()
+    removal = plan_removal(str(database), RemovalRequest(image_ids=(gone,)))
+    removed = set(carry_out(str(database), removal, "why", "command").image_ids)
+    with pytest.raises(
+        IncompatibleError, match=rf"holds {len(removed)} pictures that were removed"
+    ):
+        make_trainset(wanted)
+    after = make_trainset(replace(wanted, out=tmp_path / "new"))
+    kept = set(rows_of(before)["image_id"].to_pylist()) - removed
+    assert set(rows_of(after)["image_id"].to_pylist()) == kept
+    assert after.captionless == before.captionless
 
 
 def test_a_larger_limit_only_adds_pictures(database: Path, tmp_path: Path) -> None:
