@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.database import BuildSettings, create_database, resolve_database
 from pipeline.lease import lease
-from pipeline.plan import Plan, plan
+from pipeline.plan import Plan, plan, plan_again
 from pipeline.ray_run import (
     EncoderPool,
     ShardFailure,
@@ -38,7 +38,7 @@ from stages.encode_images import EncodeSettings
 from stages.fetch import user_agent
 from stages.ledger import LedgerState, read_ledger
 from stages.patch_table import Committer, ShardResult
-from stages.sources import locate_source, open_source
+from stages.sources import Source, locate_source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def build(
         manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
         if settings.retry_rejects:
-            work = _plan_again(layout, state, settings)
+            work = _plan_again(layout, source, state, settings)
         else:
             work = plan(source, state)
         report.shards_skipped = work.skipped
@@ -254,12 +254,13 @@ def _without(work: Plan, failed: dict[str, str]) -> Plan:
     return replace(work, todo=tuple(a for a in work.todo if a.shard.id not in failed))
 
 
-def _plan_again(layout: Layout, state: LedgerState, settings: BuildSettings) -> Plan:
+def _plan_again(
+    layout: Layout, source: Source, state: LedgerState, settings: BuildSettings
+) -> Plan:
     """The rejects to try again. Raises BadInputError where there is no database yet."""
     DatabaseManifest.read(layout)
-    again = plan_retry(layout, state, settings.source.name, settings.retry_rejects)
-    wanted = {attempt.shard.id for attempt in again}
-    return Plan((), again, len(state.done - wanted), ())
+    attempts = plan_retry(layout, state, settings.source.name, settings.retry_rejects)
+    return plan_again(source, state, attempts)
 
 
 def _describe_run(

@@ -1,7 +1,7 @@
 """What is to be done: the source's shards minus those the ledger has. Pure; nothing is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schemas.errors import BadInputError
 from schemas.records import Attempt, RecordedShard, Shard
@@ -30,6 +30,21 @@ def plan(source: Source, state: LedgerState) -> Plan:
     _require_distinct(state.recorded, fresh)
     done = sum(1 for r in recorded if r.inputs is not None)
     return Plan(fresh, todo, done, tuple(listing.notes))
+
+
+def plan_again(source: Source, state: LedgerState, attempts: Sequence[Attempt]) -> Plan:
+    """Those of these later attempts whose shards the source can reach, and where it finds them now."""
+    again = {attempt.shard.id: attempt for attempt in attempts}
+    offered = [
+        replace(r, inputs=None) if r.shard.id in again else r
+        for r in state.recorded
+        if r.shard.source == source.name
+    ]
+    found = {shard.id: shard for shard in source.listing(offered).shards} if again else {}
+    todo = [replace(a, shard=found[id]) for id, a in again.items() if id in found]
+    lost = len(again) - len(todo)
+    notes = (f"{lost} shards with such rejects are not in this --input",) if lost else ()
+    return Plan((), tuple(todo), len(state.done - again.keys()), notes)
 
 
 def _require_distinct(recorded: Sequence[RecordedShard], fresh: Sequence[Shard]) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from pipeline.memory import one_arena
 from pipeline.shard_worker import EncodeWorker, WorkerSettings, read_shard, shard_rows
-from schemas.errors import BadInputError
+from schemas.errors import ArragError, BadInputError
 from schemas.records import Attempt
 from stages.patch_table import ShardResult
 
@@ -99,10 +100,13 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
                 ray.init(address="local", include_dashboard=False, **quiet)
             else:
                 ray.init(address=resources.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if resources.address is None:
+            raise ArragError(f"cannot start Ray on this machine: {reason}") from error
         raise BadInputError(
-            f"cannot reach a Ray cluster at '{resources.address}': {str(error).splitlines()[0]};"
-            " check the address and RAY_AUTH_MODE, or leave --ray out for an embedded one"
+            f"cannot reach a Ray cluster at '{resources.address}': {reason}; check the address,"
+            " RAY_AUTH_MODE and the token (docs/cluster.md), or leave --ray out for an embedded one"
         ) from error
     try:
         yield

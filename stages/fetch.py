@@ -6,6 +6,7 @@ redirects, seconds in all (a slow drip counts), bytes of headers and body (count
 again after decompression). TLS is verified against the machine's certificates ($SSL_CERT_FILE).
 """
 
+import errno
 import http.client
 import io
 import re
@@ -128,7 +129,14 @@ class Fetcher:
             left = (end - time.monotonic()) / (len(found) - tried)
             if left <= 0:
                 break
-            plain = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+            try:
+                plain = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+            except OSError as error:
+                # A kernel without IPv6; want of anything else is no fault of this address.
+                if error.errno != errno.EAFNOSUPPORT:
+                    raise
+                failed = error
+                continue
             try:
                 plain.settimeout(left)
                 plain.connect((ip, address.port))

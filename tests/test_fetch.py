@@ -1,7 +1,9 @@
 """The guarded fetch against a server that does what the web does at its worst."""
 
+import errno
 import gzip
 import io
+import socket
 import ssl
 import time
 import zlib
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.message import Message
+from typing import Any
 
 import pytest
 import trustme
@@ -248,6 +251,22 @@ def test_the_next_address_is_tried_when_one_is_dead() -> None:
     resolve = named(a_example="127.0.0.77 127.0.0.1")
     with serve({"/": answer(PICTURE)}) as web, Fetcher(SETTINGS, resolve=resolve) as fetcher:
         assert outcome(fetcher, web.url("/", "a.example")) == PICTURE
+
+
+def test_a_kernel_without_ipv6_is_no_fault_of_the_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of that kind is passed over; a host that has no other is refused, like any."""
+    real = socket.socket
+
+    def made(family: int = socket.AF_INET, *args: Any, **options: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *args, **options)
+
+    resolve = named(both_example="::1 127.0.0.1", six_example="::1")
+    with serve({"/": answer(PICTURE)}) as web, Fetcher(SETTINGS, resolve=resolve) as fetcher:
+        monkeypatch.setattr("stages.fetch.socket.socket", made)
+        assert outcome(fetcher, web.url("/", "both.example")) == PICTURE
+        assert outcome(fetcher, web.url("/", "six.example")) == "refused"
 
 
 def test_a_closed_port_is_refused(fetcher: Fetcher) -> None:

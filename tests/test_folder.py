@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from schemas.errors import BadInputError
-from schemas.records import RecordedShard, Reject, pack_records, unpack_records
+from schemas.records import ImageRecord, RecordedShard, Reject, pack_records, unpack_records
 from tests.conftest import jpeg
 from tests.source_cases import folder_of, open_folder, packable, read_all, records
 
@@ -101,6 +101,47 @@ def test_planned_shards_of_another_folder_are_noted(tmp_path: Path) -> None:
     listing = open_folder(tmp_path / "b").listing([RecordedShard(s) for s in elsewhere.shards])
     assert len(listing.shards) == 1
     assert "2 shards" in " ".join(listing.notes)
+
+
+def test_a_planned_shard_is_finished_whatever_is_wanted_now(tmp_path: Path) -> None:
+    """A limit or a condition says what is to be added, not what was begun."""
+    root = folder_of(tmp_path / "here")
+    (root / "metadata.csv").write_text("file_name,score\np1.jpg,1\n")
+    planned = open_folder(root, shard_size=3).listing(()).shards
+    for options in ({"limit": 1}, {"where": "score = 1"}):
+        listing = open_folder(root, **options).listing([RecordedShard(s) for s in planned])
+        assert listing.shards[: len(planned)] == planned
+        assert not listing.notes
+
+
+def test_a_shard_is_of_one_folder(tmp_path: Path) -> None:
+    """So a build of one folder leaves no picture of another as missing."""
+    roots = folder_of(tmp_path / "a", 5), tmp_path / "b"
+    roots[1].mkdir()
+    for number in range(4):
+        (roots[1] / f"q{number}.jpg").write_bytes(jpeg(40 + number))
+    planned = [RecordedShard(s) for s in open_folder(*roots, shard_size=6).listing(()).shards]
+    one = open_folder(roots[0])
+    listing = one.listing(planned)
+    items = [item for shard in listing.shards for item in one.read(shard)]
+    assert sorted(item.key.rpartition("/")[2] for item in items) == [f"p{n}.jpg" for n in range(5)]
+    assert not any(isinstance(item, Reject) for item in items)
+    assert "1 shards planned earlier" in " ".join(listing.notes)
+
+
+def test_a_file_that_could_not_be_read_comes_in_once(tmp_path: Path) -> None:
+    """By the reject that it was, not as a new picture beside it."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.jpg").symlink_to(tmp_path / "there.jpg")
+    source = open_folder(tmp_path / "here")
+    (shard,) = source.listing(()).shards
+    (reject,) = source.read(shard)
+    assert isinstance(reject, Reject)
+    (tmp_path / "there.jpg").write_bytes(jpeg(1))
+    later = open_folder(tmp_path / "here")
+    assert not later.listing([RecordedShard(shard, 1)]).shards
+    (found,) = later.read(shard)
+    assert isinstance(found, ImageRecord)
 
 
 def test_files_that_vanish_or_change_after_listing_become_rejects(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from schemas.records import ImageRecord, LinkRecord, RecordedShard
@@ -56,6 +56,14 @@ def a_list(tmp: Path) -> tuple[str, str]:
     return "cc12m", str(tmp / "l.tsv")
 
 
+def two_lists(tmp: Path) -> tuple[str, str]:
+    lines = Path(a_list(tmp)[1]).read_text().splitlines(keepends=True)
+    (tmp / "lists").mkdir()
+    (tmp / "lists" / "a.tsv").write_text("".join(lines[:4]))
+    (tmp / "lists" / "b.tsv").write_text("".join(lines[4:]))
+    return "cc12m", str(tmp / "lists")
+
+
 def a_tar(tmp: Path) -> tuple[str, str]:
     """Tars, each sample with a json that holds its caption."""
     for name, numbers in (("a", range(0, 6)), ("b", range(6, len(CAPTIONS)))):
@@ -80,7 +88,7 @@ def a_folder(tmp: Path) -> tuple[str, str]:
     return "folder", str(folder)
 
 
-KINDS = {"parquet": a_table, "cc12m": a_list, "webdataset": a_tar, "folder": a_folder}
+KINDS = {"parquet": a_table, "cc12m": two_lists, "webdataset": a_tar, "folder": a_folder}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -110,6 +118,11 @@ option_sets = st.fixed_dictionaries(
 )
 
 
+PLAIN: dict[str, Any] = {"where": None, "limit": None, "shard_size": 3, "shuffle_seed": None}
+
+
+@example(builds=[PLAIN | {"shuffle_seed": 5, "limit": 6}, PLAIN])
+@example(builds=[PLAIN | {"limit": 6}, PLAIN | {"limit": 6, "shard_size": 4}])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(builds=st.lists(option_sets, min_size=2, max_size=4))
 def test_no_row_is_taken_twice_and_none_that_is_wanted_is_missed(
@@ -203,6 +216,18 @@ def test_a_packed_or_grown_list_keeps_what_was_recorded(tmp_path: Path) -> None:
     (again,) = open_at(name, packed, shard_size=4).listing(planned).shards
     assert again.id == done[1].shard.id
     assert [place(i) for i in open_at(name, packed).read(again)] == [4, 5, 6, 7]
+
+
+def test_a_grown_list_under_a_limit_keeps_what_was_recorded(tmp_path: Path) -> None:
+    """Also where the limit falls into a shard of the shorter list."""
+    name, path = a_list(tmp_path)
+    done = [RecordedShard(s, 5) for s in open_at(name, path, shard_size=5).listing(()).shards]
+    grown = tmp_path / "grown.tsv"
+    grown.write_bytes(Path(path).read_bytes() + b"http://h/13\tnew\nhttp://h/14\tnewer")
+    for limit in range(1, 14):
+        assert not open_at(name, grown, shard_size=5, limit=limit).listing(done).shards
+    listed = open_at(name, grown, shard_size=5, limit=14).listing(done).shards
+    assert [place(item) for s in listed for item in open_at(name, grown).read(s)] == [13]
 
 
 def test_copies_of_an_input_count_once(tmp_path: Path) -> None:

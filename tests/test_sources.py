@@ -1,8 +1,11 @@
 """One contract for all sources, and what the bundled pictures promise."""
 
+import errno
+import io
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,10 +20,13 @@ from schemas.records import (
 )
 from stages.sources import SOURCES, open_source
 from stages.sources.content import fingerprint, make_shard
+from stages.sources.files import SourceFile, UnreachableError
 from stages.sources.sample import PICTURES
 from tests.source_cases import (
     CASES,
+    OPTIONS,
     items_of,
+    open_at,
     open_case,
     open_folder,
     packable,
@@ -71,6 +77,37 @@ def test_what_is_done_is_not_listed_and_what_is_planned_comes_back(
     assert (
         tuple(other.listing([RecordedShard(s) for s in planned]).shards)[: len(planned)] == planned
     )
+
+
+class Ill(io.FileIO):
+    """A file on a disk that fails from its second half on."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self.tell() >= Path(str(self.name)).stat().st_size // 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(memoryview(buffer)[:64])
+
+    def readall(self) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["webdataset", "cc12m", "datacomp", "journeydb", "parquet"])
+@pytest.mark.parametrize("when", ["listing", "reading"])
+def test_a_disk_that_fails_costs_no_input(
+    name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no damage of the file: the shard fails, and all is there once the disk is well."""
+    given = CASES[name](tmp_path)
+    options = OPTIONS.get(name, {})
+    expected = items_of(open_at(name, *given, **options))
+    shards = open_at(name, *given, **options).listing(()).shards
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceFile, "open", lambda file: io.BufferedReader(Ill(file.location), 64))
+        # A tar is not looked into before it is read, but for a limit.
+        ill = open_at(name, *given, **options | {"limit": 6})
+        with pytest.raises(UnreachableError, match=r"cannot read .*Input/output error"):
+            list(ill.read(shards[0]) if when == "reading" else ill.listing(()).shards)
+    assert items_of(open_at(name, *given, **options)) == expected
 
 
 @pytest.mark.parametrize("name", CASES)

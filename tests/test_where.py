@@ -95,6 +95,16 @@ def test_what_cannot_be_computed_names_the_types(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_beyond_63_bits() -> None:
+    """Ids and hashes are often unsigned; what no column can hold is refused like other types."""
+    table = pa.table({"i": pa.array([2**63, 2**63 + 1, 7], pa.uint64())})
+    assert parse_where(f"i = {2**63}").mask(table).tolist() == [True, False, False]
+    with pytest.raises(BadInputError, match="i is uint64"):
+        parse_where(f"i = {2**64}").mask(table)
+    with pytest.raises(BadInputError, match="n is int64"):
+        parse_where(f"n = {2**64}").mask(table_of(ROWS))
+
+
 def test_columns_that_do_not_exist_are_refused_with_those_that_do() -> None:
     """Every column of the expression counts, by its top-level name."""
     where = parse_where("size.w > 1 and nothing = 2 or n < 3")

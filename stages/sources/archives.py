@@ -68,6 +68,7 @@ class ArchiveSource:
         self._size = settings.shard_size or MAX_ROWS_PER_SHARD
         self._inputs, self._endings = inputs, endings
         self._found: dict[str, SourceFile] = {}
+        self._counts: dict[str, int] = {}
         self._layout = layout
         self._notes = list(notes)
 
@@ -81,8 +82,9 @@ class ArchiveSource:
         if lost:
             notes.append(f"{lost} shards planned earlier are not in this --input")
         ours = [r for r in recorded if Piece.of(r.shard).print in archives]
-        conditions = any(p.where or p.without for p in (Piece.of(r.shard) for r in ours))
-        if self._where is None and self._seed is None and not conditions:
+        # A range under a condition, or one that a shuffle chose, may have left others before it.
+        in_order = all(Piece.of(r.shard).plain for r in ours)
+        if self._where is None and self._seed is None and in_order:
             pieces = self._next_ranges(ours)
         else:
             pieces = self._counted(ours)
@@ -113,8 +115,11 @@ class ArchiveSource:
 
     def _counted(self, recorded: Sequence[RecordedShard]) -> list[Piece]:
         """What is wanted of every archive and not recorded, its samples being counted."""
+        for print_, archive in self._archives().items():
+            if print_ not in self._counts:
+                self._counts[print_] = count_samples(archive, self._layout.key)
         counts = [
-            (print_, count_samples(archive, self._layout.key), archive.name, self._size)
+            (print_, self._counts[print_], archive.name, self._size)
             for print_, archive in self._archives().items()
         ]
         wanted = windows(counts, self._seed)

@@ -88,9 +88,13 @@ class Cc12mSource:
         elsewhere = [r for r in recorded if Piece.of(r.shard).print not in prints]
         spans = {(p.start, p.stop) for p in (Piece.of(r.shard) for r in elsewhere)}
         first = self._limit if self._seed is None and self._where is None else None
+        if first is not None:
+            # A shard of other options may begin before the limit and end after it.
+            first = max([first, *(stop for start, stop in spans if start < first)])
         scans: dict[str, tuple[SourceFile, Scan]] = {}
         for file in files:
-            if _recorded_to_the_end(file, here, self._where):
+            # Under a limit its lines count, recorded or not.
+            if self._limit is None and _recorded_to_the_end(file, here, self._where):
                 continue
             scan = scan_lines(file, self._size, spans, stop=first)
             scans[file.print] = (file, scan)

@@ -39,8 +39,9 @@ class SourceFile:
     def open(self) -> Any:
         """A seekable binary stream of the file.
 
-        Reading one on the hub raises UnreachableError where the network fails: that says nothing
-        about the file, so it must fail the shard rather than become a reject.
+        Reading one on the hub raises UnreachableError where the network fails, and one on a disk
+        an OSError with a number (see `require_reached`). Both say nothing about the file, so they
+        must fail the shard rather than become a reject.
         """
         if self.location.startswith(HUB):
             return io.BufferedReader(_HubStream(self.location), BLOCK)
@@ -48,7 +49,17 @@ class SourceFile:
 
 
 class UnreachableError(ShardError):
-    """A file on the hub could not be read now."""
+    """A file could not be read now, for want of the disk or the network."""
+
+
+def require_reached(file: SourceFile, error: Exception) -> None:
+    """Raise UnreachableError for an error that says nothing of the file, such as a disk's.
+
+    What libraries raise for damaged contents has no number of the system's, also where it is an
+    OSError.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise UnreachableError(f"cannot read {file.location} ({error.strerror})") from error
 
 
 class _HubStream(io.RawIOBase):

@@ -74,7 +74,7 @@ class FolderSource:
                 raise BadInputError(
                     f"--input '{root}' {what}; --source {self.name} needs a folder of {kind}"
                 )
-        self._listed: dict[str, int] | None = None
+        self._listed: dict[str, tuple[Path, int]] | None = None
         self._notes: list[str] = []
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
@@ -84,8 +84,10 @@ class FolderSource:
         here = self._members()
         known = {member for r in recorded for member in r.shard.members}
         pending = [r.shard for r in recorded if r.inputs is None]
-        reachable = [s for s in pending if any(m in here for m in s.members)]
-        fresh = [member for member in here if member not in known]
+        reachable = [s for s in pending if any(m in here or self._is_there(m) for m in s.members)]
+        # What could not be read when it was listed is known by its name alone.
+        unread = {name for listed, name in map(_parts, known) if listed == UNREADABLE}
+        fresh = [m for m in here if m not in known and _parts(m)[1] not in unread]
         size = self._shard_size or _shard_size(len(fresh))
         shards = [make_shard(self.name, group) for group in _cut(fresh, here, size)]
         notes = list(self._notes)
@@ -99,7 +101,7 @@ class FolderSource:
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
         """See `Source.read`."""
         for row, member in enumerate(shard.members):
-            listed, _, name = member.partition(" ")
+            listed, name = _parts(member)
             try:
                 found = self._find(name, listed)
                 if found is None:
@@ -121,20 +123,20 @@ class FolderSource:
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
         return ImageRecord(row, name, data, caption, url, licence, rest)
 
-    def _members(self) -> dict[str, int]:
-        """Every picture as member → bytes, in the order of their paths.
+    def _members(self) -> dict[str, tuple[Path, int]]:
+        """Every picture as member → root and bytes, in the order of their paths.
 
         The same relative path with the same content, below two roots, is one member.
         """
         if self._listed is None:
-            members: dict[str, int] = {}
+            members: dict[str, tuple[Path, int]] = {}
             found = 0
             for count, (root, relative) in enumerate(self._wanted()):
                 found += 1
                 if self._limit is not None and count >= self._limit:
                     break
                 content, size = _content(root / relative)
-                members.setdefault(f"{content} {_to_text(relative)}", size)
+                members.setdefault(f"{content} {_to_text(relative)}", (root, size))
             self._require_some(found)
             self._listed = members
         return self._listed
@@ -198,6 +200,11 @@ class FolderSource:
             listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
             self._notes.append(f"left out: {listed}")
 
+    def _is_there(self, member: str) -> bool:
+        """Whether this picture is below a root, whatever the options say is wanted."""
+        listed, name = _parts(member)
+        return self._find(name, listed) is not None
+
     def _find(self, name: str, listed: str) -> tuple[Path, str] | None:
         """The root and relative path of a member that still has the fingerprint it was listed with."""
         for root in self._roots:
@@ -216,18 +223,33 @@ def _content(path: Path) -> tuple[str, int]:
         return UNREADABLE, 0
 
 
-def _cut(members: Sequence[str], sizes: Mapping[str, int], count: int) -> Iterator[list[str]]:
-    """Groups of up to `count` members and `SHARD_BYTES`, in order."""
-    group: list[str] = []
-    held = 0
-    for member in members:
-        if group and (len(group) == count or held + sizes[member] > SHARD_BYTES):
+def _parts(member: str) -> tuple[str, str]:
+    """The fingerprint and the name of a member."""
+    listed, _, name = member.partition(" ")
+    return listed, name
+
+
+def _cut(
+    members: Sequence[str], found: Mapping[str, tuple[Path, int]], count: int
+) -> Iterator[list[str]]:
+    """Groups of up to `count` members and `SHARD_BYTES`, in order, each of one root alone.
+
+    So a later build that is given some of the roots finds the shards of these whole.
+    """
+    for root in dict.fromkeys(found[member][0] for member in members):
+        group: list[str] = []
+        held = 0
+        for member in members:
+            here, size = found[member]
+            if here != root:
+                continue
+            if group and (len(group) == count or held + size > SHARD_BYTES):
+                yield group
+                group, held = [], 0
+            group.append(member)
+            held += size
+        if group:
             yield group
-            group, held = [], 0
-        group.append(member)
-        held += sizes[member]
-    if group:
-        yield group
 
 
 def _to_text(relative: str) -> str:

@@ -22,7 +22,7 @@ from schemas.records import ImageRecord, Reject, SourceSettings
 from stages.sources.archives import ArchiveSource
 from stages.sources.columns import metadata_text
 from stages.sources.content import require_input
-from stages.sources.files import SourceFile, find_files
+from stages.sources.files import SourceFile, find_files, require_reached
 from stages.sources.tar_samples import Sample, open_tar
 
 ARCHIVES, ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
@@ -123,8 +123,9 @@ def _lines(file: SourceFile, stream: Any) -> Generator[bytes, None, None]:
                     yield from inside
     except ShardError:
         raise
-    except Exception:  # A damaged archive makes tarfile raise nearly anything.
-        return
+    # A damaged archive makes tarfile raise nearly anything.
+    except Exception as error:
+        require_reached(file, error)
 
 
 def _folder(archive: SourceFile) -> str | None:

@@ -2,7 +2,8 @@
 
 In: a `SourceFile`. Out: the number of rows and the columns, read off the file's footer or headers
 alone, and the rows of a range as small Arrow tables in order. Whatever is wrong with a file is
-raised as `DamagedFileError`, with what was read before it already handed out.
+raised as `DamagedFileError`, with what was read before it already handed out; a disk or a network that
+fails, as `UnreachableError`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import BadInputError, ShardError
-from stages.sources.files import SourceFile
+from stages.sources.files import SourceFile, require_reached
 
 PARQUET, ARROW, HDF5 = (".parquet",), (".arrow", ".feather"), (".h5", ".hdf5")
 ENDINGS = (*PARQUET, *ARROW, *HDF5)
@@ -47,11 +48,13 @@ def open_rows(file: SourceFile) -> RowFile:
         raise
     # Damaged files make these parsers raise nearly anything.
     except Exception as error:
+        require_reached(file, error)
         raise DamagedFileError(_first_line(error)) from error
 
 
 class _ParquetRows:
     def __init__(self, file: SourceFile) -> None:
+        self._source = file
         self._file = pq.ParquetFile(file.open(), pre_buffer=False)
         self.schema = self._file.schema_arrow
         self.count = self._file.metadata.num_rows
@@ -67,13 +70,14 @@ class _ParquetRows:
             at += rows
         few = HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else ROWS_AT_ONCE
         batches = self._file.iter_batches(batch_size=few, row_groups=groups, columns=list(columns))
-        return _cut(batches, first, start, stop)
+        return _cut(self._source, batches, first, start, stop)
 
 
 class _ArrowRows:
     """Arrow's own file format, or its stream format as Hugging Face's data sets are cached."""
 
     def __init__(self, file: SourceFile) -> None:
+        self._source = file
         stream = pa.PythonFile(file.open())
         try:
             reader = pa.ipc.open_file(stream)
@@ -93,7 +97,7 @@ class _ArrowRows:
             for batch in self._open()
             for at in range(0, batch.num_rows, few)
         )
-        return _cut(small, 0, start, stop)
+        return _cut(self._source, small, 0, start, stop)
 
 
 class _Hdf5Rows:
@@ -110,6 +114,7 @@ class _Hdf5Rows:
             raise BadInputError(
                 "HDF5 files need h5py; install it with `pip install h5py`, or the extra `build`"
             ) from error
+        self._source = file
         self._file = h5py.File(file.open(), "r")
         sets = {name: item for name, item in self._file.items() if isinstance(item, h5py.Dataset)}
         if not sets:
@@ -130,6 +135,7 @@ class _Hdf5Rows:
             try:
                 arrays = [self._array(name, self._sets[name][low:high]) for name in columns]
             except Exception as error:
+                require_reached(self._source, error)
                 raise DamagedFileError(_first_line(error)) from error
             yield pa.table(arrays, names=list(columns))
 
@@ -169,8 +175,10 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _cut(batches: Iterator[pa.RecordBatch], at: int, start: int, stop: int) -> Iterator[pa.Table]:
-    """The rows start..stop of batches that begin with row `at`."""
+def _cut(
+    file: SourceFile, batches: Iterator[pa.RecordBatch], at: int, start: int, stop: int
+) -> Iterator[pa.Table]:
+    """The rows start..stop of a file's batches, which begin with row `at`."""
     try:
         for batch in batches:
             low, high = max(start - at, 0), min(stop - at, batch.num_rows)
@@ -180,6 +188,7 @@ def _cut(batches: Iterator[pa.RecordBatch], at: int, start: int, stop: int) -> I
             if at >= stop:
                 return
     except (OSError, pa.ArrowException) as error:
+        require_reached(file, error)
         raise DamagedFileError(_first_line(error)) from error
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from schemas.errors import ShardError
-from stages.sources.files import SourceFile
+from stages.sources.files import SourceFile, require_reached
 
 KeyOf = Callable[[tarfile.TarInfo], tuple[str | None, str]]
 """The sample a file belongs to and its extension; None for a file that is no part of one."""
@@ -74,6 +74,7 @@ def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damag
         raise
     # A damaged tar makes tarfile raise nearly anything: what comes after is lost, not the shard.
     except Exception as error:
+        require_reached(archive, error)
         damage = f"{type(error).__name__}: {error}"
     if sample is not None and whole:
         yield sample
@@ -144,6 +145,7 @@ def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) ->
                         return count
     except ShardError:
         raise
-    except Exception:
+    except Exception as error:
+        require_reached(archive, error)
         return count + 1
     return count + _ends_early(archive)

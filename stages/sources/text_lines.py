@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.sources.files import SourceFile
+from stages.sources.files import SourceFile, require_reached
 
 Span = tuple[int, int]
 CHUNK = 4 << 20
@@ -44,8 +44,8 @@ class Scan:
     digests: dict[Span, str] = field(default_factory=dict)
 
 
-class _DamagedError(Exception):
-    """The file cannot be read further."""
+DAMAGE = (OSError, EOFError, zlib.error)
+"""What reading a damaged file raises."""
 
 
 def unpacked(file: SourceFile) -> Any:
@@ -94,8 +94,10 @@ def lines_from(file: SourceFile, offset: int) -> Generator[Line, None, None]:
                     cut = False
                 if len(rest) > LONGEST_LINE:
                     rest, cut = rest[:SHOWN], True
-        except (_DamagedError, OSError, EOFError, zlib.error) as error:
-            yield Line(rest[:SHOWN], f"the list is damaged here ({error})")
+        except DAMAGE as error:
+            require_reached(file, error)
+            reason = f"{type(error).__name__}: {error}"
+            yield Line(rest[:SHOWN], f"the list is damaged here ({reason})")
             return
     if rest:
         yield _line(rest, cut)
@@ -127,7 +129,8 @@ def scan_lines(
             for chunk in _chunks(stream):
                 if not scan.feed(chunk):
                     return scan.end(damaged=False)
-        except (_DamagedError, OSError, EOFError, zlib.error):
+        except DAMAGE as error:
+            require_reached(file, error)
             return scan.end(damaged=True)
     return scan.end(damaged=False)
 
@@ -225,11 +228,5 @@ class _Scanner:
 def _chunks(stream: Any) -> Iterator[bytes]:
     """The stream a few megabytes at a time; what was read before damage is handed out first."""
     read = getattr(stream, "read1", stream.read)
-    while True:
-        try:
-            chunk = read(CHUNK)
-        except (OSError, EOFError, zlib.error) as error:
-            raise _DamagedError(f"{type(error).__name__}: {error}") from error
-        if not chunk:
-            return
+    while chunk := read(CHUNK):
         yield chunk

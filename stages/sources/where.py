@@ -84,7 +84,7 @@ class Where:
             if not pa.types.is_boolean(value.type) and not pa.types.is_null(value.type):
                 raise pa.ArrowInvalid("it is no condition")
             truth = pc.fill_null(pc.cast(value, pa.bool_()), False)
-        except (pa.ArrowException, TypeError) as error:
+        except (pa.ArrowException, TypeError, OverflowError) as error:
             types = [
                 f"{name} is {table.schema.field(name).type}"
                 for name in self.columns
@@ -134,7 +134,8 @@ def needed(where: str | None, without: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _evaluate(node: Node, table: pa.Table) -> Any:
     if isinstance(node, Literal):
-        return pa.scalar(node.value)
+        large = type(node.value) is int and node.value >= 1 << 63
+        return pa.scalar(node.value, pa.uint64() if large else None)
     if isinstance(node, Call):
         kind = TYPES_OF_NULLS.get(node.function)
         values = [_typed(_evaluate(a, table), kind) for a in node.arguments]
