@@ -8,7 +8,8 @@ Credentials are those of the environment, as Arrow and Lance both read them: AWS
 AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or a role of the machine; AWS_REGION; AWS_ENDPOINT_URL for
 another server than Amazon's, with AWS_ALLOW_HTTP=true where that speaks plain http. For gs://
 GOOGLE_APPLICATION_CREDENTIALS or a role of the machine; GOOGLE_BASE_URL for another server, with
-GOOGLE_ALLOW_HTTP=true and GOOGLE_SKIP_SIGNATURE=true where it speaks plain http and asks for no login.
+GOOGLE_ALLOW_HTTP=true where that speaks plain http. One without a login takes two more: a key file
+in GOOGLE_SERVICE_ACCOUNT that says so to Lance, and GOOGLE_SKIP_SIGNATURE=true for Arrow.
 """
 
 import hashlib
@@ -299,11 +300,19 @@ PATIENCE = timedelta(seconds=20)
 def explain(error: OSError) -> str:
     """One line for people about a disk or a store that failed, with what to look at."""
     text = str(error)
-    if said := re.search(r"google::cloud::.*with a last message of (.*?)(?=\. | error_info)", text):
-        text = f"gs://: {said[1]}"
-    elif not re.search("google::cloud::|AWS Error", text):
-        return f"{text}; check the path, its rights and the space left"
-    return f"{text}; check the bucket's name, the network and the credentials (docs/cluster.md)"
+    for pattern in STORE_ERRORS:
+        if said := re.search(pattern, text):
+            check = "check the bucket's name, the network and the credentials (docs/cluster.md)"
+            return f"{said[1]}; {check}"
+    return f"{text}; check the path, its rights and the space left"
+
+
+STORE_ERRORS = (
+    r"google::cloud::.*with a last message of (.*?)(?=\. | error_info)",
+    r"(Generic (?:GCS|S3) error: .*?)(?= - Server returned|, /|$)",
+    r"(.*AWS Error.*)",
+)
+"""What Arrow and Lance say of a store, without the places in their sources."""
 
 
 def _cache() -> Path:

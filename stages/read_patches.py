@@ -135,7 +135,8 @@ class PatchTable:
     def sample(self, count: int, *, seed: int) -> PatchBlock:
         """A uniform sample over all shards without repetition; all rows where there are fewer.
 
-        The same rows in the same order whatever order the shards were committed in.
+        The same rows in the same order whatever order the shards were committed in, until a
+        compaction merges fragments in that order.
         """
         return self.take(self._drawn(count, seed))
 

@@ -263,10 +263,8 @@ def gcs_server(folder: Path) -> Iterator[dict[str, str]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     address = f"http://127.0.0.1:{server.server_address[1]}"
     account = folder / "account.json"
-    fields = {"gcs_base_url": address, "disable_oauth": True}
-    account.write_text(
-        json.dumps(fields | {"client_email": "", "private_key": "", "private_key_id": ""})
-    )
+    no_key = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    account.write_text(json.dumps({"disable_oauth": True} | no_key))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield {

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -177,3 +178,25 @@ def test_a_build_is_submitted_as_a_job(
     refused = submit(stranger, code, pictures, str(tmp_path / "other"))
     assert refused.returncode != 0
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_missing_token_is_one_line(tmp_path: Path) -> None:
+    """Whoever has none is told what to look at, without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        build = ["build", "--source", "sample", "--db", str(tmp_path / "db"), "--ray", address]
+        strange = {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+        unset = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+        run = subprocess.run(
+            [sys.executable, "-m", "cli", *build],
+            env=unset | strange,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 1
+    [line] = run.stderr.splitlines()
+    assert line.startswith(f"error: cannot reach a Ray cluster at '{address}'")
+    assert "token" in line
+    assert not (tmp_path / "db").exists()
