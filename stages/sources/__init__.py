@@ -29,7 +29,7 @@ from stages.sources.journeydb import HUB_INPUT, journeydb_source
 from stages.sources.publisher import cache_folder, fetch_published
 from stages.sources.rows import RowSource, datacomp_default, datacomp_source
 from stages.sources.sample import sample_source
-from stages.sources.tokens import tokens_source
+from stages.sources.tokens import TokensSource
 from stages.sources.webdataset import webdataset_source
 
 
@@ -60,7 +60,7 @@ SOURCES: dict[str, Callable[[SourceSettings], Source]] = {
     "datacomp": datacomp_source,
     "journeydb": journeydb_source,
     "parquet": RowSource,
-    "tokens": tokens_source,
+    "tokens": TokensSource,
 }
 ON_HUB = frozenset(("datacomp", "journeydb", "parquet", "tokens"))
 """Sources whose --input may be a data set on the hub."""

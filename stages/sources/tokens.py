@@ -9,6 +9,7 @@ could be trusted to be the tokenizer's own, so latent key space is refused by th
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from schemas.records import (
     SourceSettings,
 )
 from stages.sources.columns import Record
-from stages.sources.content import require_input
+from stages.sources.content import require_input, require_shard_size
 from stages.sources.files import HUB
 from stages.sources.folder import FolderSource
 from stages.sources.grids import Misfit, grid_bytes
@@ -73,13 +74,42 @@ def _grid_record(item: ImageRecord, shape: GridShape | None) -> GridRecord | Rej
     return GridRecord(item.row, item.key, grid, item.caption, item.url, item.licence, item.metadata)
 
 
-def tokens_source(settings: SourceSettings) -> NpySource | RowSource:
-    """Token grids in files of one picture, or in tables. Raises BadInputError without --input."""
-    given = require_input(settings.name, settings.input)
-    folders = [path for path in map(Path, given) if path.is_dir()]
-    tables = any(
-        next((p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS), None)
-        for folder in folders
-    )
-    single = len(folders) == len(given) and not tables and not given[0].startswith(HUB)
-    return NpySource(settings) if single else RowSource(settings, grids=True)
+class TokensSource:
+    """Token grids in files of one picture, or in tables: whichever the inputs hold.
+
+    Raises BadInputError without --input, or for a shard size that cannot be.
+    """
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.name = settings.name
+        require_input(settings.name, settings.input)
+        require_shard_size(settings.shard_size)
+        self._settings = settings
+
+    def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
+        """See `Source.listing`."""
+        return self._source.listing(recorded)
+
+    def read(self, shard: Shard) -> Iterator[Record]:
+        """See `Source.read`. What kind it is follows from the shard: workers look at no tree."""
+        single = shard.members[0].lower().endswith(tuple(NPY))
+        return self._of_kind(single).read(shard)
+
+    def count(self) -> Count:
+        """See `Source.count`."""
+        return self._source.count()
+
+    @cached_property
+    def _source(self) -> NpySource | RowSource:
+        given = self._settings.input
+        folders = [path for path in map(Path, given) if path.is_dir()]
+        tables = any(
+            next((p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS), None)
+            for folder in folders
+        )
+        return self._of_kind(
+            len(folders) == len(given) and not tables and not given[0].startswith(HUB)
+        )
+
+    def _of_kind(self, single: bool) -> NpySource | RowSource:
+        return NpySource(self._settings) if single else RowSource(self._settings, grids=True)
