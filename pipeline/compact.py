@@ -6,6 +6,7 @@ Killed at any moment it is run again: what is still there of a removed picture i
 picture is booked twice.
 """
 
+import datetime
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from schemas.location import exists, remove, size
 from schemas.manifest import DatabaseManifest, IndexManifest, Layout
 from schemas.tables import Ids, contains
 from stages.ledger import read_ledger
-from stages.patch_table import KEEP_VERSIONS, Committer, Loss
+from stages.patch_table import Committer, Loss
 from stages.read_images import ImageTable
 from stages.read_patches import PatchTable, patch_tables
 from stages.take_out import booked_removals, compact_table, delete_pictures
 
 COMMAND = "arrag-db compact"
+KEEP_VERSIONS = datetime.timedelta(minutes=2)
+"""Of tables that hold nothing of a picture, for those who just read them."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
 CLEAN_EVERY = 50
 METADATA_CACHE = 1 << 20
 """Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
-KEEP_VERSIONS = datetime.timedelta(minutes=2)
+KEPT_VERSIONS = 50
+"""Versions of a table that stay for those who just read them. Cleaning looks into all of them, and each
+lists every fragment, so it must not be as many as a fast build makes in some minutes."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Committer:
         if self._commits % CLEAN_EVERY == 0:
             self._tidy_ledger()
             for table in (*self._tables.values(), self._ledger):
-                table.cleanup_old_versions(older_than=KEEP_VERSIONS)
+                table.cleanup_old_versions(retain_versions=KEPT_VERSIONS)
 
     def _tidy_ledger(self) -> None:
         """Bring the ledger's rows together: one file a row would be slow to read when resuming."""
