@@ -87,7 +87,7 @@ def diagnose(
     return [
         _faiss(machine),
         _bounds(machine),
-        _gpu(machine, gpus),
+        _gpu(machine, gpus, address),
         _token(machine, plan),
         _disk(machine, plan),
         _memory(machine, plan),
@@ -130,10 +130,13 @@ def _bounds(machine: Machine) -> Finding:
     return Finding("packages", "ok", detail)
 
 
-def _gpu(machine: Machine, gpus: int) -> Finding:
+def _gpu(machine: Machine, gpus: int, address: str | None) -> Finding:
     torch = f"torch {machine.packages.get('torch', 'missing')}"
     if len(machine.gpus) < gpus:
         detail = f"--gpus {gpus}, but {torch} sees {len(machine.gpus)}"
+        if address is not None:
+            step = "only this machine was looked at; run `arrag-db doctor` on a node that encodes"
+            return Finding("GPU", "warn", f"{detail} here", step)
         if machine.nvidia and machine.cuda_build is None:
             return Finding("GPU", "FAIL", f"{detail}: a CPU build", "install a CUDA build of torch")
         return Finding(

@@ -182,6 +182,7 @@ def test_a_machine_is_compared_with_the_plan() -> None:
     expected = {"GPU": "warn", "disk": "FAIL", "memory": "warn", "hub token": "FAIL"}
     assert verdicts(small, made) == expected
     assert verdicts(FIT, gpus=2)["GPU"] == "FAIL"
+    assert verdicts(FIT, gpus=2, address="10.0.0.1:6379")["GPU"] == "warn"
     cpu_torch = {f.name: f for f in diagnose(replace(FIT, nvidia=True), gpus=1)}["GPU"]
     assert (cpu_torch.verdict, cpu_torch.step) == ("FAIL", "install a CUDA build of torch")
     assert verdicts(replace(FIT, ray_auth=""), address="10.0.0.1:6379")["Ray"] == "warn"
