@@ -34,7 +34,7 @@ test: check
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow and not gpu and not soak"
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -m soak tests/pipeline/test_soak.py
