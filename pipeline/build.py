@@ -21,6 +21,7 @@ from pipeline.plan import Plan, plan, plan_again
 from pipeline.ray_run import (
     EncoderPool,
     ShardFailure,
+    VersionCleaner,
     encoder_pool,
     ray_cluster,
     run_shards,
@@ -123,7 +124,7 @@ def build(
                 if not exists(layout.manifest):
                     create_database(layout, manifest, codebook)
                 worker = _worker_settings(layout, manifest, settings)
-                committer = Committer(layout, manifest.keys, held.check)
+                committer = Committer(layout, manifest.keys, held.check, VersionCleaner())
                 total = 0
                 while work.todo:
                     committer.plan(work.fresh)

@@ -22,11 +22,11 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from pipeline.memory import one_arena
+from pipeline.memory import one_arena, return_free_memory
 from pipeline.shard_worker import EncodeWorker, WorkerSettings, read_shard, shard_rows
 from schemas.errors import ArragError, BadInputError
 from schemas.records import Attempt
-from stages.patch_table import ShardResult
+from stages.patch_table import ShardResult, clean_versions
 
 READ_CPUS = 0.25
 """Declared for a task that reads: it waits for disks and networks most of the time."""
@@ -193,6 +193,22 @@ def _of(resource: str | None) -> dict[str, Any]:
 TRACE = 0.001
 
 
+class VersionCleaner:
+    """Cleans tables of old versions on some worker, one after the other, while the driver goes on.
+
+    What is asked for beside a cleaning that is under way is left to the next.
+    """
+
+    def __init__(self) -> None:
+        self._task: Any = ray.remote(clean_versions).options(num_cpus=0)
+        self._running: Any = None
+
+    def __call__(self, paths: Sequence[str]) -> None:
+        """See `stages.patch_table.Committer`. A cleaning that fails costs nothing but space."""
+        if self._running is None or ray.wait([self._running], timeout=0)[0]:
+            self._running = self._task.remote(list(paths))
+
+
 def run_shards(
     attempts: Sequence[Attempt],
     settings: WorkerSettings,
@@ -208,6 +224,7 @@ def run_shards(
         yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
         # A finished run of Ray Data is a ring of references, which Python alone is slow to free.
         gc.collect()
+        return_free_memory()
 
 
 WINDOW = 256

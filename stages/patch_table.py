@@ -40,8 +40,7 @@ CLEAN_EVERY = 50
 METADATA_CACHE = 1 << 20
 """Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
 KEPT_VERSIONS = 50
-"""Versions of a table that stay for those who just read them. Cleaning looks into all of them, and each
-lists every fragment, so it must not be as many as a fast build makes in some minutes."""
+"""Versions of a table that stay for those who just read them."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,31 @@ def unfenced() -> None:
     """The check of a writer that needs no lease: it writes to a table of its own."""
 
 
+def clean_versions(paths: Sequence[str]) -> None:
+    """Delete the versions of these tables that nobody reads any more; anyone may, at any time.
+
+    It reads the list of fragments of every version, several at once, so that it takes memory and time
+    where there are many.
+    """
+    for path in paths:
+        lance.dataset(path).cleanup_old_versions(retain_versions=KEPT_VERSIONS)
+
+
 class Committer:
     """The one writer of a database's tables; its holder has the lease.
 
     check: called before every commit; raises when the lease is lost, and nothing is committed.
+    clean: given the tables' paths now and then, to delete old versions; it may do so later.
     """
 
-    def __init__(self, layout: Layout, keys: KeySpec, check: Callable[[], None] = unfenced) -> None:
-        self._check = check
+    def __init__(
+        self,
+        layout: Layout,
+        keys: KeySpec,
+        check: Callable[[], None] = unfenced,
+        clean: Callable[[Sequence[str]], None] = clean_versions,
+    ) -> None:
+        self._check, self._clean = check, clean
         # Every version of a table that is opened stays in a cache; ours are read once.
         session = lance.Session(metadata_cache_size_bytes=METADATA_CACHE)
         self._ledger = lance.dataset(layout.ledger, session=session)
@@ -212,8 +228,7 @@ class Committer:
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
             self._tidy_ledger()
-            for table in (*self._tables.values(), self._ledger):
-                table.cleanup_old_versions(retain_versions=KEPT_VERSIONS)
+            self._clean([table.uri for table in (*self._tables.values(), self._ledger)])
 
     def _tidy_ledger(self) -> None:
         """Bring the ledger's rows together: one file a row would be slow to read when resuming."""
