@@ -96,9 +96,9 @@ def test_autofaiss_is_imported_in_one_file() -> None:
     assert files_importing("autofaiss") == {"stages/build_index.py"}
 
 
-def test_lance_is_written_in_two_files() -> None:
-    """One for what builds bring, one for what removals take out; others that import Lance read."""
-    writers = {"stages/patch_table.py", "stages/take_out.py"}
+def test_lance_is_written_in_three_files() -> None:
+    """For what builds bring, what removals take out, and training sets; others that import it read."""
+    writers = {"stages/patch_table.py", "stages/take_out.py", "stages/row_table.py"}
     for path in writers:
         assert named(TREES[path]) & LANCE_WRITES
     for path in files_importing("lance") - writers:

@@ -19,6 +19,7 @@ from stages.patch_table import (
     REJECTS,
     Committer,
     ShardResult,
+    clean_versions,
     create_tables,
     table_paths,
     write_fragments,
@@ -171,6 +172,26 @@ def test_a_killed_retry_of_other_rows_leaves_later_ones_alone(layout: Layout) ->
     state = assert_adds_up(layout, 7)
     assert rejected(layout, state) == {2: "timeout", 4: "dns"}
     assert Committer(layout, KEYS).recover(state) == 0
+
+
+def test_old_versions_go_now_and_then(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some stay for those who just read them; whoever builds may have it done elsewhere."""
+    monkeypatch.setattr("stages.patch_table.CLEAN_EVERY", 4)
+    monkeypatch.setattr("stages.patch_table.KEPT_VERSIONS", 3)
+    asked: list[list[str]] = []
+    tables = [*table_paths(layout, KEYS).values(), layout.ledger]
+    for clean in (lambda paths: asked.append(list(paths)), clean_versions):
+        committer = Committer(layout, KEYS, clean=clean)
+        before = len(lance.dataset(layout.images).versions())
+        for number in range(4):
+            shard = Shard("links", f"{number + 10 * before << 40:016x}", ("m",))
+            committer.plan([shard])
+            committer.commit(result(layout, shard, 1, [0], {}))
+        if clean is not clean_versions:
+            assert [sorted(paths) for paths in asked] == [sorted(tables)]
+            assert len(lance.dataset(layout.images).versions()) == before + 4
+    assert [len(lance.dataset(path).versions()) for path in tables] == [3, 2, 3, 3]
+    assert lance.dataset(layout.images).count_rows() == 4 + 8
 
 
 def test_a_compacted_table_is_left_alone(layout: Layout) -> None:

@@ -2,21 +2,24 @@
 
 import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import lance
+import pyarrow as pa
 import pytest
 
 from pipeline.build import BuildReport, build
 from pipeline.info import info
 from pipeline.lease import lease
+from pipeline.ray_run import VersionCleaner
 from pipeline.verify import verify
 from schemas.errors import BadInputError, DatabaseBusyError, IncompatibleError
 from schemas.manifest import DatabaseManifest, Layout
 from schemas.records import SourceSettings
 from schemas.split import is_held_out
 from stages.ledger import read_ledger
-from stages.patch_table import write_fragments
+from stages.patch_table import KEPT_VERSIONS, write_fragments
 from tests.pipeline.conftest import settings, write_picture
 from tests.pipeline.tables import all_rows, assert_same_rows
 
@@ -204,3 +207,20 @@ def test_ledger_marks_cover_every_fragment(built: Path) -> None:
     state = read_ledger(layout)
     patches = lance.dataset(layout.patches(DatabaseManifest.read(layout).keys))
     assert max(f.fragment_id for f in patches.get_fragments()) == state.marks["patches"]
+
+
+def test_old_versions_are_deleted_while_the_build_goes_on(
+    ray_session: None, tmp_path: Path
+) -> None:
+    """By a worker: the caller does not wait, and a second request beside the first is no other."""
+    path = str(tmp_path / "t.lance")
+    for _ in range(KEPT_VERSIONS + 5):
+        lance.write_dataset(pa.table({"x": [1]}), path, mode="append")
+    clean = VersionCleaner()
+    for _ in range(3):
+        clean([path])
+    end = time.monotonic() + 60
+    while len(lance.dataset(path).versions()) > KEPT_VERSIONS and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(lance.dataset(path).versions()) == KEPT_VERSIONS
+    assert lance.dataset(path).count_rows() == KEPT_VERSIONS + 5
