@@ -5,7 +5,7 @@ whole database say what was removed and whether a compaction is under way.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,6 @@ def read_ledger(layout: Layout) -> LedgerState:
     """The ledger as it stands; nothing where there is none yet."""
     if not exists(join(layout.ledger, "_versions")):
         return LedgerState((), {}, dict.fromkeys((*COUNTS, "removed"), 0))
-    rows = lance.dataset(layout.ledger).to_table().to_pylist()
     shards: dict[str, RecordedShard] = {}
     marks: dict[str, int] = {}
     totals = dict.fromkeys((*COUNTS, "removed"), 0)
@@ -55,20 +54,19 @@ def read_ledger(layout: Layout) -> LedgerState:
     attempts: dict[str, int] = {}
     planned: dict[tuple[str, int], frozenset[int]] = {}
     taken: dict[str, dict[int, int]] = defaultdict(dict)
-    for row in rows:
+    for row in _in_order(layout.ledger):
+        attempt = row["shard"], row["attempt"]
         if row["state"] == "planned" and row["attempt"] == 0:
             shard = Shard(row["source"], row["shard"], tuple(row["members"]))
             shards.setdefault(shard.id, RecordedShard(shard))
         elif row["state"] == "planned":
-            attempt = row["shard"], row["attempt"]
             planned[attempt] = planned.get(attempt, frozenset()) | _rows(row)
-    for row in sorted(rows, key=lambda row: row["attempt"]):
-        if row["state"] == "done":
+        elif row["state"] == "done":
             known = shards[row["shard"]]
             inputs = (known.inputs or 0) + row["inputs"]
             shards[row["shard"]] = RecordedShard(known.shard, inputs)
             attempts[row["shard"]] = row["attempt"]
-            planned.pop((row["shard"], row["attempt"]), None)
+            planned.pop(attempt, None)
             if row["attempt"] > 1:
                 taken[row["shard"]].update(dict.fromkeys(_rows(row), row["attempt"]))
         elif row["state"] == "removed":
@@ -90,6 +88,13 @@ def read_ledger(layout: Layout) -> LedgerState:
         compacting=open_compactions > 0,
         by_source=by_source,
     )
+
+
+def _in_order(path: str) -> Iterator[dict[str, Any]]:
+    """The ledger's rows by attempt, each planned before it is done; few are Python's at a time."""
+    order = [("attempt", "ascending"), ("state", "descending")]
+    for batch in lance.dataset(path).to_table().sort_by(order).to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
 
 
 def _rows(ledger_row: Mapping[str, Any]) -> frozenset[int]:
