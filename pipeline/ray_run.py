@@ -221,10 +221,10 @@ def run_shards(
     kilobytes in the driver for every shard it was ever given, so it gets `WINDOW` of them at a time.
     """
     for start in range(0, len(attempts), WINDOW):
-        yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
         # A finished run of Ray Data is a ring of references, which Python alone is slow to free.
         gc.collect()
         return_free_memory()
+        yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
 
 
 WINDOW = 256

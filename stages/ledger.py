@@ -16,6 +16,8 @@ from schemas.manifest import Layout
 from schemas.records import RecordedShard, Shard
 
 COUNTS = ("inputs", "images", "heldout", "patches", "rejects")
+LEDGER_ROWS = 1024
+"""Rows of a ledger that are Python objects at a time: as such they take many times their bytes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def read_ledger(layout: Layout) -> LedgerState:
 def _in_order(path: str) -> Iterator[dict[str, Any]]:
     """The ledger's rows by attempt, each planned before it is done; few are Python's at a time."""
     order = [("attempt", "ascending"), ("state", "descending")]
-    for batch in lance.dataset(path).to_table().sort_by(order).to_batches(max_chunksize=1024):
+    for batch in (
+        lance.dataset(path).to_table().sort_by(order).to_batches(max_chunksize=LEDGER_ROWS)
+    ):
         yield from batch.to_pylist()
 
 

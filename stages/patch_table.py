@@ -11,6 +11,7 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import lance
@@ -32,7 +33,7 @@ from schemas.tables import (
     patches_schema,
     shard_number,
 )
-from stages.ledger import LedgerState
+from stages.ledger import LEDGER_ROWS, LedgerState
 
 PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
 COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
@@ -186,23 +187,19 @@ class Committer:
 
     def plan(self, shards: Iterable[Shard]) -> None:
         """Record the members of shards that are to be done, before any of them is."""
-        rows = [
+        self._append_ledger(
             {"shard": s.id, "source": s.source, "attempt": 0, "state": "planned"}
             | {"members": list(s.members), "time": _now()}
             for s in shards
-        ]
-        if rows:
-            self._append_ledger(rows)
+        )
 
     def plan_again(self, attempts: Iterable[Attempt]) -> None:
         """Record which rejects are about to be tried again, before any of them is."""
-        rows = [
+        self._append_ledger(
             {"shard": a.shard.id, "source": a.shard.source, "attempt": a.number}
             | {"state": "planned", "members": list(map(str, a.rows)), "time": _now()}
             for a in attempts
-        ]
-        if rows:
-            self._append_ledger(rows)
+        )
 
     def commit(self, result: ShardResult) -> None:
         """Make an attempt's rows visible, and last the ledger's row that says so."""
@@ -273,8 +270,15 @@ class Committer:
         self._tables[name] = grown
         self._highest[name] = mark if known else _highest_fragment(grown)
 
-    def _append_ledger(self, rows: list[dict[str, object]]) -> None:
-        table = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA)
+    def _append_ledger(self, rows: Iterable[dict[str, object]]) -> None:
+        """All of these rows or none; few are Python's at a time. Nothing for no rows."""
+        left = iter(rows)
+        batches = []
+        while few := list(islice(left, LEDGER_ROWS)):
+            batches.append(pa.RecordBatch.from_pylist(few, schema=LEDGER_SCHEMA))
+        if not batches:
+            return
+        table = pa.Table.from_batches(batches)
         new = lance_write_fragments(table, self._ledger.uri, schema=LEDGER_SCHEMA)
         self._ledger = self._commit(self._ledger, lance.LanceOperation.Append(new))
 
