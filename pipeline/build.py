@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.database import BuildSettings, create_database, resolve_database
 from pipeline.lease import lease
+from pipeline.memory import return_free_memory
 from pipeline.plan import Plan, plan, plan_again
 from pipeline.ray_run import (
     EncoderPool,
@@ -118,6 +119,8 @@ def build(
         report.notes += work.notes
         if work.todo or state.unfinished:
             _recover(layout, manifest, state, report, held.check)
+        # Shards by the thousand are held once: by the plan that is being carried out.
+        del state
         if work.todo:
             with ray_cluster(settings.resources):
                 pool = encoder_pool(settings.resources)
@@ -133,6 +136,8 @@ def build(
                     _run(work, worker, pool, settings, committer, report, total, progress)
                     if settings.retry_rejects:
                         break
+                    del work
+                    return_free_memory()
                     # A tar that proved longer than one shard has more to list now.
                     work = _without(plan(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started

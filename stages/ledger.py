@@ -94,10 +94,10 @@ def read_ledger(layout: Layout) -> LedgerState:
 
 def _in_order(path: str) -> Iterator[dict[str, Any]]:
     """The ledger's rows by attempt, each planned before it is done; few are Python's at a time."""
+    columns = ["shard", "source", "attempt", "state", "members", "fragments", *COUNTS]
     order = [("attempt", "ascending"), ("state", "descending")]
-    for batch in (
-        lance.dataset(path).to_table().sort_by(order).to_batches(max_chunksize=LEDGER_ROWS)
-    ):
+    rows = lance.dataset(path).to_table(columns=columns).sort_by(order)
+    for batch in rows.to_batches(max_chunksize=LEDGER_ROWS):
         yield from batch.to_pylist()
 
 
