@@ -32,9 +32,9 @@ def default_kind(space: str, keys: int) -> str:
 
 
 def choose_lists(keys: int, query_ms: float) -> int:
-    """How many lists of a codebook index let a query take about `query_ms` on one core, coarse search aside.
+    """How many lists of a codebook index let a query take about `query_ms` on one core.
 
-    At least `BALANCE`·√keys, so that finding the lists and scanning them stay in balance, and at most
+    Coarse search aside. At least `BALANCE`·√keys, so that finding the lists and scanning them stay in balance, and at most
     what `FEWEST_POINTS` keys a list allow.
     """
     scan = keys * PROBES * IMBALANCE * SCAN_NS / (query_ms * 1e6)

@@ -6,7 +6,7 @@ import lance
 import pyarrow as pa
 
 from schemas.location import exists, join
-from stages.patch_table import CLEAN_EVERY, KEPT_VERSIONS
+from stages.patch_table import CLEAN_EVERY, clean_versions
 
 
 class RowTable:
@@ -41,7 +41,7 @@ class RowTable:
         )
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
-            self._dataset.cleanup_old_versions(retain_versions=KEPT_VERSIONS)
+            clean_versions([self._dataset.uri])
 
     def count(self) -> int:
         """The number of rows."""

@@ -2,6 +2,7 @@
 
 import io
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,9 @@ def request_bucket(request: pytest.FixtureRequest, scheme: str) -> str:
     patch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
     for name, value in request.getfixturevalue(scheme).items():
         patch.setenv(name, value)
-    server = s3_server if scheme == "s3" else gcs_server
-    return f"{scheme}://{server.new_bucket()}"
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    (s3_server if scheme == "s3" else gcs_server).create_bucket(name)
+    return f"{scheme}://{name}"
 
 
 @pytest.fixture(params=["disk", "s3", "gs"])

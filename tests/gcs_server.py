@@ -10,7 +10,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -278,9 +277,7 @@ def gcs_server(folder: Path) -> Iterator[dict[str, str]]:
         server.server_close()
 
 
-def new_bucket() -> str:
-    """A new bucket at the server of the environment; its name."""
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
+def create_bucket(name: str) -> None:
+    """A new bucket at the server of the environment."""
     address = f"{os.environ['GOOGLE_BASE_URL']}/storage/v1/b"
     urlopen(Request(address, json.dumps({"name": name}).encode())).close()
-    return name

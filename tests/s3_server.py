@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,9 +50,8 @@ def s3_server() -> Iterator[dict[str, str]]:
         process.wait()
 
 
-def new_bucket() -> str:
-    """A new bucket at the server of the environment; its name."""
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
+def create_bucket(name: str) -> None:
+    """A new bucket at the server of the environment."""
     server = fs.S3FileSystem(
         endpoint_override=os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"),
         scheme="http",
@@ -61,4 +59,3 @@ def new_bucket() -> str:
         allow_bucket_creation=True,
     )
     server.create_dir(name)
-    return name

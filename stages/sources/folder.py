@@ -89,7 +89,12 @@ class FolderSource:
         unread = {name for listed, name in map(_parts, known) if listed == UNREADABLE}
         fresh = [m for m in here if m not in known and _parts(m)[1] not in unread]
         size = self._shard_size or _shard_size(len(fresh))
-        shards = [make_shard(self.name, group) for group in _cut(fresh, here, size)]
+        # A shard is of one root, so that a build that is given some of the roots finds theirs whole.
+        by_root: dict[Path, list[str]] = {}
+        for member in fresh:
+            by_root.setdefault(here[member][0], []).append(member)
+        groups = (group for own in by_root.values() for group in _cut(own, here, size))
+        shards = [make_shard(self.name, group) for group in groups]
         notes = list(self._notes)
         seen = {member.split(" ")[0] for member in known}
         if again := sum(member.split(" ")[0] in seen for member in fresh):
@@ -147,12 +152,12 @@ class FolderSource:
             return
         names = ", ".join(str(root) for root in self._roots)
         looked = ", ".join(sorted(self._suffixes))
-        hints = [
+        hints = (
             f"; there are {suffix} files, which --source {source} reads"
             for suffix, source in READ_BY.items()
             if any(next(root.rglob(f"*{suffix}"), None) for root in self._roots)
-        ]
-        hint = hints[0] if hints else ""
+        )
+        hint = next(hints, "")
         raise BadInputError(f"no {self._kind} below {names}; looked for {looked}{hint}")
 
     def _wanted(self) -> Iterable[tuple[Path, str]]:
@@ -232,24 +237,18 @@ def _parts(member: str) -> tuple[str, str]:
 def _cut(
     members: Sequence[str], found: Mapping[str, tuple[Path, int]], count: int
 ) -> Iterator[list[str]]:
-    """Groups of up to `count` members and `SHARD_BYTES`, in order, each of one root alone.
-
-    So a later build that is given some of the roots finds the shards of these whole.
-    """
-    for root in dict.fromkeys(found[member][0] for member in members):
-        group: list[str] = []
-        held = 0
-        for member in members:
-            here, size = found[member]
-            if here != root:
-                continue
-            if group and (len(group) == count or held + size > SHARD_BYTES):
-                yield group
-                group, held = [], 0
-            group.append(member)
-            held += size
-        if group:
+    """Groups of up to `count` members and `SHARD_BYTES`, in order."""
+    group: list[str] = []
+    held = 0
+    for member in members:
+        size = found[member][1]
+        if group and (len(group) == count or held + size > SHARD_BYTES):
             yield group
+            group, held = [], 0
+        group.append(member)
+        held += size
+    if group:
+        yield group
 
 
 def _to_text(relative: str) -> str:
