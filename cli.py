@@ -1058,7 +1058,8 @@ def _print_build(report: "BuildReport", retry: str | None) -> None:
         typer.echo(f"note: {note}")
     if not report.shards_done and not report.failed:
         done = f"all {report.shards_skipped} shards are in the database"
-        typer.echo(f"nothing to do: {f'no open rejects with {retry}' if retry else done}")
+        none = f"no open rejects with {retry} to be had from this --input"
+        typer.echo(f"nothing to do: {none if retry else done}")
         return
     rejects = report.rejects.total()
     taken = f"{report.retried:,} rejects tried again" if retry else f"{report.inputs:,} inputs"
