@@ -37,7 +37,7 @@ test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 soak: $(VENV)/.test
-	$(BIN)/python -m pytest -m soak tests/pipeline/test_soak.py
+	$(BIN)/python -m pytest -m soak tests/pipeline/building/test_soak.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from schemas.errors import ArragError, BadInputError
-from schemas.location import explain
+from arrag_runtime.format.errors import ArragError, BadInputError
+from arrag_runtime.format.location import explain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from arrag_runtime.session import Session
+    from arrag_runtime.format.manifest import IndexManifest
+    from arrag_runtime.generation.methods import Session
     from pipeline.build import BuildReport
-    from pipeline.checks import Check
     from pipeline.query import QueryAnswer
-    from pipeline.ray_run import RayResources
-    from schemas.index_settings import IndexSettings
-    from schemas.manifest import IndexManifest
+    from pipeline.verify import Check
+    from schemas.settings.index import IndexSettings
+    from schemas.settings.resources import RayResources
 
 app = typer.Typer(
     name="arrag-db",
@@ -223,10 +223,10 @@ def build(
     a row or a reject with its reason, and --retry-rejects takes some of those up again.
     """
     from pipeline.build import build as run_build
-    from pipeline.database import BuildSettings
-    from pipeline.ray_run import RayResources
-    from schemas.records import SourceSettings
-    from stages.download import DownloadSettings
+    from pipeline.building.database import BuildSettings
+    from schemas.settings.resources import RayResources
+    from schemas.settings.source import SourceSettings
+    from stages.download.download_links import DownloadSettings
 
     settings = BuildSettings(
         database=db,
@@ -353,8 +353,8 @@ def index(
     What is measured against exact search is printed and kept. A killed build of a codebook index goes
     on where it stopped; a grown table adds only what is new.
     """
-    from pipeline.ray_run import RayResources
-    from schemas.index_settings import IndexSettings
+    from schemas.settings.index import IndexSettings
+    from schemas.settings.resources import RayResources
 
     settings = IndexSettings(
         kind=kind,
@@ -471,7 +471,7 @@ def evaluate(
         )
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.to_text())
     if plot is not None:
-        from stages.plot_evaluation import draw_evaluation
+        from stages.measure.plot_evaluation import draw_evaluation
 
         draw_evaluation([(one.name, one.figures) for one in found.indexes], found.title, plot)
         if not quiet and not as_json:
@@ -493,7 +493,7 @@ def verify(
 ) -> None:
     """Prove a database sound: counts, ids, contents, indexes. Exits with 1 when it is not."""
     if removed is not None:
-        from pipeline.verify_removed import verify_removed
+        from pipeline.verify import verify_removed
 
         _print_checks(verify_removed(db, removed), f"receipt {removed} does not hold", as_json)
         return
@@ -607,8 +607,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a build would make and cost: pictures, patches, bytes, memory, hours. Writes nothing."""
-    from pipeline.forecast import ForecastSettings, forecast, to_text
-    from schemas.records import SourceSettings
+    from pipeline.plan import ForecastSettings, forecast, to_text
+    from schemas.settings.source import SourceSettings
 
     inputs = tuple(input or ())
     chosen = SourceSettings(
@@ -648,8 +648,8 @@ def doctor(
 ) -> None:
     """Check the machine before long work; each line says what to do. Exits with 1 on a FAIL."""
     from pipeline.doctor import diagnose, examine, to_text
-    from pipeline.forecast import ForecastSettings, forecast
-    from schemas.records import SourceSettings
+    from pipeline.plan import ForecastSettings, forecast
+    from schemas.settings.source import SourceSettings
 
     made = None
     if source is not None:
@@ -717,10 +717,9 @@ def trainset(
     No picture retrieves itself or a copy of itself. A set that was interrupted goes on when the same
     command is given again; a larger --limit adds pictures.
     """
-    from pipeline.export_trainset import export_trainset
-    from pipeline.ray_run import RayResources
-    from pipeline.trainset import TrainsetSettings, make_trainset
-    from schemas.records import SourceSettings
+    from pipeline.trainset.make import TrainsetSettings, export_trainset, make_trainset
+    from schemas.settings.resources import RayResources
+    from schemas.settings.source import SourceSettings
 
     if input and source is None:
         raise BadInputError("--input says where a --source's pictures are; give --source too")
@@ -816,8 +815,8 @@ def generate(
 ) -> None:
     """Generate pictures, and look up on the way what came next in real ones."""
     from arrag_runtime.daid import DaidSettings
-    from arrag_runtime.session import GenerateSettings
-    from arrag_runtime.session import run as run_generate
+    from arrag_runtime.generation.methods import GenerateSettings
+    from arrag_runtime.generation.methods import run as run_generate
 
     settings = GenerateSettings(
         model=model,
@@ -856,8 +855,8 @@ def _write_trace(
     session: "Session", databases: Sequence[str], trace: Path | None, trace_sheet: Path | None
 ) -> None:
     """Look the sources up in the databases' images, then write what was asked for."""
-    from schemas.manifest import Layout, write_json
-    from stages.read_images import ImageTable
+    from arrag_runtime.format.images import ImageTable
+    from arrag_runtime.format.manifest import Layout, write_json
 
     sources = session.sources()
     rows: dict[tuple[int, int], Any] = {}
@@ -914,8 +913,8 @@ def train(
 
     A run that was interrupted goes on at its last checkpoint when the same command is given again.
     """
-    from arrag_runtime.train import TrainSettings
-    from arrag_runtime.train import train as run_train
+    from arrag_runtime.training.train import TrainSettings
+    from arrag_runtime.training.train import train as run_train
 
     settings = TrainSettings(
         model=model,
@@ -982,7 +981,7 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
 
 def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
-    from pipeline.index_plan import stale_index
+    from pipeline.indexing.growth import stale_index
 
     stale = stale_index(db)
     if stale is None:
@@ -1020,10 +1019,10 @@ def _run_index(
 def _draw(
     answer: "QueryAnswer", db: str, title: str, sheet: Path, weights: str | None, quiet: bool
 ) -> None:
-    from arrag_runtime.pictures import save_png
+    from arrag_runtime.format.manifest import Layout
+    from arrag_runtime.generation.picture_grid import save_png
     from pipeline.query import load_database_tokenizer
     from pipeline.sheet import draw_sheet
-    from schemas.manifest import Layout
 
     layout = Layout(db)
     tokenizer = load_database_tokenizer(layout, answer.manifest, weights)

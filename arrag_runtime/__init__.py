@@ -1,26 +1,27 @@
-"""Reading a patch retrieval database while pictures are generated.
+"""Opens a patch retrieval database and uses it while pictures are generated.
 
-Needs neither Ray nor autofaiss; torch and transformers are imported where they are used.
+Needs nothing else of this project. What is named here is loaded by its first use, so that importing
+this loads neither torch nor transformers.
 
 - `PatchIndex` opens an index and searches it; `Retriever` asks it for a position of grids that are
   being filled, and answers with `Neighbors`.
 - `daid` mixes what was retrieved into a model's probabilities: `daid.merge`.
 - `generate` decodes pictures with a loaded generator, plain, with DAiD or with FAiD.
 - `attach_faid` puts a trained adapter on a model, for `generate` or for any decode loop.
+
+To read the code, begin with `format` (what a database is), then `search`, `daid` and `generation`.
 """
 
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from arrag_runtime import daid
-from arrag_runtime.generate import Generated, generate
-from arrag_runtime.neighbors import Neighbors, neighbors
-from arrag_runtime.patch_index import PatchIndex
-from arrag_runtime.retriever import Retriever
-
 if TYPE_CHECKING:
-    from arrag_runtime.faid import Faid
-    from arrag_runtime.patch_blender import Form
+    from arrag_runtime import daid
+    from arrag_runtime.faid.attach import attach_faid
+    from arrag_runtime.generation.generate import Generated, generate
+    from arrag_runtime.search.neighbors import Neighbors, neighbors
+    from arrag_runtime.search.patch_index import PatchIndex
+    from arrag_runtime.search.retriever import Retriever
 
 __all__ = [
     "Generated",
@@ -33,15 +34,25 @@ __all__ = [
     "neighbors",
 ]
 
+_HOMES = {
+    "Generated": "arrag_runtime.generation.generate",
+    "Neighbors": "arrag_runtime.search.neighbors",
+    "PatchIndex": "arrag_runtime.search.patch_index",
+    "Retriever": "arrag_runtime.search.retriever",
+    "attach_faid": "arrag_runtime.faid.attach",
+    "generate": "arrag_runtime.generation.generate",
+    "neighbors": "arrag_runtime.search.neighbors",
+}
 
-def attach_faid(model: Any, adapter: Path | str, *, form: "Form" = "folded", k: int = 10) -> "Faid":
-    """Attach a trained FAiD adapter to a JanusForConditionalGeneration (AR-RAG, section 3.3).
 
-    adapter: a file of `arrag train`, or the released checkpoint. k: candidates a position. form:
-    "folded", or "convolutions" as the paper writes them. The handle is an `Augmenter` (begin,
-    before_forward, end; see `arrag_runtime.augment`) and its `detach` restores the model.
-    Raises IncompatibleError when the adapter is for another model, BadInputError when it is none.
-    """
-    from arrag_runtime.faid import attach_faid as attach
+def __getattr__(name: str) -> Any:
+    """Load a public name where it is used first (PEP 562)."""
+    if name == "daid":
+        return importlib.import_module("arrag_runtime.daid")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'arrag_runtime' has no attribute '{name}'")
 
-    return attach(model, adapter, form=form, k=k)
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

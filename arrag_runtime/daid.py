@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.neighbors import Neighbors
-from schemas.errors import BadInputError
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.search.neighbors import Neighbors
 
 if TYPE_CHECKING:
     from torch import Tensor

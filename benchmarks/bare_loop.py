@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.decode import DecodeSettings, decode
-from stages.tokenizers.vq16 import VQTokenizer
+from arrag_runtime.tokenizers.vq16 import VQTokenizer
+from stages.encode.decode import DecodeSettings, decode
 
 Array = npt.NDArray[Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,6 +1,6 @@
 """Downloads with all guards on are at least as fast as plain img2dataset.
 
-Claim: `stages.download.download_links`, packing included, fetches small pictures from a local
+Claim: `stages.download.download_links.download_links`, packing included, fetches small pictures from a local
 server in no more time than img2dataset's own command with as many threads in its one process takes,
 from the same server in the same run.
 
@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import finish, machine
 
 from schemas.records import Attempt, ImageRecord, LinkRecord, Shard, pack_records
-from stages.download import DownloadSettings, download_links
-from stages.download_engine import load_engine
+from stages.download.download_links import DownloadSettings, download_links
+from stages.download.engine import load_engine
 
 SHARD = 10_000
 KINDS = 200

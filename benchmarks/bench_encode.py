@@ -10,7 +10,7 @@ half before the pipeline and on the other half after it, so that a drifting mach
 The pipeline's time runs from the start of the first shard on any worker to the last commit. A
 commit's time less what that shard's worker spent on it is that shard's start; the earliest counts.
 
-Claim 2 (`--device` given): the encode step alone, `stages.encode_images.encode_shard` on JPEG
+Claim 2 (`--device` given): the encode step alone, `stages.encode.encode_images.encode_shard` on JPEG
 bytes with random weights, reaches 0.90 of the bare model on tensors that already lie on the device
 in channels_last. Needs neither Ray nor Lance nor faiss.
 
@@ -34,12 +34,12 @@ from bare_loop import DTYPES, Array, Bare, best_loops, keep_memory
 from figures import cores, finish, machine
 from pictures import DATA, read_pictures, synthetic_pictures, write_tars
 
-from schemas.errors import ArragError, BadInputError
+from arrag_runtime.format.errors import ArragError, BadInputError
+from arrag_runtime.tokenizers import load_tokenizer
+from arrag_runtime.tokenizers.vq16 import VQTokenizer
 from schemas.records import ImageRecord
-from stages.decode import DecodeSettings, decode
-from stages.encode_images import EncodedShard, EncodeSettings, encode_shard
-from stages.tokenizers import load_tokenizer
-from stages.tokenizers.vq16 import VQTokenizer
+from stages.encode.decode import DecodeSettings, decode
+from stages.encode.encode_images import EncodedShard, EncodeSettings, encode_shard
 
 BOUND = 0.90
 WIDTHS: dict[str, dict[str, Any]] = {
@@ -51,9 +51,9 @@ WIDTHS: dict[str, dict[str, Any]] = {
 def run_pipeline(args: argparse.Namespace, tars: Path, database: Path) -> dict[str, Any]:
     """Build a database of the tars; rates, and what the workers did with their time."""
     from pipeline.build import BuildReport, build
-    from pipeline.database import BuildSettings
-    from pipeline.ray_run import RayResources
-    from schemas.records import SourceSettings
+    from pipeline.building.database import BuildSettings
+    from schemas.settings.resources import RayResources
+    from schemas.settings.source import SourceSettings
 
     marks: list[tuple[float, int, float]] = []
 
@@ -93,7 +93,7 @@ def pipeline_tokens(database: Path) -> Array:
     """Tokens [N, h · w] of a database whose keys are the pictures' numbers, in their order."""
     import lance
 
-    from schemas.tables import list_values
+    from arrag_runtime.format.list_columns import list_values
 
     table = lance.dataset(database / "images.lance").to_table(columns=["key", "tokens"])
     return list_values(table["tokens"])[np.argsort(table["key"].to_numpy(zero_copy_only=False))]

@@ -21,13 +21,13 @@ import faiss
 import numpy as np
 from figures import cores, finish, machine
 
-from schemas.errors import ArragError
-from schemas.manifest import DatabaseManifest, Layout, read_codebook
-from schemas.specs import Floats, key_vectors, normalised
-from stages.exact_search import NO_IMAGE, Queries, exact_search
-from stages.read_images import ImageTable
-from stages.read_patches import BLOCK, PatchBlock, PatchTable
-from stages.sample_queries import sample_queries
+from arrag_runtime.format.errors import ArragError
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
+from arrag_runtime.format.patches import BLOCK, PatchBlock, PatchTable
+from arrag_runtime.format.specs import Floats, key_vectors, normalised
+from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
+from stages.measure.sample_queries import sample_queries
 
 Blocks = Callable[[], Iterator[PatchBlock]]
 

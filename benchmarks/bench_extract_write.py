@@ -1,10 +1,10 @@
 """Patches are cut out at 10 million keys a second on one core and stored at a million rows a second.
 
-Claim 1: `stages.extract_patches.extract_patches`, pinned to one core with one thread, makes at
+Claim 1: `stages.encode.extract_patches.extract_patches`, pinned to one core with one thread, makes at
 least 10 million (patch id, key, next token) rows a second out of token grids. Beside it, giving
 the same numbers: an index gather in numpy as one would write it by hand, and a Python loop on a
 few grids.
-Claim 2: `stages.patch_table.write_fragments` with the committer, a fragment and a ledger row a
+Claim 2: `stages.tables.committer.write_fragments` with the committer, a fragment and a ledger row a
 shard, stores at least a million rows a second. Beside it: pyarrow writing the same tables as
 Parquet files, in turns with it.
 
@@ -35,10 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from figures import finish, machine
 
+from arrag_runtime.format.ids import image_id
+from arrag_runtime.format.list_columns import list_values
+from arrag_runtime.format.specs import TokenizerSpec, key_spec
 from schemas.records import Shard
-from schemas.specs import TokenizerSpec, key_spec
-from schemas.tables import image_id, list_values
-from stages.extract_patches import extract_patches
+from stages.encode.extract_patches import extract_patches
 
 KEYS_BOUND, ROWS_BOUND = 10e6, 1e6
 SPEC = TokenizerSpec("bench", 384, 24, 24, 16384, 8, "none", "0" * 64)
@@ -117,8 +118,8 @@ def write_lance(tables: list[tuple[Shard, pa.Table]], images: int, folder: Path)
     """Seconds to write and commit every shard, the ledger's rows included."""
     import lance
 
-    from schemas.manifest import Layout
-    from stages.patch_table import Committer, ShardResult, create_tables, write_fragments
+    from arrag_runtime.format.manifest import Layout
+    from stages.tables.committer import Committer, ShardResult, create_tables, write_fragments
 
     layout = Layout(folder)
     create_tables(layout, SPEC, KEYS)

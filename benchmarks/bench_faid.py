@@ -2,7 +2,7 @@
 
 Claim: at D = 2048 and K = 10, hops 1 and 2, one blender at one position needs at least ten times fewer
 multiply-adds folded than as convolutions, and less time. Multiply-adds are counted twice: by the
-formula in `arrag_runtime.patch_blender.multiply_adds`, and by torch's own flop counter while both
+formula in `arrag_runtime.faid.patch_blender.multiply_adds`, and by torch's own flop counter while both
 run. Times are medians of alternating runs on the same inputs; folding, done once a model, stands beside.
 
 Out: a row a form; the largest difference between the two results; one JSON line; exit code 1 when a
@@ -23,7 +23,7 @@ from figures import cores, finish, machine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from arrag_runtime.patch_blender import PatchBlender, multiply_adds, past_cells
+from arrag_runtime.faid.patch_blender import PatchBlender, multiply_adds, past_cells
 
 BOUND = 10.0
 """How many times fewer multiply-adds the folded form must need."""

@@ -34,13 +34,13 @@ from figures import cores, finish, machine
 
 from arrag_runtime.backends import Backend, load_backend
 from arrag_runtime.backends.checkpoint import SAMPLE
+from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.backends.janus import JanusBackend, JanusDecoding
 from arrag_runtime.daid import DaidSettings
-from arrag_runtime.decode_loop import Sampling, decode
-from arrag_runtime.faid import attach
-from arrag_runtime.fit import require_fit
-from arrag_runtime.patch_index import PatchIndex
-from arrag_runtime.retriever import Retriever
+from arrag_runtime.faid.attach import attach
+from arrag_runtime.generation.decode_loop import Sampling, decode
+from arrag_runtime.search.patch_index import PatchIndex
+from arrag_runtime.search.retriever import Retriever
 
 BOUNDS = {"daid": 0.01, "faid": 0.10}
 PROMPT = "a photo of a t-shirt"
@@ -107,15 +107,20 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     A grid is a random walk: most tokens repeat the one above or to the left, as in pictures, so
     that keys bunch as real ones do.
     """
+    from arrag_runtime.format.manifest import (
+        DatabaseManifest,
+        EncoderSettings,
+        Layout,
+        write_codebook,
+    )
+    from arrag_runtime.format.specs import TokenizerSpec, key_spec
     from pipeline.index import index_database
-    from schemas.index_settings import IndexSettings
-    from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
     from schemas.records import ImageRecord, Shard
-    from schemas.specs import TokenizerSpec, key_spec
+    from schemas.settings.index import IndexSettings
     from schemas.tables import REJECTS_SCHEMA
-    from stages.encode_images import EncodedImage, EncodedShard
-    from stages.extract_patches import extract_patches
-    from stages.patch_table import (
+    from stages.encode.encode_images import EncodedImage, EncodedShard
+    from stages.encode.extract_patches import extract_patches
+    from stages.tables.committer import (
         Committer,
         ShardResult,
         create_tables,

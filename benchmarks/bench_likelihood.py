@@ -42,13 +42,13 @@ from likelihood import (
 )
 
 from arrag_runtime import attach_faid
-from arrag_runtime.adapter import read_adapter
 from arrag_runtime.backends import load_backend
-from arrag_runtime.train import TrainSettings, train
-from arrag_runtime.training_set import TrainingSet
-from schemas.errors import ArragError
-from schemas.neighborhood import MISSING
-from schemas.tables import fixed_lists
+from arrag_runtime.faid.adapter import read_adapter
+from arrag_runtime.format.errors import ArragError
+from arrag_runtime.format.list_columns import fixed_lists
+from arrag_runtime.format.neighborhood import MISSING
+from arrag_runtime.format.training_set import TrainingSet
+from arrag_runtime.training.train import TrainSettings, train
 
 LAMBDAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 TAUS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
@@ -135,7 +135,7 @@ def faid_likelihoods(
 
 def without_retrieval(data: Path, folder: Path) -> Path:
     """A copy of a training set, as one Arrow file, in which nothing was retrieved."""
-    from pipeline.export_trainset import export_trainset
+    from pipeline.trainset.make import export_trainset
 
     source, path = data, folder / "nothing-retrieved.arrow"
     if data.is_dir():

@@ -24,12 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from figures import finish, machine
 
-from schemas.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
+from arrag_runtime.format.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
+from arrag_runtime.format.specs import TokenizerSpec, key_spec, normalised
 from schemas.records import ImageRecord, Shard
-from schemas.specs import TokenizerSpec, key_spec, normalised
-from stages.encode_images import EncodedImage, EncodedShard
-from stages.extract_patches import extract_patches
-from stages.patch_table import Committer, ShardResult, create_tables, table_paths, write_fragments
+from stages.encode.encode_images import EncodedImage, EncodedShard
+from stages.encode.extract_patches import extract_patches
+from stages.tables.committer import (
+    Committer,
+    ShardResult,
+    create_tables,
+    table_paths,
+    write_fragments,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = TokenizerSpec("random", 384, 24, 24, 4096, 8, "none", "0" * 64)
@@ -105,7 +111,7 @@ def seconds_until_hidden(
 def measure(images: int, removals: int) -> dict[str, Any]:
     from pipeline.compact import compact
     from pipeline.index import index_database
-    from schemas.index_settings import IndexSettings
+    from schemas.settings.index import IndexSettings
 
     with tempfile.TemporaryDirectory() as folder:
         layout = Layout(Path(folder) / "db")

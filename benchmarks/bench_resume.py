@@ -29,9 +29,9 @@ def prepare(database: str, shards: int) -> None:
     """A database whose ledger has this many shards done, and `NEW` more only planned."""
     from blank_shards import blank_shard, blank_writer
 
-    from pipeline.lease import lease
-    from schemas.manifest import Layout
-    from stages.patch_table import Committer
+    from arrag_runtime.format.manifest import Layout
+    from pipeline.resources.lease import lease
+    from stages.tables.committer import Committer
 
     layout = Layout(database)
     keys, write = blank_writer(layout)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import cores, finish, machine
 from pictures import DATA, read_pictures
 
-from schemas.errors import ArragError
+from arrag_runtime.format.errors import ArragError
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_BOUND, MEMORY_BOUND = 11.0, 1.15

@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from arrag_runtime.format.ids import image_id, patch_ids
+from arrag_runtime.format.list_columns import fixed_lists
+from arrag_runtime.format.manifest import Layout
+from arrag_runtime.format.specs import KeySpec, TokenizerSpec
+from arrag_runtime.tokenizers import load_tokenizer
 from pipeline import build as build_module
-from pipeline import ray_run
 from pipeline.build import BuildReport, build
-from pipeline.database import BuildSettings, create_database, resolve_database
-from pipeline.ray_run import RayResources
-from pipeline.shard_worker import WorkerSettings
-from schemas.manifest import Layout
-from schemas.records import ImageRecord, Listing, RecordedShard, Reject, Shard, SourceSettings
-from schemas.specs import KeySpec, TokenizerSpec
-from schemas.tables import fixed_lists, image_id, images_schema, patch_ids, patches_schema
-from stages.patch_table import IMAGES, PATCHES, ShardResult, table_paths, write_fragments
-from stages.tokenizers import load_tokenizer
+from pipeline.building import run_shards as ray_run
+from pipeline.building.database import BuildSettings, create_database, resolve_database
+from pipeline.building.shard_worker import WorkerSettings
+from schemas.records import ImageRecord, Listing, RecordedShard, Reject, Shard
+from schemas.settings.resources import RayResources
+from schemas.settings.source import SourceSettings
+from schemas.tables import images_schema, patches_schema
+from stages.tables.committer import IMAGES, PATCHES, ShardResult, table_paths, write_fragments
 
 NAME = "blank"
 

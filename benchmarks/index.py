@@ -40,21 +40,23 @@ import pyarrow as pa
 from figures import cores, finish, machine
 from pictures import DATA
 
-from arrag_runtime.codebook_search import CodebookSearch
-from schemas.codes import CodeLayout
-from schemas.index_settings import IndexSettings, choose_lists
-from schemas.inverted_lists import CENTROIDS, ListPart
-from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
+from arrag_runtime.format.codes import CodeLayout
+from arrag_runtime.format.ids import image_id
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.inverted_lists import CENTROIDS, ListPart
+from arrag_runtime.format.list_columns import fixed_lists
+from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
+from arrag_runtime.format.patches import PatchBlock, PatchTable
+from arrag_runtime.format.specs import key_vectors
+from arrag_runtime.search.codebook_search import CodebookSearch
 from schemas.records import Shard
-from schemas.specs import key_vectors
-from schemas.tables import fixed_lists, image_id, images_schema
-from stages.coarse_lists import ListFinder, train_centroids
-from stages.exact_search import Nearest, Queries, exact_search
-from stages.extract_patches import extract_patches
-from stages.fill_lists import fill_part, merge_parts
-from stages.read_images import ImageTable
-from stages.read_patches import PatchBlock, PatchTable
-from stages.sample_queries import sample_queries
+from schemas.settings.index import IndexSettings, choose_lists
+from schemas.tables import images_schema
+from stages.encode.extract_patches import extract_patches
+from stages.index.coarse_lists import ListFinder, train_centroids
+from stages.index.fill_lists import fill_part, merge_parts
+from stages.measure.exact_search import Nearest, Queries, exact_search
+from stages.measure.sample_queries import sample_queries
 
 ROOT = Path(__file__).resolve().parent.parent
 NPROBES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -350,8 +352,8 @@ def measure_weights(database: Path) -> tuple[dict[str, Any], list[str]]:
 def synthetic(bench: Bench, folder: Path, images: int) -> Path:
     """A database of grids drawn from the real ones' bigrams: left or above, by turns at random."""
     layout = Layout(folder)
-    from schemas.manifest import write_codebook
-    from stages.patch_table import Committer, ShardResult, create_tables, write_fragments
+    from arrag_runtime.format.manifest import write_codebook
+    from stages.tables.committer import Committer, ShardResult, create_tables, write_fragments
 
     spec, keys = bench.manifest.tokenizer, bench.manifest.keys
     create_tables(layout, spec, keys)

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 
 from arrag_runtime import Neighbors, daid, neighbors
-from arrag_runtime.codebook_search import require_faiss
-from arrag_runtime.training_model import teacher_forced
-from schemas.manifest import DatabaseManifest, Layout, read_codebook
-from schemas.neighborhood import MISSING
-from schemas.specs import key_vectors
-from schemas.tables import list_values
+from arrag_runtime.format.list_columns import list_values
+from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
+from arrag_runtime.format.neighborhood import MISSING
+from arrag_runtime.format.specs import key_vectors
+from arrag_runtime.search.codebook_search import require_faiss
+from arrag_runtime.training.model import teacher_forced
 
 Values = npt.NDArray[np.float64]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from schemas.errors import BadInputError
-from schemas.records import ImageRecord, SourceSettings
-from stages.decode import DecodeSettings, UndecodableError, decode
+from arrag_runtime.format.errors import BadInputError
+from schemas.records import ImageRecord
+from schemas.settings.source import SourceSettings
+from stages.encode.decode import DecodeSettings, UndecodableError, decode
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dev"
 """Where the pictures are taken from unless told otherwise."""

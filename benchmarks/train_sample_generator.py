@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from schemas.split import is_held_out
+from schemas.tables import is_held_out
 
 HELD_OUT_SHARE = 0.1
 GRID = 24
@@ -73,8 +73,8 @@ class Pictures:
 
 def encode(data: Path, out: Path) -> dict[str, Any]:
     """Tokens of all pictures and of their mirror images with the bundled tokenizer, in bfloat16."""
-    from stages.decode import DecodeSettings, decode
-    from stages.tokenizers import load_tokenizer
+    from arrag_runtime.tokenizers import load_tokenizer
+    from stages.encode.decode import DecodeSettings, decode
 
     tokenizer = load_tokenizer("sample")
     tokenizer.setup("cpu", precision="bfloat16")

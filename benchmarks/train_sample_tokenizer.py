@@ -43,8 +43,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
-from schemas.split import is_held_out
-from stages.decode import DecodeSettings, decode
+from schemas.tables import is_held_out
+from stages.encode.decode import DecodeSettings, decode
 
 CONFIG: dict[str, Any] = {
     "base_channels": 32,

@@ -15,32 +15,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.database import BuildSettings, create_database, resolve_database
-from pipeline.lease import lease
-from pipeline.memory import return_free_memory
-from pipeline.plan import Plan, plan, plan_again
-from pipeline.ray_run import (
-    EncoderPool,
-    ShardFailure,
-    VersionCleaner,
-    encoder_pool,
-    ray_cluster,
-    run_shards,
-)
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.location import exists
+from arrag_runtime.format.manifest import DatabaseManifest, Layout
+from pipeline.building.database import BuildSettings, create_database, resolve_database
+from pipeline.building.plan_shards import Plan, plan, plan_again, plan_retry, require_reasons
+from pipeline.building.run_shards import ShardFailure, VersionCleaner, run_shards
+from pipeline.building.shard_worker import WorkerSettings
 from pipeline.remove import take_out_suppressed
-from pipeline.retry import plan_retry, require_reasons
-from pipeline.shard_worker import WorkerSettings
-from schemas.errors import BadInputError
-from schemas.location import exists
-from schemas.manifest import DatabaseManifest, Layout
+from pipeline.resources.lease import lease
+from pipeline.resources.malloc import return_free_memory
+from pipeline.resources.ray_session import EncoderPool, encoder_pool, ray_cluster
 from schemas.records import Attempt, GridShape
-from stages.decode import DecodeSettings
-from stages.download import DownloadSettings
-from stages.encode_images import EncodeSettings
-from stages.fetch import user_agent
-from stages.ledger import LedgerState, read_ledger
-from stages.patch_table import Committer, ShardResult
+from stages.download.download_links import DownloadSettings
+from stages.download.fetch import user_agent
+from stages.encode.decode import DecodeSettings
+from stages.encode.encode_images import EncodeSettings
 from stages.sources import Source, locate_source, open_source
+from stages.tables.committer import Committer, ShardResult
+from stages.tables.ledger import LedgerState, read_ledger
 
 log = logging.getLogger(__name__)
 

@@ -14,22 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from arrag_runtime.patch_index import index_folders
-from arrag_runtime.removed import Tombstones
+from arrag_runtime.format.errors import ArragError
+from arrag_runtime.format.ids import Ids, contains
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.location import exists, remove, size
+from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
+from arrag_runtime.format.patches import PatchTable, patch_tables
+from arrag_runtime.search.patch_index import index_folders
+from arrag_runtime.search.tombstones import Tombstones
 from pipeline.index import index_database
-from pipeline.lease import lease
 from pipeline.remove import take_out_suppressed
-from pipeline.verify_removed import index_owners
-from schemas.errors import ArragError
-from schemas.index_settings import IndexSettings
-from schemas.location import exists, remove, size
-from schemas.manifest import DatabaseManifest, IndexManifest, Layout
-from schemas.tables import Ids, contains
-from stages.ledger import read_ledger
-from stages.patch_table import Committer, Loss
-from stages.read_images import ImageTable
-from stages.read_patches import PatchTable, patch_tables
-from stages.take_out import booked_removals, compact_table, delete_pictures
+from pipeline.resources.lease import lease
+from pipeline.verify import index_owners
+from schemas.settings.index import IndexSettings
+from stages.tables.committer import Committer, Loss
+from stages.tables.deletion import booked_removals, compact_table, delete_pictures
+from stages.tables.ledger import read_ledger
 
 COMMAND = "arrag-db compact"
 KEEP_VERSIONS = datetime.timedelta(minutes=2)

@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from pipeline.forecast import Forecast, size
-from schemas.location import in_store
+from arrag_runtime.format.location import in_store
+from pipeline.plan import Forecast, size
 
 Verdict = Literal["ok", "warn", "FAIL"]
 OPEN_FILES_WANTED = 4096

@@ -1,6 +1,6 @@
 """Evaluate a database: what its indexes retrieve for positions whose next token is known.
 
-In: a database and which of its indexes. Out: for each the figures of `stages/evaluate_tokens.py`, from
+In: a database and which of its indexes. Out: for each the figures of `stages/measure/evaluate_tokens.py`, from
 the same held-out pictures (where there are none, from pictures of the database with their own patches
 left out), side by side as text, JSON or a drawing.
 """
@@ -13,25 +13,31 @@ from typing import Any
 
 import numpy as np
 
-from arrag_runtime.codebook_search import CodebookSearch
-from arrag_runtime.patch_index import PatchIndex, index_folders, open_engine
-from arrag_runtime.removed import Tombstones
-from pipeline.exact import exact_neighbors
-from pipeline.index_steps import copies_left_aside
-from pipeline.ray_run import RayResources
-from schemas.errors import BadInputError
-from schemas.location import local_folder
-from schemas.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
-from schemas.specs import Floats
-from schemas.tables import Ids
-from stages.evaluate_tokens import RANKS, Measured, TokenFigures, evaluate_tokens, likelihood_gain
-from stages.exact_search import NO_IMAGE, Nearest, Queries, true_distances
-from stages.fit_weights import corpus_prior
-from stages.index_contents import left_out
-from stages.read_images import ImageTable
-from stages.read_patches import PatchTable
-from stages.retrieved_distribution import Probabilities
-from stages.sample_queries import sample_queries
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.location import local_folder
+from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
+from arrag_runtime.format.patches import PatchTable
+from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.codebook_search import CodebookSearch
+from arrag_runtime.search.patch_index import PatchIndex, index_folders, open_engine
+from arrag_runtime.search.tombstones import Tombstones
+from pipeline.indexing.exact import exact_neighbors
+from pipeline.indexing.steps import copies_left_aside
+from schemas.settings.resources import RayResources
+from stages.index.index_contents import left_out
+from stages.measure.evaluate_tokens import (
+    RANKS,
+    Measured,
+    TokenFigures,
+    evaluate_tokens,
+    likelihood_gain,
+)
+from stages.measure.exact_search import NO_IMAGE, Nearest, Queries, true_distances
+from stages.measure.fit_weights import corpus_prior
+from stages.measure.retrieved_distribution import Probabilities
+from stages.measure.sample_queries import sample_queries
 
 PRIOR_ROWS = 4_000_000
 """The corpus prior is counted over the whole table up to this size, and over a sample beyond."""

@@ -16,37 +16,13 @@ from typing import Any
 import faiss
 import numpy as np
 
-from arrag_runtime.codebook_search import CodebookSearch
-from arrag_runtime.patch_index import PatchIndex, open_engine
-from arrag_runtime.removed import Tombstones
-from pipeline.exact import exact_neighbors
-from pipeline.index_plan import (
-    index_to_grow,
-    prepare,
-    put_index,
-    still_stands,
-    unwanted_pictures,
-    work_folder,
-)
-from pipeline.index_steps import (
-    Progress,
-    copies_left_aside,
-    fill_lists,
-    link_files,
-    merge_into,
-)
-from pipeline.lease import lease
-from pipeline.memory import give_memory_back
-from pipeline.ray_run import RayResources
-from schemas.codes import CodeLayout
-from schemas.errors import ArragError, BadInputError
-from schemas.index_settings import IndexSettings, size_in_bytes
-from schemas.inverted_lists import CENTROIDS, GRAPH, ListPart
-from schemas.location import (
-    finish_replacements,
-    local_folder,
-)
-from schemas.manifest import (
+from arrag_runtime.format.codes import CodeLayout
+from arrag_runtime.format.errors import ArragError, BadInputError
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.inverted_lists import CENTROIDS, GRAPH, ListPart
+from arrag_runtime.format.location import finish_replacements, local_folder
+from arrag_runtime.format.manifest import (
     INDEX_FILE,
     LEFT_OUT_FILE,
     DatabaseManifest,
@@ -56,18 +32,33 @@ from schemas.manifest import (
     read_json,
     write_json,
 )
-from schemas.specs import Floats
-from schemas.tables import Ids
-from stages.build_index import train_and_fill
-from stages.certificate import Target, certify
-from stages.exact_search import Queries, true_distances
-from stages.fit_weights import FittedWeights, WeightSettings, learn_weights
-from stages.index_contents import left_out
-from stages.ledger import read_ledger
-from stages.patch_table import Committer
-from stages.read_images import ImageTable
-from stages.read_patches import PatchTable
-from stages.sample_queries import sample_queries
+from arrag_runtime.format.patches import PatchTable
+from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.codebook_search import CodebookSearch
+from arrag_runtime.search.patch_index import PatchIndex, open_engine
+from arrag_runtime.search.tombstones import Tombstones
+from pipeline.indexing.exact import exact_neighbors
+from pipeline.indexing.growth import (
+    index_to_grow,
+    prepare,
+    put_index,
+    still_stands,
+    unwanted_pictures,
+    work_folder,
+)
+from pipeline.indexing.steps import Progress, copies_left_aside, fill_lists, link_files, merge_into
+from pipeline.resources.lease import lease
+from pipeline.resources.malloc import give_memory_back
+from schemas.settings.index import IndexSettings, size_in_bytes
+from schemas.settings.resources import RayResources
+from stages.index.faiss_index import train_and_fill
+from stages.index.index_contents import left_out
+from stages.measure.certificate import Target, certify
+from stages.measure.exact_search import Queries, true_distances
+from stages.measure.fit_weights import FittedWeights, WeightSettings, learn_weights
+from stages.measure.sample_queries import sample_queries
+from stages.tables.committer import Committer
+from stages.tables.ledger import read_ledger
 
 QUERY_PICTURES, QUERIES = 100, 1000
 DEEPEST = 2048

@@ -6,16 +6,16 @@ from typing import Any
 import lance
 import pyarrow as pa
 
-from arrag_runtime.patch_index import index_folders
-from arrag_runtime.removed import Tombstones
-from schemas.location import exists, join, names, size
-from schemas.manifest import DatabaseManifest, IndexManifest, Layout
-from schemas.tables import contains
-from stages.certificate import Certificate
-from stages.ledger import read_ledger
-from stages.read_images import ImageTable, duplicate_images
-from stages.read_rejects import open_rejects
-from stages.take_out import booked_removals
+from arrag_runtime.format.ids import contains
+from arrag_runtime.format.images import ImageTable, duplicate_images
+from arrag_runtime.format.location import exists, join, names, size
+from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
+from arrag_runtime.search.patch_index import index_folders
+from arrag_runtime.search.tombstones import Tombstones
+from pipeline.building.plan_shards import open_rejects
+from stages.measure.certificate import Certificate
+from stages.tables.deletion import booked_removals
+from stages.tables.ledger import read_ledger
 
 
 def info(database: str | Path) -> dict[str, Any]:

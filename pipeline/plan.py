@@ -1,59 +1,270 @@
-"""What is to be done: the source's shards minus those the ledger has. Pure; nothing is written."""
+"""`arrag-db plan`: what a build would make and cost, before anything runs.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+In: a source and rates. Out: pictures, patches, bytes of every table, memory of every kind of index,
+hours, and how fast the suggested index would answer. Inputs are counted by the source (footers of
+Parquet files are counts; where it had to estimate, the forecast says so). The constants are measured
+(docs/log.md); nothing here loads a model or starts Ray.
+"""
 
-from schemas.errors import BadInputError
-from schemas.records import Attempt, RecordedShard, Shard
-from schemas.tables import SHARD_BITS, shard_number
-from stages.ledger import LedgerState
-from stages.sources import Source
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.location import exists
+from arrag_runtime.format.manifest import DatabaseManifest, Layout
+from arrag_runtime.format.specs import KeySpec, key_spec
+from schemas.records import Count
+from schemas.settings.index import (
+    IMBALANCE,
+    PROBES,
+    QUERY_MS,
+    SCAN_NS,
+    choose_ivfpq_lists,
+    choose_lists,
+    default_kind,
+)
+from schemas.settings.source import SourceSettings
+from stages.sources import locate_source, open_source
+
+GRID, DIMENSION = (24, 24), 8
+"""Of VQ-16 and of the bundled tokenizer; a database that exists says its own."""
+BYTES_A_PATCH, BYTES_A_NEIGHBOR = 5, 2
+"""Measured in Lance: 13 bytes a row of four neighbours, ids and next token included."""
+BYTES_A_GRID_TOKEN = 1100 / 576
+"""1.1 KB an image of 576 tokens, with caption and address."""
+BYTES_A_REJECT, BYTES_A_SHARD = 200, 600
+CODE_BYTES = {"codebook": 9, "ivfpq": 18}
+"""Resident bytes a key: the packed codes, or codes and ids, with what next tokens take."""
+SECONDS_A_SEARCH = 0.3e-3
+"""Look-up tables and coarse search, once a query."""
+PUBLISHED_LINES = 12_423_374
+"""Of Conceptual 12M."""
+SUCCESS = 0.9
+"""Share of published addresses that still answered two years on."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """fresh: shards to record in the ledger first; todo: what is to run, a shard each, in order."""
+class ForecastSettings:
+    """rate: addresses fetched a second. images_per_second: encoded, all GPUs together; None takes
+    what the database's last build measured. success: share of addresses that become pictures;
+    None is `SUCCESS` for sources of addresses and 1 for others. query_ms: wanted a query.
+    """
 
-    fresh: tuple[Shard, ...]
-    todo: tuple[Attempt, ...]
-    skipped: int
-    notes: tuple[str, ...]
-
-
-def plan(source: Source, state: LedgerState) -> Plan:
-    """The shards of `source` that are not done. Raises BadInputError when two ids collide."""
-    recorded = [r for r in state.recorded if r.shard.source == source.name]
-    listing = source.listing(recorded)
-    planned = {r.shard.id for r in state.recorded}
-    fresh = tuple(shard for shard in listing.shards if shard.id not in planned)
-    todo = tuple(Attempt(shard) for shard in listing.shards if shard.id not in state.done)
-    _require_distinct(state.recorded, fresh)
-    done = sum(1 for r in recorded if r.inputs is not None)
-    return Plan(fresh, todo, done, tuple(listing.notes))
+    source: SourceSettings
+    database: str | Path | None = None
+    rate: float = 300.0
+    images_per_second: float | None = None
+    success: float | None = None
+    neighborhood: str = "causal-1"
+    border: str = "skip"
+    hold_out: float = 0.0
+    query_ms: float = QUERY_MS
 
 
-def plan_again(source: Source, state: LedgerState, attempts: Sequence[Attempt]) -> Plan:
-    """Those of these later attempts whose shards the source can reach, and where it finds them now."""
-    again = {attempt.shard.id: attempt for attempt in attempts}
-    offered = [
-        replace(r, inputs=None) if r.shard.id in again else r
-        for r in state.recorded
-        if r.shard.source == source.name
+@dataclass(frozen=True)
+class Forecast:
+    """What `forecast` found. Bytes are whole, hours None where no rate is known."""
+
+    source: str
+    inputs: int
+    exact: bool
+    note: str
+    in_database: int
+    images: int
+    heldout: int
+    patches: int
+    tables: Mapping[str, int]
+    index_memory: Mapping[str, int]
+    index: Mapping[str, Any]
+    download_hours: float | None
+    gpu_hours: float | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def disk_bytes(self) -> int:
+        """All tables together."""
+        return sum(self.tables.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `plan --json` prints."""
+        return vars(self) | {"disk_bytes": self.disk_bytes}
+
+
+def forecast(settings: ForecastSettings) -> Forecast:
+    """Count the source's inputs and work out what they become. Raises BadInputError."""
+    manifest = _manifest(settings.database)
+    return work_out(settings, _count(settings.source), manifest, _recorded(settings))
+
+
+def work_out(
+    settings: ForecastSettings,
+    count: Count,
+    manifest: DatabaseManifest | None = None,
+    in_database: int = 0,
+) -> Forecast:
+    """The forecast for so many inputs. Pure."""
+    keys = (
+        manifest.keys if manifest else key_spec(settings.neighborhood, settings.border, "codebook")
+    )
+    height, width, dimension = _grid(manifest)
+    hold_out = manifest.hold_out if manifest else settings.hold_out
+    success = SUCCESS if count.links else 1.0
+    success = success if settings.success is None else settings.success
+    images = round(count.inputs * success)
+    heldout = round(images * hold_out)
+    positions = len(keys.neighborhood.positions(height, width))
+    patches = (images - heldout) * positions
+    rate = settings.images_per_second or _measured(manifest)
+    return Forecast(
+        source=settings.source.name,
+        inputs=count.inputs,
+        exact=count.exact,
+        note=count.note,
+        in_database=in_database,
+        images=images,
+        heldout=heldout,
+        patches=patches,
+        tables=_tables(count.inputs, images, patches, keys, height * width),
+        index_memory=_memory(patches, keys, dimension),
+        index=suggest_index(patches, settings.query_ms, space=keys.space),
+        download_hours=count.inputs / settings.rate / 3600 if count.links else None,
+        gpu_hours=images / rate / 3600 if rate else None,
+        settings={
+            "success": success,
+            "rate": settings.rate if count.links else None,
+            "images_per_second": rate,
+            "keys": keys.name,
+            "grid": [height, width],
+            "hold_out": hold_out,
+        },
+    )
+
+
+def suggest_index(keys: int, query_ms: float, *, space: str = "codebook") -> dict[str, Any]:
+    """The index that `arrag-db index` builds for this many keys, and what a query would take.
+
+    milliseconds: of one query on one thread; threads: how many answer it within `query_ms`.
+    """
+    name = default_kind(space, keys)
+    kind: dict[str, Any] = {"kind": name, "lists": None, "nprobe": None}
+    scanned = float(keys)
+    if name != "flat":
+        of_codebook = name == "codebook"
+        lists = choose_lists(keys, query_ms) if of_codebook else choose_ivfpq_lists(keys)
+        nprobe = min(PROBES, lists)
+        kind |= {"lists": lists, "nprobe": nprobe}
+        scanned = keys / lists * nprobe * IMBALANCE
+    seconds = SECONDS_A_SEARCH + scanned * SCAN_NS * 1e-9
+    threads = max(1, math.ceil(seconds * 1000 / query_ms))
+    return kind | {"milliseconds": seconds * 1000, "threads": threads, "query_ms": query_ms}
+
+
+def _tables(
+    inputs: int, images: int, patches: int, keys: KeySpec, positions: int
+) -> dict[str, int]:
+    """Bytes on disk of each table."""
+    return {
+        "patches": patches * (BYTES_A_PATCH + BYTES_A_NEIGHBOR * keys.neighborhood.size),
+        "images": round(images * BYTES_A_GRID_TOKEN * positions),
+        "rejects": (inputs - images) * BYTES_A_REJECT,
+        "shards": math.ceil(inputs / 10_000) * BYTES_A_SHARD,
+    }
+
+
+def _memory(patches: int, keys: KeySpec, dimension: int) -> dict[str, int]:
+    """Bytes of memory of each kind of index over so many keys."""
+    kinds = CODE_BYTES if keys.space == "codebook" else {"ivfpq": CODE_BYTES["ivfpq"]}
+    return {kind: patches * size for kind, size in kinds.items()} | {
+        "flat": patches * 4 * keys.neighborhood.size * dimension
+    }
+
+
+def _grid(manifest: DatabaseManifest | None) -> tuple[int, int, int]:
+    if manifest is None:
+        return (*GRID, DIMENSION)
+    spec = manifest.tokenizer
+    return spec.grid_height, spec.grid_width, spec.dimension
+
+
+def _manifest(database: str | Path | None) -> DatabaseManifest | None:
+    layout = Layout(database) if database else None
+    return DatabaseManifest.read(layout) if layout and exists(layout.manifest) else None
+
+
+def _recorded(settings: ForecastSettings) -> int:
+    """How many inputs of this source the database has already."""
+    if _manifest(settings.database) is None or settings.database is None:
+        return 0
+    from stages.tables.ledger import read_ledger
+
+    state = read_ledger(Layout(settings.database))
+    return state.by_source.get(settings.source.name, {}).get("inputs", 0)
+
+
+def _measured(manifest: DatabaseManifest | None) -> float | None:
+    """Pictures a second that the encoders of the last run made, by its own account."""
+    for run in reversed(manifest.runs if manifest else ()):
+        hours = run.get("hours", {}).get("encode", 0)
+        if hours and run.get("images"):
+            return float(run["images"] / hours / 3600)
+    return None
+
+
+def _count(source: SourceSettings) -> Count:
+    """The source's inputs; a list that would have to be fetched first is not."""
+    if source.name != "cc12m":
+        return open_source(locate_source(source)).count()
+    if not source.input and source.where is None:
+        lines = min(PUBLISHED_LINES, source.limit or PUBLISHED_LINES)
+        note = "as many lines as its publisher says"
+        return Count(lines, exact=False, note=note, links=True)
+    if not source.input or any(i.startswith(("http://", "https://")) for i in source.input):
+        raise BadInputError(
+            "a plan fetches no list, and so cannot look into it; fetch it yourself and pass its"
+            " path with --input"
+        )
+    return open_source(locate_source(source)).count()
+
+
+def to_text(made: Forecast) -> str:
+    """The forecast for people."""
+    about = "" if made.exact else "about "
+    used = made.settings
+    index = made.index
+    lines = [
+        f"{made.source}: {about}{made.inputs:,} inputs"
+        + (f" (an estimate: {made.note})" if not made.exact else ""),
+        f"  {made.images:,} images at {used['success']:.0%} success, {made.heldout:,} held out;"
+        f" {made.patches:,} patches ({used['keys']})",
+        "  on disk "
+        + ", ".join(f"{name} {size(n)}" for name, n in made.tables.items())
+        + f"; {size(made.disk_bytes)} in all",
+        "  index memory " + ", ".join(f"{k} {size(n)}" for k, n in made.index_memory.items()),
+        f"  suggested index: {index['kind']}"
+        + (f", {index['lists']:,} lists, nprobe {index['nprobe']}" if index["lists"] else "")
+        + f"; {index['milliseconds']:.1f} ms a query on one thread,"
+        f" {index['threads']} thread{'s' * (index['threads'] > 1)} for {index['query_ms']:g} ms",
     ]
-    found = {shard.id: shard for shard in source.listing(offered).shards} if again else {}
-    todo = [replace(a, shard=found[id]) for id, a in again.items() if id in found]
-    lost = len(again) - len(todo)
-    notes = (f"{lost} shards with such rejects are not in this --input",) if lost else ()
-    return Plan((), tuple(todo), len(state.done - again.keys()), notes)
+    if made.in_database:
+        lines.insert(1, f"  {made.in_database:,} inputs of this source are in the database already")
+    if made.download_hours is not None:
+        rate = f"{used['rate']:g} addresses/s"
+        lines.append(f"  download {made.download_hours:,.1f} hours at {rate}")
+    if made.gpu_hours is not None:
+        rate = f"{used['images_per_second']:,.1f} images/s"
+        lines.append(f"  encoding {made.gpu_hours:,.1f} hours at {rate}")
+    else:
+        lines.append("  encoding: no rate is known; give --images-per-second")
+    return "\n".join(lines)
 
 
-def _require_distinct(recorded: Sequence[RecordedShard], fresh: Sequence[Shard]) -> None:
-    """Two shards must differ in the bits of their ids that patch ids keep."""
-    seen = {shard_number(r.shard.id): r.shard.id for r in recorded}
-    for shard in fresh:
-        other = seen.setdefault(shard_number(shard.id), shard.id)
-        if other != shard.id:
-            raise BadInputError(
-                f"shards {other} and {shard.id} share their first {SHARD_BITS} bits, so patch ids"
-                " could not tell them apart; choose another --shard-size for this source"
-            )
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.index_group import IndexGroup
-from arrag_runtime.neighbors import Neighbors
-from arrag_runtime.patch_index import PatchIndex
-from schemas.errors import BadInputError
-from schemas.manifest import DatabaseManifest, Layout, read_codebook
-from schemas.specs import require_same_tokenizer
-from schemas.tables import Ids, split_patch_ids
-from stages.decode import DecodeSettings, UndecodableError, decode
-from stages.read_images import ImageRow, ImageTable
-from stages.tokenizers import Tokenizer, load_tokenizer
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids, split_patch_ids
+from arrag_runtime.format.images import ImageRow, ImageTable
+from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
+from arrag_runtime.format.specs import require_same_tokenizer
+from arrag_runtime.search.index_group import IndexGroup
+from arrag_runtime.search.neighbors import Neighbors
+from arrag_runtime.search.patch_index import PatchIndex
+from arrag_runtime.tokenizers import Tokenizer, load_tokenizer
+from stages.encode.decode import DecodeSettings, UndecodableError, decode
 
 
 @dataclass(frozen=True)

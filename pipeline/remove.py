@@ -15,18 +15,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arrag_runtime.patch_index import index_folders
-from arrag_runtime.removed import Tombstones
-from schemas.errors import BadInputError
-from schemas.manifest import DatabaseManifest, Layout
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.manifest import DatabaseManifest, Layout
+from arrag_runtime.format.patches import PatchTable, patch_tables
+from arrag_runtime.search.patch_index import index_folders
+from arrag_runtime.search.tombstones import Tombstones
 from schemas.receipt import Receipt
 from schemas.tables import REMOVED_SCHEMA
-from stages.exchange_removed import Entry, export_removed, import_removed, require_hash
-from stages.find_images import Found, Selection, find_images, hash_files
-from stages.read_images import ImageTable
-from stages.read_patches import PatchTable, patch_tables
-from stages.suppress import Suppressed, read_suppressed
-from stages.take_out import append_removed
+from stages.removal.find_images import Found, Selection, find_images, hash_files
+from stages.removal.list_exchange import Entry, export_removed, import_removed, require_hash
+from stages.removal.suppression import Suppressed, read_suppressed
+from stages.tables.deletion import append_removed
 
 SHOWN = 5
 

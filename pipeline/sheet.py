@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from arrag_runtime.pictures import font
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.manifest import Layout
+from arrag_runtime.generation.picture_grid import font
+from arrag_runtime.tokenizers import Tokenizer
 from pipeline.query import Neighbor, PositionResult, QueryAnswer
-from schemas.manifest import Layout
-from stages.read_images import ImageTable
-from stages.tokenizers import Tokenizer
 
 TILE, GAP, MARGIN, TEXT = 132, 14, 28, 46
 REACH = 2

@@ -1,1 +1,4 @@
-"""What is stored and exchanged. Needs numpy and pyarrow only; imports nothing of this project."""
+"""What the steps of the pipeline exchange: tables, records, receipts, and the pipeline's settings.
+
+Needs numpy and pyarrow; imports `arrag_runtime.format` only. Read `tables` first.
+"""

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from schemas.errors import BadInputError
-from schemas.location import exists, join, make_folder, names, normalised
-from schemas.manifest import Layout, read_json, write_json
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.location import exists, join, make_folder, names, normalised
+from arrag_runtime.format.manifest import Layout, read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -1,61 +1,8 @@
-"""The Arrow schemas of the tables, and the arithmetic of their ids.
+"""The Arrow schemas of the tables, and which pictures are held out of them."""
 
-patch_id, int64: 39 bits shard, 14 bits row in the shard's list, 10 bits grid position.
-image_id = patch_id >> 10. Whatever is retrieved can thus be traced to its picture, row and
-column without a look-up.
-"""
-
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.errors import BadInputError
-from schemas.specs import KeySpec, TokenizerSpec
-
-SHARD_BITS, ROW_BITS, POSITION_BITS = 39, 14, 10
-MAX_POSITIONS = 1 << POSITION_BITS
-
-Ids = npt.NDArray[np.int64]
-
-
-def require_grid_fits(spec: TokenizerSpec) -> None:
-    """Raise BadInputError for a grid whose positions do not fit a patch id."""
-    if spec.positions > MAX_POSITIONS:
-        raise BadInputError(
-            f"the grid of {spec.name} has {spec.positions} positions; patch ids have room for"
-            f" {MAX_POSITIONS} (10 bits), so use a tokenizer with a grid of at most 32x32"
-        )
-
-
-def shard_number(shard_id: str) -> int:
-    """The 39 bits that stand for a shard (16 hex digits) in the ids of its pictures."""
-    return int(shard_id, 16) >> (64 - SHARD_BITS)
-
-
-def image_id(shard_id: str, row: int) -> int:
-    """The id of the picture in this row of the shard's list."""
-    return shard_number(shard_id) << ROW_BITS | row
-
-
-def patch_ids(image_ids: Ids, positions: Ids) -> Ids:
-    """Ids int64 [B, P] of the patches at these flat positions [P] of these pictures [B]."""
-    return (image_ids[:, None] << POSITION_BITS) | positions[None, :]
-
-
-def split_patch_ids(ids: Ids) -> tuple[Ids, Ids]:
-    """The (image ids, flat positions) that patch ids are made of."""
-    return ids >> POSITION_BITS, ids & (MAX_POSITIONS - 1)
-
-
-def contains(ids: Ids, wanted: Ids) -> npt.NDArray[np.bool_]:
-    """For each of `wanted` (any shape) whether it is among `ids`, which are sorted."""
-    if not len(ids):
-        return np.zeros(wanted.shape, bool)
-    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-    found: npt.NDArray[np.bool_] = ids[at] == wanted
-    return found
+from arrag_runtime.format.specs import KeySpec, TokenizerSpec
 
 
 def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
@@ -156,7 +103,7 @@ are the rows that it takes, as text; `inputs` is 0, since it brings none; `image
 `patches` are what it added; `rejects` is the change in the number of open rejects, 0 or less: rows
 rejected again minus rows taken. So for every row, and for all sums, inputs = images + rejects.
 The table of rejects is only appended to: a reject is open when its attempt is done and no later
-done attempt of its shard took its row (`stages.read_rejects`).
+done attempt of its shard took its row (`pipeline.building.plan_shards`).
 
 `versions` are the table versions its rows were committed at, `fragments` each table's highest
 fragment then: on the next start only later fragments are examined.
@@ -168,14 +115,10 @@ there is one `compacting` row more than `compacted` ones, it was interrupted.
 """
 
 
-def fixed_lists(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-    """An array [N, n] as Arrow fixed-size lists, without copying."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+def is_held_out(sha256_hex: str, share: float) -> bool:
+    """Whether the picture with this hash belongs to the held-out `share` (0..1).
 
-
-def list_values(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
-    """The values [N, n] of a fixed-size list column."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    values: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(array), array.type.list_size)
+    The hash of the original file decides, so copies of a picture fall on one side whatever
+    their names, and the decision is the same in every source, build and machine.
+    """
+    return int(sha256_hex[:16], 16) / 2**64 < share

@@ -1,1 +1,5 @@
-"""One step a file: settings, setup, one call. No Ray; imports `schemas` only."""
+"""One step a room: settings, setup, one call. No Ray; Lance is written in `tables` only.
+
+A picture goes from `sources` through `download` and `encode` into `tables`; `index` and `measure`
+make it findable, `removal` takes it out again.
+"""

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from tests import gcs_server, s3_server
+from tests.worlds.servers import gcs_server, s3_server
 
 # One thread each for torch and faiss: on a busy machine their threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -89,7 +89,7 @@ def narrow_weights(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def tokenizer(narrow_weights: Path) -> Any:
     """The narrow tokenizer on the CPU in float32; nobody may set it up otherwise."""
-    from stages.tokenizers import load_tokenizer
+    from arrag_runtime.tokenizers import load_tokenizer
 
     loaded = load_tokenizer("vq16", str(narrow_weights))
     loaded.setup("cpu", precision="float32")

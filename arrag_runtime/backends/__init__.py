@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from schemas.errors import BadInputError
-from schemas.specs import Floats
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.specs import Floats
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from arrag_runtime.backends.deepseek import original_config, to_transformers_names
-from schemas.errors import ArragError, BadInputError
+from arrag_runtime.format.errors import ArragError, BadInputError
 
 SAMPLE = Path(__file__).parent / "weights" / "sample"
-SAMPLE_TOKENIZER = Path(__file__).parents[2] / "stages" / "tokenizers" / "weights"
+SAMPLE_TOKENIZER = Path(__file__).parents[1] / "tokenizers" / "weights"
 """The bundled tokenizer's weights are data of the same package, read as a file."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")

@@ -17,9 +17,9 @@ import torch
 
 from arrag_runtime.backends import Pixels
 from arrag_runtime.backends.checkpoint import GUIDANCE, Checkpoint, read_checkpoint
-from arrag_runtime.backends.memory import out_of_memory, require_memory
-from schemas.errors import BadInputError
-from schemas.specs import Floats, normalised
+from arrag_runtime.backends.device_memory import out_of_memory, require_memory
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.specs import Floats, normalised
 
 BEGIN_OF_IMAGE = "<begin_of_image>"
 TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:" + BEGIN_OF_IMAGE

@@ -2,7 +2,7 @@
 
 A source is named in `SOURCES` and follows the protocol `Source`. Its shards take their ids from
 the content they point at; what the ledger has recorded is never listed again. Which rows a build
-takes, and why none is taken twice, is said in `stages.sources.pieces`.
+takes, and why none is taken twice, is said in `stages.sources.reading.row_ranges`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from schemas.errors import BadInputError
+from arrag_runtime.format.errors import BadInputError
 from schemas.records import (
     Count,
     GridRecord,
@@ -20,14 +20,14 @@ from schemas.records import (
     RecordedShard,
     Reject,
     Shard,
-    SourceSettings,
 )
+from schemas.settings.source import SourceSettings
 from stages.sources.cc12m import PUBLISHED, Cc12mSource
-from stages.sources.files import locate
 from stages.sources.folder import FolderSource
 from stages.sources.journeydb import HUB_INPUT, journeydb_source
-from stages.sources.publisher import cache_folder, fetch_published
-from stages.sources.rows import RowSource, datacomp_default, datacomp_source
+from stages.sources.reading.files import locate
+from stages.sources.reading.publisher import cache_folder, fetch_published
+from stages.sources.reading.rows import RowSource, datacomp_default, datacomp_source
 from stages.sources.sample import sample_source
 from stages.sources.tokens import TokensSource
 from stages.sources.webdataset import webdataset_source

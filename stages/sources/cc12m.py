@@ -17,22 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from schemas.errors import BadInputError
-from schemas.records import (
-    Count,
-    LinkRecord,
-    Listing,
-    RecordedShard,
-    Reject,
-    Shard,
-    SourceSettings,
+from arrag_runtime.format.errors import BadInputError
+from schemas.records import Count, LinkRecord, Listing, RecordedShard, Reject, Shard
+from schemas.settings.source import SourceSettings
+from stages.sources.reading.columns import Record
+from stages.sources.reading.files import SourceFile, find_file, find_files
+from stages.sources.reading.fingerprint import make_shard, require_input, require_shard_size
+from stages.sources.reading.row_ranges import Piece, Wanted, pending, remaining, windows
+from stages.sources.reading.text_lines import (
+    Line,
+    Scan,
+    is_packed,
+    lines_from,
+    packed_size,
+    scan_lines,
 )
-from stages.sources.columns import Record
-from stages.sources.content import make_shard, require_input, require_shard_size
-from stages.sources.files import SourceFile, find_file, find_files
-from stages.sources.pieces import Piece, Wanted, pending, remaining, windows
-from stages.sources.text_lines import Line, Scan, is_packed, lines_from, packed_size, scan_lines
-from stages.sources.where import parse_where, table_of, taken
+from stages.sources.reading.where import parse_where, table_of, taken
 
 PUBLISHED = "https://storage.googleapis.com/conceptual_12m/cc12m.tsv"
 ENDINGS = (".tsv", ".tsv.gz")

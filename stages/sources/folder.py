@@ -16,24 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas.errors import BadInputError
-from schemas.records import (
-    Count,
-    ImageRecord,
-    Listing,
-    RecordedShard,
-    Reject,
-    Shard,
-    SourceSettings,
-)
-from stages.sources.content import (
+from arrag_runtime.format.errors import BadInputError
+from schemas.records import Count, ImageRecord, Listing, RecordedShard, Reject, Shard
+from schemas.settings.source import SourceSettings
+from stages.sources.reading.fingerprint import (
     fingerprint,
     make_shard,
     require_input,
     require_shard_size,
 )
-from stages.sources.folder_metadata import read_metadata, take_text, with_numbers
-from stages.sources.where import parse_where, table_of
+from stages.sources.reading.folder_metadata import read_metadata, take_text, with_numbers
+from stages.sources.reading.where import parse_where, table_of
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")

@@ -17,13 +17,14 @@ from contextlib import closing
 from pathlib import PurePosixPath
 from typing import Any
 
-from schemas.errors import BadInputError, ShardError
-from schemas.records import ImageRecord, Reject, SourceSettings
-from stages.sources.archives import ArchiveSource
-from stages.sources.columns import metadata_text
-from stages.sources.content import require_input
-from stages.sources.files import SourceFile, find_files, require_reached
-from stages.sources.tar_samples import Sample, open_tar
+from arrag_runtime.format.errors import BadInputError, ShardError
+from schemas.records import ImageRecord, Reject
+from schemas.settings.source import SourceSettings
+from stages.sources.reading.archives import ArchiveSource
+from stages.sources.reading.columns import metadata_text
+from stages.sources.reading.files import SourceFile, find_files, require_reached
+from stages.sources.reading.fingerprint import require_input
+from stages.sources.reading.tar_samples import Sample, open_tar
 
 ARCHIVES, ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))

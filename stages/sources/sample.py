@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from schemas.errors import BadInputError
-from schemas.records import SourceSettings
+from arrag_runtime.format.errors import BadInputError
+from schemas.settings.source import SourceSettings
 from stages.sources.folder import FolderSource
 
 PICTURES = Path(__file__).parent / "sample_images"

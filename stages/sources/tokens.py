@@ -23,15 +23,15 @@ from schemas.records import (
     RecordedShard,
     Reject,
     Shard,
-    SourceSettings,
 )
-from stages.sources.columns import Record
-from stages.sources.content import require_input, require_shard_size
-from stages.sources.files import HUB
+from schemas.settings.source import SourceSettings
 from stages.sources.folder import FolderSource
-from stages.sources.grids import Misfit, grid_bytes
-from stages.sources.row_files import ENDINGS
-from stages.sources.rows import RowSource
+from stages.sources.reading.columns import Record
+from stages.sources.reading.files import HUB
+from stages.sources.reading.fingerprint import require_input, require_shard_size
+from stages.sources.reading.grids import Misfit, grid_bytes
+from stages.sources.reading.row_files import ENDINGS
+from stages.sources.reading.rows import RowSource
 
 NPY = frozenset((".npy",))
 NPY_SHARD = 1000

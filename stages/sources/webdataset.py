@@ -1,7 +1,7 @@
 """The `webdataset` source: tars of KEY.jpg + KEY.txt + KEY.json, as img2dataset writes them.
 
 --input: tar paths, brace patterns (`{00000..00099}.tar`), glob patterns or folders of tars. See
-`stages.sources.archives` for what a shard is. Of the json, `caption`, `url`, `licence` and `unblurred_faces` are taken,
+`stages.sources.reading.archives` for what a shard is. Of the json, `caption`, `url`, `licence` and `unblurred_faces` are taken,
 the rest, such as img2dataset's and DataComp's
 `sha256`, `uid`, sizes and scores, is kept as metadata and is what `--where` sees.
 """
@@ -15,13 +15,14 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from schemas.errors import BadInputError
-from schemas.records import ImageRecord, Reject, SourceSettings
-from stages.sources.archives import ArchiveSource
-from stages.sources.columns import boxes
-from stages.sources.content import require_input
-from stages.sources.files import SourceFile
-from stages.sources.tar_samples import Sample
+from arrag_runtime.format.errors import BadInputError
+from schemas.records import ImageRecord, Reject
+from schemas.settings.source import SourceSettings
+from stages.sources.reading.archives import ArchiveSource
+from stages.sources.reading.columns import boxes
+from stages.sources.reading.files import SourceFile
+from stages.sources.reading.fingerprint import require_input
+from stages.sources.reading.tar_samples import Sample
 
 TARS = (".tar",)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

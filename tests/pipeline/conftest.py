@@ -11,9 +11,9 @@ import ray
 from PIL import Image
 
 from pipeline.build import build
-from pipeline.database import BuildSettings
-from pipeline.ray_run import RayResources
-from schemas.records import SourceSettings
+from pipeline.building.database import BuildSettings
+from schemas.settings.resources import RayResources
+from schemas.settings.source import SourceSettings
 
 SHARD_SIZE = 4
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.specs import TokenizerSpec
-from tests.pipeline.captioned_world import CODES, DIMENSION, make_captioned
+from arrag_runtime.format.specs import TokenizerSpec
+from tests.worlds.captioned_world import CODES, DIMENSION, make_captioned
 
 TEXT = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -9,23 +9,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids, split_patch_ids
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
+from arrag_runtime.format.patches import PatchTable
 from pipeline.build import build
 from pipeline.evaluate import EvaluateSettings, evaluate
-from pipeline.exact import announce_cost, exact_neighbors, search_on_ray
 from pipeline.index import index_database
-from pipeline.ray_run import RayResources
-from schemas.errors import BadInputError
-from schemas.index_settings import IndexSettings
-from schemas.manifest import DatabaseManifest, Layout, read_codebook
-from schemas.tables import Ids, split_patch_ids
-from stages.exact_search import NO_IMAGE, Queries, exact_search
-from stages.fit_weights import WeightSettings, learn_weights
-from stages.read_images import ImageTable
-from stages.read_patches import PatchTable
-from stages.sample_queries import sample_queries
-from tests.patch_world import CODES, World, make_world
+from pipeline.indexing.exact import announce_cost, exact_neighbors, search_on_ray
+from schemas.settings.index import IndexSettings
+from schemas.settings.resources import RayResources
+from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
+from stages.measure.fit_weights import WeightSettings, learn_weights
+from stages.measure.sample_queries import sample_queries
 from tests.pipeline.conftest import settings
 from tests.pipeline.test_cli import run
+from tests.worlds.patch_world import CODES, World, make_world
 
 WEIGHTS = (0.3, 1.2, 0.4, 2.1)
 
@@ -79,10 +79,10 @@ def test_a_long_search_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     queries = _queries(world, np.arange(4), split_patch_ids(world.ids[:4])[0])
     said: list[str] = []
     assert announce_cost(world.table, CODES, queries, 1, said.append) == 0
-    monkeypatch.setattr("pipeline.exact.FEW_ROWS", 0)
+    monkeypatch.setattr("pipeline.indexing.exact.FEW_ROWS", 0)
     assert 0 < announce_cost(world.table, CODES, queries, 1, said.append) < 60
     assert said == []
-    monkeypatch.setattr("pipeline.exact.LONG", 0.0)
+    monkeypatch.setattr("pipeline.indexing.exact.LONG", 0.0)
     announce_cost(world.table, CODES, queries, 2, said.append)
     [line] = said
     assert line.startswith("comparing 4 queries with all 196 entries takes about")

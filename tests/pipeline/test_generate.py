@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from arrag_runtime.adapter import Adapter, model_codebook, write_adapter
-from arrag_runtime.faid import attach
+from arrag_runtime.faid.adapter import Adapter, model_codebook, write_adapter
+from arrag_runtime.faid.attach import attach
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.manifest import Layout
 from cli import main_runtime
-from schemas.manifest import Layout
-from stages.read_images import ImageTable
-from tests.janus_world import narrow_janus as wide_janus
-from tests.janus_world import stirred
-from tests.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
-from tests.pipeline.captioned_world import CODEBOOK, SQUARE, make_captioned
+from tests.worlds.captioned_world import CODEBOOK, SQUARE, make_captioned
+from tests.worlds.janus_world import narrow_janus as wide_janus
+from tests.worlds.janus_world import stirred
+from tests.worlds.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
 
 PROMPT = "a photo of a hat"
 

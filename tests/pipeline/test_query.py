@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arrag_runtime.pictures import save_png
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.manifest import DatabaseManifest, Layout
+from arrag_runtime.generation.picture_grid import save_png
 from pipeline.index import index_database
 from pipeline.query import QueryAnswer, QuerySettings, load_database_tokenizer, query
 from pipeline.sheet import GAP, MARGIN, TILE, draw_sheet
-from schemas.errors import BadInputError
-from schemas.index_settings import IndexSettings
-from schemas.manifest import DatabaseManifest, Layout
-from stages.read_images import ImageTable
+from schemas.settings.index import IndexSettings
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from arrag_runtime.training_set import TrainingSet
-from pipeline import export_trainset as exporting
-from pipeline import trainset
-from pipeline.export_trainset import export_trainset
+from arrag_runtime.format.errors import ArragError, BadInputError, IncompatibleError
+from arrag_runtime.format.list_columns import list_values
+from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
+from arrag_runtime.format.neighborhood import CAUSAL_1, MISSING
+from arrag_runtime.format.specs import key_vectors
+from arrag_runtime.format.training_set import TrainingSet
 from pipeline.index import index_database
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
-from pipeline.trainset import TrainsetReport, TrainsetSettings, make_trainset
-from schemas.errors import ArragError, BadInputError, IncompatibleError
-from schemas.index_settings import IndexSettings
-from schemas.manifest import DatabaseManifest, Layout, read_codebook
-from schemas.neighborhood import CAUSAL_1, MISSING
-from schemas.records import SourceSettings
-from schemas.specs import key_vectors
-from schemas.tables import list_values
-from stages.row_table import RowTable
-from tests.pipeline.captioned_world import make_captioned
+from pipeline.trainset import make as exporting
+from pipeline.trainset import make as trainset
+from pipeline.trainset.make import TrainsetReport, TrainsetSettings, export_trainset, make_trainset
+from schemas.settings.index import IndexSettings
+from schemas.settings.source import SourceSettings
+from stages.tables.row_table import RowTable
 from tests.pipeline.conftest import write_picture
 from tests.pipeline.test_cli import run
+from tests.worlds.captioned_world import make_captioned
 
 K = 3
 

@@ -10,11 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.index import index_database
-from pipeline.verify import verify
-from schemas.index_settings import IndexSettings
-from schemas.inverted_lists import CODES, TOKENS
-from schemas.manifest import (
+from arrag_runtime.format.inverted_lists import CODES, TOKENS
+from arrag_runtime.format.manifest import (
     IDS_FILE,
     TOKENS_FILE,
     DatabaseManifest,
@@ -22,6 +19,9 @@ from schemas.manifest import (
     Layout,
     read_codebook,
 )
+from pipeline.index import index_database
+from pipeline.verify import verify
+from schemas.settings.index import IndexSettings
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,280 @@
+"""Adapter weights of FAiD: one safetensors file, or the released full checkpoint.
+
+In: a file or folder. Out: an `Adapter`: its shape, the augmented layers' tensors (`faid.layers.L.…`),
+LoRA pairs (`lora.NAME.A`, `lora.NAME.B`), tensors that replace the model's own (under the names of
+transformers' JanusForConditionalGeneration), and the codebook that its tokens index.
+
+The released checkpoint (`jingyq1/arrag_faid`) is a full Janus state dict in deepseek-ai's names with
+LoRA merged into it: its language model, generation head, embeddings and aligner are kept whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arrag_runtime.faid.patch_blender import Mix, require_hops
+from arrag_runtime.format.errors import BadInputError, IncompatibleError
+from arrag_runtime.format.specs import SAME_CODE_COSINE, Floats, normalised
+
+FORMAT = "1"
+CODEBOOK = "codebook"
+LAYERS, LORA = "faid.layers.", "lora."
+KNOWN_AS = {
+    "gen_head.output_mlp_projector": "model.generation_head.proj_out",
+    "gen_head.vision_head": "model.generation_head.vision_head",
+    "gen_embed": "model.generation_embeddings",
+    "language_model.lm_head": "lm_head",
+    "language_model.model": "model.language_model",
+}
+"""The released names of what generation uses, and transformers' names of the same."""
+UNUSED = ("vision_model.", "aligner.", "gen_vision_model.")
+"""Parts of the released checkpoint that a generator takes from its own weights: frozen in training."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The shape of an adapter and of the language model it was trained for.
+
+    width: D; depth: the number L of decoder layers; vocabulary: image codes; lora_rank 0 without LoRA.
+    """
+
+    width: int
+    depth: int
+    vocabulary: int
+    hops: tuple[int, ...] = (1, 2)
+    blenders: int = 2
+    mix: Mix = "softmax"
+    lora_rank: int = 0
+    lora_alpha: int = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The augmented layers: every (L / blenders)-th from layer 0."""
+        return tuple(index * (self.depth // self.blenders) for index in range(self.blenders))
+
+    def checked(self) -> "AdapterSpec":
+        """This spec with sorted hops. Raises BadInputError for hops or blenders that cannot be."""
+        if not 1 <= self.blenders <= self.depth:
+            raise BadInputError(
+                f"{self.blenders} blenders in a model of {self.depth} layers; give 1..{self.depth}"
+            )
+        return replace(self, hops=require_hops(self.hops))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's tensors by name. codebook: float32 [V, d], L2-normalised; about: free text."""
+
+    spec: AdapterSpec
+    tensors: Mapping[str, Tensor]
+    codebook: Floats
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def layer_tensors(self) -> dict[str, Tensor]:
+        """The augmented layers' tensors under the names of their module."""
+        return {
+            name.removeprefix("faid."): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(LAYERS)
+        }
+
+    def lora_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """LoRA's (A [r, in], B [out, r]) by the module they belong to."""
+        names = {name[len(LORA) : -2] for name in self.tensors if name.startswith(LORA)}
+        return {
+            name: (self.tensors[f"{LORA}{name}.A"], self.tensors[f"{LORA}{name}.B"])
+            for name in sorted(names)
+        }
+
+    def replacements(self) -> dict[str, Tensor]:
+        """The tensors that take the place of the model's own, by parameter name."""
+        ours = (LAYERS, LORA)
+        return {name: t for name, t in self.tensors.items() if not name.startswith(ours)}
+
+
+def write_adapter(path: Path, adapter: Adapter) -> None:
+    """Write one safetensors file, so that a reader sees the old one or the whole new one."""
+    codes = torch.from_numpy(adapter.codebook.astype(np.float16))
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors.items()}
+    fields = json.dumps(asdict(adapter.spec), sort_keys=True)
+    metadata = {"format": FORMAT, "adapter": fields, "about": json.dumps(dict(adapter.about))}
+    metadata["codebook"] = hashlib.sha256(codes.numpy().tobytes()).hexdigest()[:16]
+    temporary = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors | {CODEBOOK: codes}, temporary, metadata=metadata)
+    # safetensors makes files that only their owner may read.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
+    temporary.replace(path)
+
+
+def read_adapter(path: Path | str) -> Adapter:
+    """An adapter from its file, or the released checkpoint from a file or folder, on the CPU.
+
+    Raises BadInputError for a path that is not there, is damaged or holds neither.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise BadInputError(
+            f"no adapter at '{path}'; give a file that `arrag train` wrote, or the released"
+            " checkpoint's folder"
+        )
+    try:
+        if place.is_file() and place.suffix == ".safetensors":
+            with safe_open(place, "pt") as file:
+                metadata = file.metadata() or {}
+                if "adapter" in metadata:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    return _own(place, metadata, tensors)
+        return import_released(dict(_stored_tensors(place)), str(path))
+    except (SafetensorError, EOFError, RuntimeError, ValueError) as error:
+        detail = str(error).splitlines()[0]
+        raise BadInputError(
+            f"adapter '{path}' is damaged or incomplete ({detail}); copy or train it again"
+        ) from error
+
+
+def _own(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Adapter:
+    if metadata.get("format") != FORMAT:
+        raise IncompatibleError(
+            f"adapter '{path}' is of format {metadata.get('format')}, not {FORMAT}; use the version"
+            " that wrote it"
+        )
+    fields = json.loads(metadata["adapter"])
+    spec = AdapterSpec(**fields | {"hops": tuple(fields["hops"])})
+    codes = normalised(tensors.pop(CODEBOOK).float().numpy())
+    return Adapter(spec, tensors, codes, json.loads(metadata["about"]))
+
+
+def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a checkpoint file, or of the files of a folder."""
+    patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+    files = [path] if path.is_file() else next(filter(None, _listed(path, patterns)), [])
+    if not files:
+        raise BadInputError(f"no weights in '{path}'; it holds none of {', '.join(patterns)}")
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            yield from loaded.get("model", loaded).items()
+
+
+def _listed(folder: Path, patterns: Sequence[str]) -> Iterator[list[Path]]:
+    yield from (sorted(folder.glob(pattern)) for pattern in patterns)
+
+
+def import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
+    """The adapter in a full checkpoint with deepseek-ai's names and blenders in its layers.
+
+    Nothing that generation uses is left out: language model, head, embeddings and aligner.
+    Raises BadInputError for a checkpoint without blenders, or with names that it does not know.
+    """
+    kept: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(UNUSED) or key.endswith("rotary_emb.inv_freq"):
+            continue
+        kept[_renamed(key, name)] = tensor
+    blenders = sorted(
+        {int(key[len(LAYERS) :].split(".")[0]) for key in kept if key.startswith(LAYERS)}
+    )
+    if not blenders:
+        raise BadInputError(
+            f"'{name}' holds no blender, so it is no FAiD adapter; give a file that `arrag train`"
+            " wrote, or the released checkpoint"
+        )
+    first = f"{LAYERS}{blenders[0]}.blender."
+    hops = tuple(hop for hop in (1, 2, 3) if f"{first}conv{hop}.weight" in kept)
+    depths = [re.match(r"model\.language_model\.layers\.(\d+)\.", key) for key in kept]
+    spec = AdapterSpec(
+        width=int(kept[f"{first}mlp.0.weight"].shape[0]),
+        depth=1 + max(int(found[1]) for found in depths if found),
+        vocabulary=int(kept["model.generation_embeddings.weight"].shape[0]),
+        hops=hops,
+        blenders=len(blenders),
+        mix="softmax" if len(hops) == 1 or f"{first}conv_weights" in kept else "mean",
+    )
+    if tuple(blenders) != spec.layers:
+        raise IncompatibleError(
+            f"'{name}' augments layers {blenders}, but {len(blenders)} blenders in {spec.depth}"
+            f" layers stand at {list(spec.layers)}; it was made by other code than the released one"
+        )
+    codes = tensors.get("gen_vision_model.quantize.embedding.weight")
+    if codes is None:
+        raise BadInputError(
+            f"'{name}' lacks gen_vision_model.quantize.embedding.weight, the codebook of its tokens;"
+            " give the full checkpoint"
+        )
+    return Adapter(spec, kept, normalised(codes.float().numpy()), {"imported from": name})
+
+
+def _renamed(key: str, checkpoint: str) -> str:
+    """A released name as this module's. Raises BadInputError for one that it does not know."""
+    augmented = re.fullmatch(
+        r"language_model\.model\.layers\.(\d+)\.((?:blender|retrieval_layernorm)\..+)", key
+    )
+    if augmented:
+        return f"{LAYERS}{augmented[1]}.{augmented[2]}"
+    aligner = re.fullmatch(r"gen_aligner\.layers\.(\d+)\.(weight|bias)", key)
+    if aligner:
+        number = int(aligner[1]) // 2
+        layer = f"hidden_layers.{number - 1}" if number else "fc1"
+        return f"model.generation_aligner.{layer}.{aligner[2]}"
+    for theirs, ours in KNOWN_AS.items():
+        if key.startswith(f"{theirs}."):
+            return ours + key[len(theirs) :]
+    raise BadInputError(
+        f"'{checkpoint}' holds '{key}', which no Janus checkpoint has; give the released one"
+    )
+
+
+def require_fits(adapter: Adapter, model: Any, name: str) -> None:
+    """Raise IncompatibleError, naming both sides, unless the adapter was made for this model.
+
+    model: a JanusForConditionalGeneration; name: the adapter's, for the message.
+    """
+    have, want = adapter.spec, spec_of_model(model)
+    for what, ours, theirs in (
+        ("hidden states of width", have.width, want.width),
+        ("decoder layers,", have.depth, want.depth),
+        ("image codes,", have.vocabulary, want.vocabulary),
+    ):
+        if ours != theirs:
+            raise IncompatibleError(
+                f"adapter '{name}' was made for {what} {ours}, the model has {theirs}; use the model"
+                " it was trained on"
+            )
+    codes = model_codebook(model)
+    lowest = float((codes * adapter.codebook).sum(1).min()) if codes.size else 1.0
+    if codes.shape != adapter.codebook.shape or lowest < SAME_CODE_COSINE:
+        raise IncompatibleError(
+            f"adapter '{name}' and the model have different codebooks (lowest cosine of a row"
+            f" {lowest:.4f}, needed {SAME_CODE_COSINE}); use the model it was trained on"
+        )
+
+
+def spec_of_model(model: Any) -> AdapterSpec:
+    """The width, depth and vocabulary of a JanusForConditionalGeneration, without an adapter."""
+    text = model.config.text_config
+    codes = model.config.vq_config.num_embeddings
+    return AdapterSpec(int(text.hidden_size), int(text.num_hidden_layers), int(codes))
+
+
+def model_codebook(model: Any) -> Floats:
+    """The L2-normalised codebook float32 [V, d] of a model's own tokenizer."""
+    weight: Tensor = model.model.vqmodel.quantize.embedding.weight
+    return normalised(weight.detach().float().cpu().numpy())

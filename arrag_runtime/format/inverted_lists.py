@@ -1,0 +1,170 @@
+"""One part of a codebook index: its inverted lists in files that are mapped, never read in.
+
+A part is a folder. Its entries stand list by list; within a list they follow their codes, next tokens
+and patch ids, so the same entries make the same bytes whoever wrote them and in whatever order:
+
+    list_starts.npy   int64 [L + 1]   where each list begins
+    codes.bin         uint8 [E, size] the packed keys (arrag_runtime/format/codes.py)
+    next_tokens.bin   uint16 [E]
+    patch_ids.bin     int64 [E]
+    copies_at.npy     int64 [C]       the entries that stand for several identical ones, ascending
+    copies_start.npy  int64 [C + 1]   where their ids begin in
+    copies_ids.bin    int64 [M]       the patch ids of all of those, ascending within an entry
+
+Identical entries are those of the same key and next token. faiss scans the mapped codes in place; next
+tokens and ids are read for the results alone. An index has one part, and a few
+more where it has grown; its manifest names them.
+"""
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.errors import IncompatibleError
+from arrag_runtime.format.ids import Ids
+
+STARTS, CODES, TOKENS, IDS = "list_starts.npy", "codes.bin", "next_tokens.bin", "patch_ids.bin"
+CENTROIDS, GRAPH = "centroids.npy", "coarse.hnsw"
+"""Beside the parts: float32 [L, n · d], and faiss' graph over them where there are very many."""
+COPIES_AT, COPIES_START, COPIES_IDS = "copies_at.npy", "copies_start.npy", "copies_ids.bin"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Some entries. lists: integers [E]; codes: uint8 [E, size]."""
+
+    lists: npt.NDArray[Any]
+    codes: npt.NDArray[np.uint8]
+    next_tokens: npt.NDArray[np.uint16]
+    patch_ids: Ids
+
+
+@dataclass(frozen=True)
+class ListPart:
+    """The arrays of a part; see the module. `codes` are uint8 [E, size]."""
+
+    folder: Path
+    starts: Ids
+    codes: npt.NDArray[np.uint8]
+    next_tokens: npt.NDArray[np.uint16]
+    patch_ids: Ids
+    copies_at: Ids
+    copies_start: Ids
+    copies_ids: Ids
+
+    @staticmethod
+    def open(folder: Path, code_size: int) -> "ListPart":
+        """Map the part in this folder. Raises IncompatibleError where files lack or disagree."""
+
+        try:
+            starts: Ids = np.load(folder / STARTS, mmap_mode="r")
+            at: Ids = np.load(folder / COPIES_AT, mmap_mode="r")
+            copies_start: Ids = np.load(folder / COPIES_START, mmap_mode="r")
+            entries, copies = int(starts[-1]), int(copies_start[-1])
+            return ListPart(
+                folder,
+                starts,
+                _mapped(folder / CODES, np.uint8, entries, code_size),
+                _mapped(folder / TOKENS, np.uint16, entries),
+                _mapped(folder / IDS, np.int64, entries),
+                at,
+                copies_start,
+                _mapped(folder / COPIES_IDS, np.int64, copies),
+            )
+        except (OSError, ValueError, EOFError, IndexError) as error:
+            raise IncompatibleError(
+                f"index part {folder} is damaged or incomplete ({error}); index again"
+            ) from error
+
+    @property
+    def entries(self) -> int:
+        """How many entries are stored."""
+        return int(self.starts[-1])
+
+    @property
+    def keys(self) -> int:
+        """How many keys they stand for: identical ones that are stored once count each."""
+        return self.entries - len(self.copies_at) + len(self.copies_ids)
+
+    def every_id(self) -> Ids:
+        """The patch ids of all keys, copies included, in no particular order."""
+        single = np.ones(self.entries, bool)
+        single[self.copies_at] = False
+        return np.concatenate([self.patch_ids[single], self.copies_ids])
+
+
+def _mapped(path: Path, dtype: type, *shape: int) -> Any:
+    """A file as an array, mapped; one of another size than the shape asks for is refused."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if (found := path.stat().st_size) != size:
+        raise ValueError(f"{path.name} has {found} bytes, expected {size}")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
+
+
+class PartWriter:
+    """Writes a part from one end to the other; the folder appears complete or not at all."""
+
+    def __init__(self, folder: Path, lists: int) -> None:
+        self._folder, self._sizes = folder, np.zeros(lists, np.int64)
+        self._draft = folder.with_name(f".{folder.name}.writing")
+        self._at: list[Ids] = []
+        self._counts: list[Ids] = []
+        self._entries = 0
+        self._files = ExitStack()
+
+    def __enter__(self) -> "PartWriter":
+        shutil.rmtree(self._draft, ignore_errors=True)
+        self._draft.mkdir(parents=True)
+        names = (CODES, TOKENS, IDS, COPIES_IDS)
+        self._streams = {
+            name: self._files.enter_context((self._draft / name).open("wb")) for name in names
+        }
+        return self
+
+    def add(self, entries: Entries, copies: Ids, copies_ids: Ids) -> None:
+        """Append entries, list by list, of lists at or after those so far.
+
+        copies: int64 [E], how many keys each entry stands for; copies_ids: the patch ids of all that
+        stand for more than one, in order.
+        """
+        at = np.flatnonzero(copies > 1)
+        self._at.append(at + self._entries)
+        self._counts.append(copies[at])
+        self._sizes += np.bincount(entries.lists, minlength=len(self._sizes))
+        self._entries += len(entries.lists)
+        for name, values in (
+            (CODES, entries.codes),
+            (TOKENS, entries.next_tokens),
+            (IDS, entries.patch_ids),
+            (COPIES_IDS, copies_ids),
+        ):
+            np.ascontiguousarray(values).tofile(self._streams[name])
+
+    def append(self, part: ListPart) -> None:
+        """Append a part whose lists are at or after those so far, its files copied as they are."""
+        self._at.append(part.copies_at + self._entries)
+        self._counts.append(np.diff(part.copies_start))
+        self._sizes += np.diff(part.starts)
+        self._entries += part.entries
+        for name, stream in self._streams.items():
+            with (part.folder / name).open("rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 22)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._files.close()
+        if kind is not None:
+            shutil.rmtree(self._draft)
+            return
+        np.save(self._draft / STARTS, np.concatenate([[0], np.cumsum(self._sizes)]))
+        none = np.empty(0, np.int64)
+        np.save(self._draft / COPIES_AT, np.concatenate([none, *self._at]))
+        ends = np.cumsum(np.concatenate([none, *self._counts]))
+        np.save(self._draft / COPIES_START, np.concatenate([[0], ends]))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._draft.rename(self._folder)

@@ -1,0 +1,247 @@
+"""What a database and an index say of themselves.
+
+A manifest is written last and whole, so that its existence means that what it describes is
+complete.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrag_runtime.format.errors import BadInputError, IncompatibleError
+from arrag_runtime.format.location import exists, join, normalised, read_bytes, write_bytes
+from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
+
+FORMAT = 1
+PRECISIONS = ("float32", "bfloat16")
+INDEX_FILE, IDS_FILE, TOKENS_FILE = "index.faiss", "patch_ids.npy", "next_tokens.npy"
+"""The files of a flat or ivfpq index; ids and next tokens in the order of its entries."""
+LEFT_OUT_FILE = "left_out.npy"
+"""int64, ascending: the pictures of the table that an index leaves out, removed ones or copies."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things stand in a database: a folder, or a prefix in a bucket. Places are text."""
+
+    database: str | Path
+
+    @cached_property
+    def root(self) -> str:
+        """The absolute path, or the URI. Raises BadInputError for a store that is not known."""
+        return normalised(self.database)
+
+    @property
+    def manifest(self) -> str:
+        return join(self.root, "manifest.json")
+
+    @property
+    def codebook(self) -> str:
+        return join(self.root, "codebook.npy")
+
+    @property
+    def leases(self) -> str:
+        return join(self.root, "leases")
+
+    @property
+    def ledger(self) -> str:
+        return join(self.root, "shards.lance")
+
+    @property
+    def images(self) -> str:
+        return join(self.root, "images.lance")
+
+    @property
+    def rejects(self) -> str:
+        return join(self.root, "rejects.lance")
+
+    @property
+    def removed(self) -> str:
+        return join(self.root, "removed.lance")
+
+    @property
+    def receipts(self) -> str:
+        return join(self.root, "receipts")
+
+    def patches(self, keys: KeySpec) -> str:
+        return join(self.root, "patches", f"{keys.name}.lance")
+
+    @property
+    def indexes(self) -> str:
+        return join(self.root, "index")
+
+    def index(self, name: str) -> str:
+        return join(self.indexes, name)
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How the grids of a database were made; grids of different settings are not mixed.
+
+    Precision and batch size change a few token ids, and so may the kind of device.
+    """
+
+    device: str
+    precision: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class DatabaseManifest:
+    """A database's own description. `runs` holds what each build used and took."""
+
+    tokenizer: TokenizerSpec
+    tokenizer_weights: str | None
+    encoder: EncoderSettings
+    keys: KeySpec
+    hold_out: float
+    sources: tuple[str, ...] = ()
+    runs: tuple[dict[str, Any], ...] = ()
+
+    def write(self, layout: Layout) -> None:
+        """Write `manifest.json`, whole or not at all."""
+        fields = asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()}
+        write_json(layout.manifest, fields)
+
+    @staticmethod
+    def read(layout: Layout) -> "DatabaseManifest":
+        """The manifest of the database at `layout`. Raises BadInputError where there is none."""
+        if not exists(layout.manifest):
+            raise BadInputError(
+                f"no database at {layout.database} (no manifest.json); build one with"
+                f" `arrag-db build --db {layout.database}`, or name another with --db"
+            )
+        fields = read_json(layout.manifest)
+        if fields.pop("format", None) != FORMAT:
+            raise IncompatibleError(
+                f"{layout.manifest} is of another format than {FORMAT}; use the version of"
+                " arrag-db that wrote it"
+            )
+        with _complete(layout.manifest):
+            return DatabaseManifest(
+                **fields
+                | {
+                    "tokenizer": TokenizerSpec(**fields["tokenizer"]),
+                    "encoder": EncoderSettings(**fields["encoder"]),
+                    "keys": KeySpec.from_json(fields["keys"]),
+                    "sources": tuple(fields["sources"]),
+                    "runs": tuple(fields["runs"]),
+                }
+            )
+
+
+@dataclass(frozen=True)
+class IndexManifest:
+    """An index's own description: what it was made from, how, and how good it is.
+
+    count: keys, identical ones included; entries: what is stored of them; mark: the highest fragment
+    of the table that is in it, so that a later one is new; left_out: pictures whose keys were in the
+    table and were not taken, their ids in `LEFT_OUT_FILE`; parts: the folders of a codebook index;
+    weights: one an offset, None for equal ones; temperature: the one that was fitted with them;
+    certificate: what was measured against exact search, at every nprobe that was tried.
+    """
+
+    name: str
+    kind: str
+    index_key: str
+    keys: KeySpec
+    table_version: int
+    mark: int
+    count: int
+    entries: int
+    nprobe: int | None
+    code_bytes_per_key: float
+    resident_bytes_per_key: float
+    ms_per_query: float
+    recall_at_10: float
+    certificate: dict[str, Any]
+    left_out: int = 0
+    parts: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
+    temperature: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: str | Path) -> None:
+        """Write `manifest.json` into the index's folder, whole or not at all."""
+        write_json(
+            join(str(folder), "manifest.json"),
+            asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()},
+        )
+
+    @staticmethod
+    def read(folder: str | Path) -> "IndexManifest":
+        """The manifest in this folder. Raises BadInputError where there is none."""
+        path = join(str(folder), "manifest.json")
+        if not exists(path):
+            raise BadInputError(
+                f"no complete index at {folder}; build it with `arrag-db index"
+                f" --db {str(folder).rpartition('/index/')[0] or 'DB'}`"
+            )
+        fields = read_json(path)
+        if fields.pop("format", None) != FORMAT:
+            raise IncompatibleError(f"{path} is of another format than {FORMAT}; index again")
+        with _complete(path):
+            weights = fields["weights"]
+            return IndexManifest(
+                **fields
+                | {
+                    "keys": KeySpec.from_json(fields["keys"]),
+                    "parts": tuple(fields["parts"]),
+                    "weights": None if weights is None else tuple(weights),
+                }
+            )
+
+
+@contextmanager
+def _complete(path: str) -> Iterator[None]:
+    """Turn a field that is missing or unknown into one line about the file."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{path} lacks or has unknown fields ({error}); restore it or build anew"
+        ) from error
+
+
+def write_json(path: str, fields: dict[str, Any]) -> None:
+    """Write an object so that a reader sees the old file or the whole new one."""
+    write_bytes(path, (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a file. Raises BadInputError when it is damaged."""
+    try:
+        fields = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise BadInputError(f"{path} is damaged: {error}; restore it or build anew") from error
+    if not isinstance(fields, dict):
+        raise BadInputError(f"{path} holds no JSON object; restore it or build anew")
+    return fields
+
+
+def write_codebook(layout: Layout, codes: Floats) -> None:
+    """Keep the normalised codebook [V, d] beside the tables, so that reading needs no weights."""
+    file = io.BytesIO()
+    np.save(file, codes)
+    write_bytes(layout.codebook, file.getvalue())
+
+
+def read_codebook(layout: Layout) -> Floats:
+    """The normalised codebook float32 [V, d] of a database."""
+    if not exists(layout.codebook):
+        raise BadInputError(f"{layout.codebook} is missing; run `arrag-db build` on it again")
+    try:
+        codes: Floats = np.load(io.BytesIO(read_bytes(layout.codebook)))
+    except (OSError, EOFError, ValueError) as error:
+        raise BadInputError(
+            f"{layout.codebook} is damaged; restore it, or delete it and run `arrag-db build` again"
+        ) from error
+    return codes

@@ -1,0 +1,160 @@
+"""Specifications: what a tokenizer and a key are, frozen, with a fingerprint."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.errors import BadInputError, IncompatibleError
+from arrag_runtime.format.neighborhood import MISSING, Neighborhood, neighborhood
+
+KeySpace = Literal["codebook", "latent"]
+KEY_SPACES: tuple[KeySpace, ...] = ("codebook", "latent")
+SAME_CODE_COSINE = 0.999
+"""Two codebooks are the same when every row's cosine is at least this."""
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer as far as its tokens depend on it.
+
+    `weights_sha256` is recorded, not compared: the same tokenizer ships in several files and
+    precisions. `preparation` names how a picture becomes pixels, which changes tokens too.
+    """
+
+    name: str
+    image_size: int
+    grid_height: int
+    grid_width: int
+    vocabulary: int
+    dimension: int
+    preparation: str
+    weights_sha256: str
+
+    @property
+    def positions(self) -> int:
+        """The number of grid positions h · w."""
+        return self.grid_height * self.grid_width
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything but the weights file."""
+        fields = {k: v for k, v in asdict(self).items() if k != "weights_sha256"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.name} ({self.grid_height}x{self.grid_width} grid of {self.image_size}px,"
+            f" {self.vocabulary} codes x {self.dimension}, {self.preparation})"
+        )
+
+
+def require_same_tokenizer(
+    have: TokenizerSpec, have_codes: Floats, want: TokenizerSpec, want_codes: Floats
+) -> None:
+    """Raise IncompatibleError, naming both, unless tokens of the two mean the same.
+
+    have_codes, want_codes: float32 [V, d], rows L2-normalised.
+    """
+    if have.fingerprint() != want.fingerprint():
+        raise IncompatibleError(
+            f"the database holds tokens of {have.describe()}, not of {want.describe()};"
+            " use another --db, or the database's own --tokenizer"
+        )
+    lowest = float((have_codes * want_codes).sum(axis=1).min())
+    if lowest < SAME_CODE_COSINE:
+        raise IncompatibleError(
+            f"the codebook of {want.describe()} differs from the database's (lowest cosine of a row"
+            f" {lowest:.4f}, needed {SAME_CODE_COSINE}); use the weights the database was built with"
+        )
+
+
+@dataclass(frozen=True)
+class KeySpec:
+    """What a patches table holds: whose neighbours, and in which space.
+
+    "codebook" keys are the neighbours' tokens, which stand for their codebook rows;
+    "latent" keys are the encoder's normalised outputs before quantisation.
+    """
+
+    neighborhood: Neighborhood
+    space: KeySpace = "codebook"
+
+    @property
+    def name(self) -> str:
+        """The name of its table: neighbourhood, border, space."""
+        return f"{self.neighborhood.name}-{self.neighborhood.border}-{self.space}"
+
+    def to_json(self) -> dict[str, str]:
+        """As a manifest holds it."""
+        return {
+            "neighborhood": self.neighborhood.name,
+            "border": self.neighborhood.border,
+            "key_space": self.space,
+        }
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "KeySpec":
+        """The spec that `to_json` wrote. Raises BadInputError for unknown names."""
+        return key_spec(fields["neighborhood"], fields["border"], fields["key_space"])
+
+
+def key_spec(hood: str, border: str, space: str) -> KeySpec:
+    """A KeySpec from the names users type. Raises BadInputError for unknown ones."""
+    for known in KEY_SPACES:
+        if space == known:
+            return KeySpec(neighborhood(hood, border), known)
+    raise BadInputError(f"unknown key space '{space}'; choose one of {', '.join(KEY_SPACES)}")
+
+
+def normalised(codebook: npt.NDArray[Any]) -> Floats:
+    """A codebook [V, d] as float32 with L2-normalised rows."""
+    codes = np.asarray(codebook, dtype=np.float32)
+    unit: Floats = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def key_vectors(
+    keys: npt.NDArray[Any], codes: Floats, weights: tuple[float, ...] | None = None
+) -> Floats:
+    """Keys as search vectors: float32 [N, n · d].
+
+    keys: uint16 tokens [N, n], looked up in the normalised codebook `codes` [V, d] with a zero
+    vector for `MISSING`; or float latents [N, n · d], cast. weights: one an offset, none negative;
+    each neighbour's vector is scaled by the root of its weight w_o, so that the squared L2 distance
+    of two such vectors is Σ_o w_o · ‖q_o − k_o‖².
+    Raises BadInputError for a token outside the codebook, or another number of weights than n.
+    """
+    if keys.dtype.kind == "f":
+        return _weighted(np.ascontiguousarray(keys, dtype=np.float32), weights, codes.shape[1])
+    vocabulary, dimension = codes.shape
+    missing = keys == MISSING
+    outside = (keys >= vocabulary) & ~missing
+    if outside.any():
+        raise BadInputError(
+            f"token {int(keys[outside].flat[0])} is outside the codebook of {vocabulary} codes;"
+            f" tokens are 0..{vocabulary - 1}"
+        )
+    vectors: Floats = codes[np.where(missing, 0, keys)]
+    vectors[missing] = 0
+    return _weighted(vectors.reshape(len(keys), keys.shape[1] * dimension), weights, dimension)
+
+
+def _weighted(vectors: Floats, weights: tuple[float, ...] | None, dimension: int) -> Floats:
+    """Vectors [N, n · d] with each neighbour's d values scaled by the root of its weight."""
+    if weights is None:
+        return vectors
+    neighbors = vectors.shape[1] // dimension
+    if len(weights) != neighbors or min(weights) < 0:
+        raise BadInputError(
+            f"{len(weights)} weights {weights} for keys of {neighbors} neighbours; give one for each"
+            " offset, none negative"
+        )
+    scales = np.repeat(np.sqrt(np.asarray(weights, np.float32)), dimension)
+    scaled: Floats = vectors * scales
+    return scaled

@@ -1,0 +1,69 @@
+"""How a decode loop hands retrieved tokens to something that changes the model's forward passes.
+
+In: before each forward pass, the position that it predicts and what was retrieved for it. Out:
+nothing; an `Augmenter` works through hooks on the model's layers. DAiD needs none of this, since it
+changes probabilities after the forward pass; FAiD does (AR-RAG, section 3.3).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from arrag_runtime.search.neighbors import Neighbors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pictures that are decoded together.
+
+    images: their number B. guided: with guidance every forward pass has 2 B rows, rows 0..B-1
+    with the prompts and rows B..2 B-1 the same pictures without; else it has B rows.
+    height, width: of the token grid. device: torch.device of the model.
+    """
+
+    images: int
+    guided: bool
+    height: int
+    width: int
+    device: Any
+
+    @property
+    def rows(self) -> int:
+        """The rows of a forward pass."""
+        return self.images * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: the one whose last sequence position predicts (row, col).
+
+    position: row · width + col. tokens: long tensor [B, position] on the model's device, the tokens
+    chosen so far; the forward pass of position t feeds token t - 1, that of position 0 the prompts.
+    neighbors: [B, K], nearest first, or None where the position has no full neighbourhood; only the
+    first `count` of a row are real.
+    """
+
+    position: int
+    row: int
+    col: int
+    tokens: Any
+    neighbors: Neighbors | None
+
+
+class Augmenter(Protocol):
+    """What changes forward passes while pictures are decoded, as the loop sees it.
+
+    k: how many neighbours it wants; the loop retrieves at least so many. The loop calls `begin` once
+    a batch, `before_forward` before each forward pass, and `end` in any case, also after an error:
+    nothing of a batch may be left on the model then.
+    """
+
+    k: int
+
+    def begin(self, batch: Batch) -> None:
+        """A batch of pictures starts."""
+
+    def before_forward(self, step: Step) -> None:
+        """The forward pass that predicts `step.position` comes next."""
+
+    def end(self) -> None:
+        """The batch is over."""

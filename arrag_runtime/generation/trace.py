@@ -1,0 +1,233 @@
+"""Where a generated picture came from: for each token, the retrieved entries behind it.
+
+In: the choices of a decode loop, as its watcher. Out: for each picture and position the token, its
+probability with and without retrieval, and the entries that raised it.
+
+With DAiD a token is drawn from (1 - λ) · p_model + λ · p_retrieved. Given that token v came out, the
+probability that it came through entry k is λ · share_k / p(v): that is the entry's `weight`, and the
+weights of a source summed over a picture are the number of tokens that are expected to stem from
+it. With FAiD there is no such account; entries that offered the chosen token share one weight of
+(their number / number of candidates) instead, which says that they agree, not that they caused it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.daid import DaidSettings, counting
+from arrag_runtime.format.ids import MAX_POSITIONS, POSITION_BITS
+from arrag_runtime.generation.copied_runs import CopyRun
+from arrag_runtime.generation.generate import Generated
+from arrag_runtime.search.neighbors import Neighbors
+
+if TYPE_CHECKING:
+    from arrag_runtime.generation.decode_loop import Choice
+
+Source = tuple[int, int]
+"""A source picture: the number of its database, and its image id."""
+
+MOST_ENTRIES = 16
+"""Entries listed for a token, the heaviest; `entries_left_out` counts the others."""
+
+
+class Origin(Protocol):
+    """What is known of a source picture."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def caption(self) -> str | None: ...
+    @property
+    def url(self) -> str | None: ...
+    @property
+    def licence(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A retrieved entry that raised a token: where it is from, its distance, its weight (0..1).
+
+    database: the number of the database it is from, where several are searched as one.
+    """
+
+    patch_id: int
+    distance: float
+    weight: float
+    database: int = 0
+
+    @property
+    def source(self) -> Source:
+        """The picture it was cut from."""
+        return self.database, self.patch_id >> POSITION_BITS
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """A generated token. p_model, p_mixed: its probability without and with retrieval."""
+
+    row: int
+    col: int
+    token: int
+    p_model: float
+    p_mixed: float
+    entries: tuple[Entry, ...]
+
+    @property
+    def weight(self) -> float:
+        """How much of it came from retrieval, 0..1."""
+        return sum(entry.weight for entry in self.entries)
+
+
+class Tracer:
+    """Collects traces while pictures are decoded: pass it to `generate` as `watch`."""
+
+    def __init__(self, images: int, mixing: DaidSettings | None, candidates: int = 0) -> None:
+        """images: how many are generated in all. candidates: with FAiD, its K; 0 without."""
+        self.traces: list[list[TokenTrace]] = [[] for _ in range(images)]
+        self._mixing, self._candidates = mixing, candidates
+
+    def __call__(self, first: int, choice: "Choice") -> None:
+        tokens = choice.tokens.tolist()
+        both = (choice.p_model.tolist(), choice.p_mixed.tolist())
+        for row, (token, p_model, p_mixed) in enumerate(zip(tokens, *both, strict=True)):
+            entries: tuple[Entry, ...] = ()
+            if choice.neighbors is not None:
+                if self._mixing is not None and p_mixed > p_model:
+                    entries = mixed_entries(choice.neighbors, row, token, p_mixed, self._mixing)
+                elif self._candidates:
+                    entries = agreeing_entries(choice.neighbors, row, token, self._candidates)
+            self.traces[first + row].append(
+                TokenTrace(choice.row, choice.col, token, p_model, p_mixed, entries)
+            )
+
+
+def mixed_entries(
+    found: Neighbors, row: int, token: int, p_mixed: float, mixing: DaidSettings
+) -> tuple[Entry, ...]:
+    """The entries through which DAiD may have drawn `token`, heaviest first.
+
+    With merge "nearest" those nearest of that token share its weight evenly, with "sum" each has
+    its own.
+    """
+    places = np.flatnonzero(counting(found)[row])
+    tokens, distances = found.tokens[row, places], found.distances[row, places].astype(np.float64)
+    shares = found.weights[row, places] * np.exp(
+        (distances.min(initial=np.inf) - distances) / mixing.tau
+    )
+    mine = tokens == token
+    if mixing.merge == "sum":
+        shares = shares * found.copies[row, places]
+        total = shares.sum()
+    else:
+        order = np.argsort(-shares, kind="stable")  # the first of each token speaks for it
+        total = shares[order][np.unique(tokens[order], return_index=True)[1]].sum()
+        mine &= shares == shares[mine].max(initial=0)
+        shares = shares / max(int(mine.sum()), 1)
+    weights = mixing.lam * shares / total / p_mixed
+    at = np.flatnonzero(mine)
+    return tuple(
+        _entry(found, row, int(places[i]), float(weights[i]))
+        for i in at[np.argsort(-weights[at], kind="stable")]
+    )
+
+
+def agreeing_entries(found: Neighbors, row: int, token: int, candidates: int) -> tuple[Entry, ...]:
+    """The entries among FAiD's candidates that offered `token`, nearest first."""
+    count = min(int(found.count[row]), candidates)
+    at = np.flatnonzero(found.tokens[row, :count] == token)
+    return tuple(_entry(found, row, int(i), 1 / candidates) for i in at)
+
+
+def _entry(found: Neighbors, row: int, place: int, weight: float) -> Entry:
+    return Entry(
+        int(found.patch_ids[row, place]),
+        float(found.distances[row, place]),
+        weight,
+        int(found.origin[row, place]),
+    )
+
+
+def source_weights(trace: Sequence[TokenTrace]) -> dict[Source, float]:
+    """The sources behind a picture with their weights summed over it, heaviest first."""
+    sums: dict[Source, float] = {}
+    for token in trace:
+        for entry in token.entries:
+            sums[entry.source] = sums.get(entry.source, 0.0) + entry.weight
+    return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
+
+
+def heat(trace: Sequence[TokenTrace], height: int, width: int) -> npt.NDArray[np.float64]:
+    """How much of each position came from retrieval, 0..1 [h, w]."""
+    values = np.zeros((height, width))
+    for token in trace:
+        values[token.row, token.col] = token.weight
+    return values
+
+
+def trace_json(
+    generated: Generated,
+    traces: Sequence[Sequence[TokenTrace]],
+    origins: Mapping[Source, Origin],
+    copies: Sequence[CopyRun | None],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `--trace` writes: the settings, and for each picture its tokens, sources and copies."""
+    width = generated.tokens.shape[2]
+    images = []
+    for prompt, seed, trace, copy in zip(
+        generated.prompts, generated.seeds, traces, copies, strict=True
+    ):
+        sums = source_weights(trace)
+        images.append(
+            {
+                "prompt": prompt,
+                "seed": seed,
+                "retrieved_share": sum(token.weight for token in trace) / max(len(trace), 1),
+                "longest_copy": None if copy is None else asdict(copy),
+                "sources": [
+                    {
+                        "database": source[0],
+                        "image_id": source[1],
+                        "weight": weight,
+                        **_about(origins.get(source)),
+                    }
+                    for source, weight in sums.items()
+                ],
+                "tokens": [_token_json(token, origins, width) for token in trace],
+            }
+        )
+    return {**settings, "images": images}
+
+
+def _token_json(token: TokenTrace, origins: Mapping[Source, Origin], width: int) -> dict[str, Any]:
+    listed = []
+    for entry in token.entries[:MOST_ENTRIES]:
+        row, col = divmod(entry.patch_id % MAX_POSITIONS, width)
+        listed.append(
+            {
+                **asdict(entry),
+                "image_id": entry.source[1],
+                "row": row,
+                "col": col,
+                **_about(origins.get(entry.source)),
+            }
+        )
+    return {
+        "row": token.row,
+        "col": token.col,
+        "token": token.token,
+        "p_model": token.p_model,
+        "p_mixed": token.p_mixed,
+        "entries": listed,
+        "entries_left_out": max(0, len(token.entries) - MOST_ENTRIES),
+    }
+
+
+def _about(origin: Origin | None) -> dict[str, str | None]:
+    names = ("key", "source", "caption", "url", "licence")
+    return {name: getattr(origin, name, None) for name in names}

@@ -1,0 +1,104 @@
+"""The trace of generated pictures, drawn: where retrieval spoke, and whose patches it brought.
+
+In: pictures, traces, and reconstructions of the heaviest sources. Out: one picture. Each generated
+picture has a row: itself, the same with a heat map (red: the token came from retrieval), then its
+heaviest source pictures with the number of tokens expected to stem from each.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from arrag_runtime.generation.copied_runs import CopyRun
+from arrag_runtime.generation.picture_grid import FAINT, GAP, INK, MARGIN, font
+from arrag_runtime.generation.trace import Origin, Source, TokenTrace, heat, source_weights
+
+TILE, TEXT, TOP = 168, 64, 64
+MOST_SOURCES = 6
+HOT = (225, 29, 72)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A generated picture with its trace. pixels: uint8 [H, W, 3]."""
+
+    prompt: str
+    seed: int
+    pixels: npt.NDArray[np.uint8]
+    trace: Sequence[TokenTrace]
+    copy: CopyRun | None
+
+
+def heaviest_sources(trace: Sequence[TokenTrace]) -> list[Source]:
+    """The sources that a sheet shows for a picture."""
+    return list(source_weights(trace))[:MOST_SOURCES]
+
+
+def draw_trace(
+    rows: Sequence[Traced],
+    grid: tuple[int, int],
+    sources: Mapping[Source, npt.NDArray[np.uint8]],
+    origins: Mapping[Source, Origin],
+    title: str,
+) -> Image.Image:
+    """The sheet. sources: reconstructions uint8 [H, W, 3]. grid: (h, w) of tokens."""
+    columns = 2 + max((len(heaviest_sources(row.trace)) for row in rows), default=0)
+    size = (
+        2 * MARGIN + max(columns, 5) * (TILE + GAP) - GAP,
+        MARGIN + TOP + len(rows) * (TILE + TEXT) + MARGIN,
+    )
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, font(18))
+    legend = (
+        "Red: the token came from retrieval. Right: the source pictures, as the tokenizer sees"
+        " them, that most tokens stem from."
+    )
+    draw.text((MARGIN, MARGIN + 28), legend, FAINT, font(12))
+    for number, row in enumerate(rows):
+        y = MARGIN + TOP + number * (TILE + TEXT)
+        picture = Image.fromarray(row.pixels).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        values = heat(row.trace, *grid)
+        tiles = [(picture, f"seed {row.seed}", row.prompt), (_heated(picture, values), *_of(row))]
+        sums = source_weights(row.trace)
+        for source in heaviest_sources(row.trace):
+            if source in sources:
+                tile = Image.fromarray(sources[source]).resize((TILE, TILE))
+                tiles.append((tile, f"{sums[source]:.1f} tokens", _name(source, origins)))
+        for column, (tile, first, rest) in enumerate(tiles):
+            x = MARGIN + column * (TILE + GAP)
+            sheet.paste(tile, (x, y))
+            draw.text((x, y + TILE + 2), first, INK, font(12))
+            wrapped = "\n".join(textwrap.wrap(rest, 27, max_lines=3, placeholder="…"))
+            draw.multiline_text((x, y + TILE + 17), wrapped, FAINT, font(11), spacing=1)
+    return sheet
+
+
+def _of(row: Traced) -> tuple[str, str]:
+    total = sum(token.weight for token in row.trace)
+    share = f"{total:.1f} of {len(row.trace)} tokens retrieved"
+    if row.copy is None:
+        return share, "no token repeats a source"
+    return share, f"longest run that repeats one source: {row.copy.length}"
+
+
+def _name(source: Source, origins: Mapping[Source, Origin]) -> str:
+    origin = origins.get(source)
+    if origin is None:
+        return f"image {source[1]}"
+    licence = f" ({origin.licence})" if origin.licence else ""
+    return f"{origin.caption or origin.key}{licence}"
+
+
+def _heated(picture: Image.Image, values: npt.NDArray[np.float64]) -> Image.Image:
+    """A pale picture with red where values (0..1, [h, w]) are high."""
+    grey = Image.blend(
+        picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.5
+    )
+    strength = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
+    strength = strength.resize(picture.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", picture.size, HOT), grey, strength)

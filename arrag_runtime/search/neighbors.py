@@ -1,0 +1,148 @@
+"""What a search returns, and the entries it stands on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.specs import Floats
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The nearest entries of N queries, nearest first.
+
+    tokens: uint16 [N, K] next tokens; distances: float32 [N, K] squared L2, in the index's weighted
+    units where it has weights; patch_ids: int64 [N, K]; count: int64 [N]: how many of the K are real.
+    copies: int64 [N, K]: how many identical (key, next token) entries a result stands for; weights:
+    float32 [N, K]: the weight of its database; origin: uint8 [N, K]: which of the databases searched.
+    Beyond `count` tokens, copies and weights are 0, distances infinite and patch ids -1; no reader
+    may use them.
+    """
+
+    tokens: npt.NDArray[np.uint16]
+    distances: Floats
+    patch_ids: Ids
+    count: npt.NDArray[np.int64]
+    copies: npt.NDArray[np.int64]
+    weights: Floats
+    origin: npt.NDArray[np.uint8]
+
+
+def neighbors(
+    tokens: npt.NDArray[np.uint16],
+    distances: Floats,
+    patch_ids: Ids,
+    count: npt.NDArray[np.int64],
+    copies: npt.NDArray[np.int64] | None = None,
+) -> Neighbors:
+    """`Neighbors` of one database of weight 1, from arrays [N, K] that may hold anything beyond
+    `count` [N]; copies: 1 for each by default."""
+    real = np.arange(tokens.shape[1])[None, :] < count[:, None]
+    return Neighbors(
+        np.where(real, tokens, 0).astype(np.uint16),
+        np.where(real, distances, np.inf).astype(np.float32),
+        np.where(real, patch_ids, -1),
+        count.astype(np.int64),
+        np.where(real, 1 if copies is None else copies, 0).astype(np.int64),
+        real.astype(np.float32),
+        np.zeros(real.shape, np.uint8),
+    )
+
+
+class SearchEngine(Protocol):
+    """What finds entries: places counted from 0 through everything that is stored."""
+
+    @property
+    def entries(self) -> int:
+        """The number of stored entries."""
+
+    @property
+    def lists(self) -> int | None:
+        """The number of lists, None without lists."""
+
+    @property
+    def nprobe(self) -> int | None:
+        """The lists a search visits, read back from faiss; None without lists."""
+
+    @nprobe.setter
+    def nprobe(self, value: int) -> None: ...
+
+    def search(self, vectors: Floats, k: int) -> tuple[Floats, Ids]:
+        """Distances float32 [N, k], nearest first, and places int64 [N, k], -1 for none."""
+
+
+@dataclass(frozen=True)
+class EntryPart:
+    """What is known of the entries of one part, in its order; see `arrag_runtime.format.inverted_lists`."""
+
+    next_tokens: npt.NDArray[np.uint16]
+    patch_ids: Ids
+    copies_at: Ids
+    copies_start: Ids
+    copies_ids: Ids
+
+
+class EntryTable:
+    """The entries of an index by place: next token, patch id, and the ids of identical ones."""
+
+    def __init__(self, parts: Sequence[EntryPart]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part.next_tokens) for part in parts])
+        self.has_copies = any(len(part.copies_at) for part in parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def keys(self) -> int:
+        """How many keys the entries stand for."""
+        return len(self) + sum(len(p.copies_ids) - len(p.copies_at) for p in self._parts)
+
+    def tokens(self, places: Ids) -> npt.NDArray[np.uint16]:
+        """The next tokens at these places, an array of any shape without -1."""
+        tokens: npt.NDArray[np.uint16] = self._gather(
+            places, [part.next_tokens for part in self._parts], np.uint16
+        )
+        return tokens
+
+    def patch_ids(self, places: Ids) -> Ids:
+        """The patch ids; of an entry with copies, the lowest one."""
+        ids: Ids = self._gather(places, [part.patch_ids for part in self._parts], np.int64)
+        return ids
+
+    def copies(self, places: Ids) -> npt.NDArray[np.int64]:
+        """How many keys the entries at these places stand for."""
+        counts = np.ones(places.shape, np.int64)
+        if not self.has_copies:
+            return counts
+        for part, end in zip(self._parts, self._ends, strict=True):
+            if len(part.copies_at):
+                local = places - (end - len(part.next_tokens))
+                at = np.minimum(np.searchsorted(part.copies_at, local), len(part.copies_at) - 1)
+                hit = part.copies_at[at] == local
+                counts[hit] = np.diff(part.copies_start)[at[hit]]
+        return counts
+
+    def every_id(self, place: int) -> Ids:
+        """The ids of all keys that the entry at this place stands for, ascending."""
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        part = self._parts[number]
+        local = place - (self._ends[number] - len(part.next_tokens))
+        at = int(np.searchsorted(part.copies_at, local))
+        if at < len(part.copies_at) and part.copies_at[at] == local:
+            return part.copies_ids[part.copies_start[at] : part.copies_start[at + 1]]
+        return part.patch_ids[local : local + 1]
+
+    def _gather(self, places: Ids, columns: Sequence[Any], dtype: type) -> Any:
+        if len(columns) == 1:
+            return columns[0][places]
+        values: npt.NDArray[Any] = np.empty(places.shape, dtype)
+        number = np.searchsorted(self._ends, places, side="right")
+        for index, column in enumerate(columns):
+            here = number == index
+            values[here] = column[places[here] - (self._ends[index] - len(column))]
+        return values

@@ -1,0 +1,86 @@
+"""Pictures that were taken out of a database: what every search asks before it answers.
+
+In: the list `removed.lance` as any process may extend it at any time. Out: the ids it hides. Lance
+is loaded only where there is a list.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.errors import ArragError
+from arrag_runtime.format.ids import Ids, contains
+from arrag_runtime.format.location import exists, in_store
+from arrag_runtime.format.manifest import Layout
+
+SETTLED_NS = 1_000_000_000
+"""A folder changed less than this ago may change again within the same tick of its clock."""
+STORE_SECONDS = 10.0
+"""In a bucket, which cannot be asked as cheaply as a folder, so often at most."""
+
+
+class Tombstones:
+    """The removed pictures of one database. `refresh` before a search, then ask `hides`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._table = layout.removed
+        self._seen: int | None = None
+        self._looked = -math.inf
+        self.ids: Ids = np.empty(0, np.int64)
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Read the list again if it has changed, and say whether it had. Costs a stat if not.
+
+        Of a database in a bucket a change is seen after `STORE_SECONDS` at most. Raises ArragError
+        when the list is there and cannot be read: nothing is found rather than something removed.
+        """
+        before = self.ids
+        if in_store(self._table):
+            self._look_into_store()
+        elif (changed := _changed(Path(self._table) / "_versions")) not in (None, self._seen):
+            # Read before the stamp is old enough, the list is read once more at the next refresh.
+            settled = time.time_ns() - changed > SETTLED_NS
+            self.ids = _read(self._table)[0]
+            self._seen = changed if settled else None
+        return not np.array_equal(before, self.ids)
+
+    def hides(self, image_ids: Ids) -> npt.NDArray[np.bool_]:
+        """For each of these pictures, an array of any shape, whether it was taken out."""
+        return contains(self.ids, image_ids)
+
+    def _look_into_store(self) -> None:
+        if time.monotonic() - self._looked < STORE_SECONDS:
+            return
+        self._looked = time.monotonic()
+        if exists(self._table):
+            self.ids, self._seen = _read(self._table, self._seen, self.ids)
+
+
+def _changed(folder: Path) -> int | None:
+    """When the folder of versions changed last, in nanoseconds; None where there is no list."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _read(table: str, known: int | None = None, ids: Ids | None = None) -> tuple[Ids, int]:
+    """The ids on the list and its version; `ids` where that is the `known` one."""
+    import lance
+
+    try:
+        listed = lance.dataset(table)
+        version = int(listed.version)
+        if ids is None or version != known:
+            rows = listed.to_table(columns=["image_id"], filter="image_id IS NOT NULL")
+            ids = np.unique(rows["image_id"].to_numpy())
+    except (OSError, ValueError) as error:
+        raise ArragError(
+            f"the list of removed pictures {table} cannot be read"
+            f" ({str(error).splitlines()[0]}); restore it before searching"
+        ) from error
+    return ids, version

@@ -1,0 +1,4 @@
+"""FAiD's training: the recipe, the model with its trainable parts, the run's folder.
+
+Read `train` first.
+"""

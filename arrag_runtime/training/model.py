@@ -1,0 +1,166 @@
+"""A generator in training: FAiD attached, LoRA injected, everything else frozen.
+
+In: prompts, token grids, and what was retrieved for every position. Out: the negative log likelihood
+of each token, teacher-forced. Trained are the augmented layers (blenders and norms), LoRA on the
+language model's q_proj and v_proj, and the generation head (AR-RAG, section 4).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from arrag_runtime.backends.janus import JanusBackend
+from arrag_runtime.faid.adapter import (
+    LAYERS,
+    LORA,
+    Adapter,
+    AdapterSpec,
+    model_codebook,
+    require_fits,
+    spec_of_model,
+)
+from arrag_runtime.faid.attach import Faid
+from arrag_runtime.format.errors import ArragError, BadInputError
+from arrag_runtime.format.training_set import Examples
+
+TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
+HEAD = "model.generation_head"
+INJECTED = ".lora_{}.default.weight"
+
+
+class TrainingModel(nn.Module):
+    """The generator with what is trained on it; its own weights stay as they are.
+
+    Trained weights are float32, whatever the precision of the generator.
+    """
+
+    def __init__(
+        self,
+        backend: JanusBackend,
+        spec: AdapterSpec,
+        *,
+        k: int,
+        dropout: float,
+        caption_tokens: int,
+    ) -> None:
+        super().__init__()
+        self._backend = backend
+        self._caption_tokens = caption_tokens
+        self.model = backend.model.requires_grad_(False)
+        self.spec = spec.checked()
+        if spec.lora_rank:
+            _inject_lora(self.model, spec, dropout)
+        self.faid = Faid(self.model, self.spec, k=k).to(backend.device)
+        self.model.get_submodule(HEAD).float().requires_grad_(True)
+
+    def forward(self, ids: Tensor, mask: Tensor, tokens: Tensor, retrieved: Tensor) -> Tensor:
+        """The negative log likelihood of every token in nats, float32 [B, P].
+
+        ids, mask: long [B, T], prompts padded on the left; tokens: long [B, P]; retrieved: long
+        [B, P, K], `MISSING` for none.
+        """
+        height, width = self._backend.grid
+        with self.faid.whole(retrieved, height, width, start=ids.shape[1]):
+            logits = teacher_forced(self._backend, ids, mask, tokens)
+        return cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+
+    def inputs(self, examples: Examples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Examples as `forward` takes them, on the generator's device."""
+        ids, mask = self._backend.prompt_ids(examples.captions, longest=self._caption_tokens)
+        device = self._backend.device
+        arrays = (examples.tokens, examples.neighbors)
+        tokens, retrieved = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+        return tuple(t.to(device) for t in (ids, mask, tokens, retrieved))  # type: ignore[return-value]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by the names of an adapter's tensors."""
+        return dict(self._trained())
+
+    def adapter(self, about: Mapping[str, str], dtype: torch.dtype | None = None) -> Adapter:
+        """A copy of what is trained, as an adapter; dtype None keeps float32."""
+        tensors = {
+            name: parameter.detach().to("cpu", dtype or parameter.dtype, copy=True)
+            for name, parameter in self._trained()
+        }
+        return Adapter(self.spec, tensors, model_codebook(self.model), about)
+
+    def load(self, adapter: Adapter, name: str) -> None:
+        """Put an adapter's weights in place. Raises for an adapter of another shape or model."""
+        require_fits(adapter, self.model, name)
+        ours = self.trained()
+        if adapter.spec != self.spec or adapter.tensors.keys() != ours.keys():
+            raise BadInputError(
+                f"adapter '{name}' has another shape than this training's; start anew with another"
+                " --out"
+            )
+        with torch.no_grad():
+            for key, parameter in ours.items():
+                parameter.copy_(adapter.tensors[key])
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.faid.named_parameters():
+            yield f"{LAYERS.removesuffix('layers.')}{name}", parameter
+        for name, parameter in self.model.named_parameters():
+            for side in "AB":
+                if name.endswith(INJECTED.format(side)):
+                    yield f"{LORA}{name.removesuffix(INJECTED.format(side))}.{side}", parameter
+        for name, parameter in self.model.get_submodule(HEAD).named_parameters():
+            yield f"{HEAD}.{name}", parameter
+
+
+def teacher_forced(backend: JanusBackend, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """The logits that predict each image token from the prompt and those before it, float32 [B, P, V].
+
+    ids, mask: long [B, T], see `JanusBackend.prompt_ids`; tokens: long [B, P]. Trained float32 parts
+    of a bfloat16 generator compute in bfloat16 too.
+    """
+    model = backend.model
+    half = next(model.model.language_model.parameters()).dtype == torch.bfloat16
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+        prompts = model.get_input_embeddings()(ids)
+        images = model.prepare_embeddings_for_image_generation(tokens[:, :-1])
+        seen = nn.functional.pad(mask, (0, images.shape[1]), value=1)
+        states = model.model.language_model(
+            inputs_embeds=torch.cat([prompts, images], 1),
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        logits: Tensor = model.model.generation_head(states[:, ids.shape[1] - 1 :])
+    return logits.float()
+
+
+def training_spec(
+    backend: JanusBackend, hops: tuple[int, ...], blenders: int, rank: int, alpha: int
+) -> AdapterSpec:
+    """The spec of an adapter to be trained on this generator."""
+    spec = replace(spec_of_model(backend.model), hops=hops, blenders=blenders)
+    return replace(spec, lora_rank=rank, lora_alpha=alpha if rank else 0).checked()
+
+
+def _inject_lora(model: Any, spec: AdapterSpec, dropout: float) -> None:
+    """Put LoRA beside the language model's q_proj and v_proj, in float32."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ArragError(
+            "training needs peft and accelerate, which are not installed; `pip install"
+            " 'arrag[train]'`"
+        ) from error
+    config = LoraConfig(
+        r=spec.lora_rank,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=dropout,
+        target_modules=TARGETS,
+    )
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        injected = ".lora_" in name
+        if injected:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(injected)

@@ -1,0 +1,275 @@
+"""Train a FAiD adapter: the paper's recipe on one process or several (`accelerate launch`).
+
+In: a generator and a training set. Out: `adapter.safetensors` in the run's folder, checkpoints to go
+on from, `metrics.jsonl` (a line a step) and TensorBoard files. A step's examples, the order of their
+candidates and its dropout follow from the seed and the step alone, so a run that was interrupted
+goes on as if nothing had happened.
+
+Source: AR-RAG (arXiv 2506.06962), section 4 and appendix; `TrainSettings` holds its constants.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from arrag_runtime.backends import load_backend
+from arrag_runtime.backends.compatibility import require_same_grids
+from arrag_runtime.backends.janus import JanusBackend
+from arrag_runtime.faid.attach import K
+from arrag_runtime.format.errors import ArragError, BadInputError
+from arrag_runtime.format.training_set import Examples, TrainingSet
+from arrag_runtime.training.model import TrainingModel, training_spec
+from arrag_runtime.training.run import Metrics, TrainingRun
+
+ADAPTER = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """model: "sample", a folder or a hub id; data: a training set; out: the run's folder.
+
+    The rest is the paper's recipe: steps None for `epochs` epochs; warmup: the share of the steps in
+    which the learning rate rises; global_batch: examples a step over all processes; batch_size: at
+    once on one process. precision: of the forward pass; trained weights are float32 in any case.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    hops: tuple[int, ...] = (1, 2)
+    blenders: int = 2
+    k: int = K
+    lora_rank: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    learning_rate: float = 2e-4
+    warmup: float = 0.1
+    clip: float = 1.0
+    global_batch: int = 256
+    batch_size: int = 4
+    epochs: float = 1.0
+    steps: int | None = None
+    caption_tokens: int = 512
+    precision: str = "bfloat16"
+    device: str = "cpu"
+    seed: int = 0
+    checkpoint_every: int = 25
+
+    def recipe(self) -> dict[str, Any]:
+        """What a run's results follow from, as checkpoints hold it; the rest may change in between."""
+        free = {"out", "data", "device", "batch_size", "checkpoint_every"}
+        fields = {name: value for name, value in vars(self).items() if name not in free}
+        return fields | {"hops": list(self.hops)}
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """adapter: the file; steps: in all; resumed_at: the step this run began with; loss: of the last
+
+    step, nats a token; main: whether this is the process that speaks for all.
+    """
+
+    adapter: Path
+    steps: int
+    resumed_at: int
+    loss: float
+    main: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        fields = {"adapter": str(self.adapter), "steps": self.steps, "loss": self.loss}
+        return fields | {"resumed_at": self.resumed_at}
+
+    def to_text(self) -> str:
+        """One line for people."""
+        since = f", from step {self.resumed_at} on" if self.resumed_at else ""
+        return f"adapter {self.adapter}: {self.steps} steps{since}, last loss {self.loss:.4f}"
+
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with steps done, steps in all, and the loss."""
+
+
+def train(
+    settings: TrainSettings, progress: Progress = lambda _done, _total, _loss: None
+) -> TrainReport:
+    """Train an adapter, or go on where the run in `out` was interrupted.
+
+    Raises ArragError for what the user can mend: a set that does not fit the generator, a run of
+    other settings in `out`, a loss that is no number.
+    """
+    _check(settings)
+    before = torch.get_float32_matmul_precision()
+    if settings.precision == "bfloat16" and settings.device != "cpu":
+        # Blenders are folded in float32, which then may take a GPU's tensor cores too.
+        torch.set_float32_matmul_precision("high")
+    try:
+        return _train(settings, progress)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _train(settings: TrainSettings, progress: Progress) -> TrainReport:
+    data = TrainingSet.open(settings.data)
+    if data.manifest.k < settings.k:
+        raise BadInputError(
+            f"training set {settings.data} has {data.manifest.k} retrieved tokens a position, and"
+            f" --k is {settings.k}; make one with `arrag-db trainset --k {settings.k}`"
+        )
+    accelerator = _accelerator(settings)
+    world, rank = int(accelerator.num_processes), int(accelerator.process_index)
+    if settings.global_batch % (settings.batch_size * world):
+        raise BadInputError(
+            f"--global-batch {settings.global_batch} is no multiple of --batch-size"
+            f" {settings.batch_size} times {world} processes; change one of them"
+        )
+    steps = settings.steps or math.ceil(settings.epochs * len(data) / settings.global_batch)
+    described = {"images": len(data), "set": data.manifest.to_json(), "steps": steps}
+    run = TrainingRun(settings.out.expanduser(), settings.recipe() | described)
+    torch.manual_seed(settings.seed)
+    model = make_training_model(settings, data, str(accelerator.device))
+    parameters = list(model.trained().values())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    start = run.resume(model, optimizer)
+    wrapped = accelerator.prepare_model(model)
+    loss = run.last_loss()
+    metrics = Metrics(run.folder, start) if accelerator.is_main_process else None
+    for step in range(start, steps):
+        began = time.perf_counter()
+        rate = learning_rate(settings, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout follows from seed, step and process, so that going on needs no generator's state.
+        torch.manual_seed(_number(settings.seed, step, rank))
+        total = torch.zeros((), device=accelerator.device)
+        parts = list(_share(settings, step, world, rank))
+        for number, part in enumerate(parts):
+            examples = step_examples(data, settings, part)
+            with _sync(accelerator, wrapped, last=number == len(parts) - 1):
+                part_loss = wrapped(*model.inputs(examples)).mean()
+                accelerator.backward(part_loss / len(parts))
+            total += part_loss.detach() / len(parts)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+        loss = float(accelerator.reduce(total, "mean"))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise ArragError(
+                f"the loss of step {step + 1} is {loss}, its gradient's norm {norm}; lower"
+                " --learning-rate, or use --precision float32"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if metrics is not None:
+            seconds = time.perf_counter() - began
+            metrics.write(step + 1, loss, rate, norm, settings.global_batch, seconds)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
+                run.save(step + 1, model, optimizer, loss)
+        progress(step + 1, steps, loss)
+    path = run.folder / ADAPTER
+    if metrics is not None:
+        metrics.close()
+        run.finish(path, model, settings.model, torch_dtype(settings.precision))
+    accelerator.wait_for_everyone()
+    return TrainReport(path, steps, start, loss, metrics is not None)
+
+
+def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """The learning rate of a step (from 0): a linear rise over the warm-up, then constant."""
+    rising = math.ceil(settings.warmup * steps)
+    return settings.learning_rate * min(1.0, (step + 1) / max(1, rising))
+
+
+def step_examples(data: TrainingSet, settings: TrainSettings, numbers: list[int]) -> Examples:
+    """The examples at these places of the endless stream of shuffled epochs.
+
+    Of each position the first k retrieved tokens, shuffled; both orders follow from seed and place.
+    """
+    size = len(data)
+    epochs = {place // size for place in numbers}
+    orders = {e: np.random.default_rng([settings.seed, e]).permutation(size) for e in epochs}
+    examples = data.rows([int(orders[place // size][place % size]) for place in numbers])
+    shuffled = [
+        np.random.default_rng([settings.seed, 1, place]).permuted(nearest, axis=1)
+        for place, nearest in zip(numbers, examples.neighbors[:, :, : settings.k], strict=True)
+    ]
+    return Examples(examples.captions, examples.tokens, np.stack(shuffled))
+
+
+def make_training_model(settings: TrainSettings, data: TrainingSet, device: str) -> TrainingModel:
+    """The generator with fresh trainable parts. Raises IncompatibleError unless the set fits it."""
+    loaded: Any = load_backend("janus", settings.model, device=device, precision=settings.precision)
+    backend: JanusBackend = loaded
+    what, around = f"training set {settings.data}", data.manifest.keys.neighborhood
+    require_same_grids(what, data.manifest.tokenizer, data.codebook, around, backend)
+    spec = training_spec(
+        backend, settings.hops, settings.blenders, settings.lora_rank, settings.lora_alpha
+    )
+    return TrainingModel(
+        backend,
+        spec,
+        k=settings.k,
+        dropout=settings.lora_dropout,
+        caption_tokens=settings.caption_tokens,
+    ).train()
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The torch dtype of a precision's name."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def _share(settings: TrainSettings, step: int, world: int, rank: int) -> Iterator[list[int]]:
+    """This process's places in the stream at a step, in batches."""
+    first = step * settings.global_batch
+    mine = list(range(first + rank, first + settings.global_batch, world))
+    for start in range(0, len(mine), settings.batch_size):
+        yield mine[start : start + settings.batch_size]
+
+
+def _number(*parts: int) -> int:
+    """A seed for torch that follows from these numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
+
+
+def _sync(accelerator: Any, model: Any, *, last: bool) -> Any:
+    """Gradients are exchanged between processes with a step's last batch only."""
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _accelerator(settings: TrainSettings) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ArragError(
+            "training needs peft and accelerate, which are not installed; `pip install"
+            " 'arrag[train]'`"
+        ) from error
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise BadInputError(
+            f"device 'cuda' is not available (torch {torch.__version__} sees no GPU); use --device"
+            " cpu, or install a CUDA build of torch"
+        )
+    # The training model chooses the precision of its forward pass itself.
+    return Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
+
+
+def _check(settings: TrainSettings) -> None:
+    """Raise BadInputError for the first setting that cannot be."""
+    for option, value, good, meaning in (
+        ("--k", settings.k, settings.k >= 1, "1 or more"),
+        ("--lora-rank", settings.lora_rank, settings.lora_rank >= 0, "0 (no LoRA) or more"),
+        ("--lora-dropout", settings.lora_dropout, 0 <= settings.lora_dropout < 1, "0 to below 1"),
+        ("--learning-rate", settings.learning_rate, settings.learning_rate > 0, "more than 0"),
+        ("--warmup", settings.warmup, 0 <= settings.warmup <= 1, "a share from 0 to 1"),
+        ("--epochs", settings.epochs, settings.epochs > 0, "more than 0"),
+        ("--steps", settings.steps, settings.steps is None or settings.steps >= 1, "1 or more"),
+        ("--device", settings.device, settings.device in ("cpu", "cuda"), "cpu or cuda"),
+    ):
+        if not good:
+            raise BadInputError(f"{option} is {value}; give {meaning}")

@@ -1,0 +1,1 @@
+"""What `build` consists of: the database's settings, which shards are to do, and who does them."""

@@ -1,0 +1,176 @@
+"""The database a build writes to: the one that exists, checked against the settings, or a new one."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from arrag_runtime.format.errors import BadInputError, IncompatibleError
+from arrag_runtime.format.ids import require_grid_fits
+from arrag_runtime.format.location import exists, in_store, names
+from arrag_runtime.format.manifest import (
+    PRECISIONS,
+    DatabaseManifest,
+    EncoderSettings,
+    Layout,
+    read_codebook,
+    write_codebook,
+)
+from arrag_runtime.format.specs import Floats, KeySpec, key_spec, require_same_tokenizer
+from arrag_runtime.tokenizers import load_tokenizer
+from schemas.settings.resources import RayResources
+from schemas.settings.source import SourceSettings
+from stages.download.download_links import DownloadSettings
+from stages.sources import GRID_SOURCES
+from stages.tables.committer import create_tables
+from stages.tables.deletion import create_list
+from stages.tables.ledger import read_ledger
+
+DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
+"""On a CPU single pictures were the fastest (docs/log.md); a GPU wants to be filled."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """None where a setting is the database's own, or, for a new one, the default.
+
+    retry_rejects: reasons; where there are any, the rejects that have them are tried again, and
+    nothing else is done.
+    """
+
+    database: str | Path
+    source: SourceSettings
+    tokenizer: str | None = None
+    tokenizer_weights: str | None = None
+    neighborhood: str | None = None
+    border: str | None = None
+    key_space: str | None = None
+    hold_out: float | None = None
+    precision: str | None = None
+    batch_size: int | None = None
+    compile: bool = False
+    min_side: int = 32
+    max_pixels: int = 80_000_000
+    resources: RayResources = field(default_factory=RayResources)
+    download: DownloadSettings = field(default_factory=DownloadSettings)
+    retry_rejects: tuple[str, ...] = ()
+
+
+def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseManifest, Floats]:
+    """The manifest of the database at `layout`, or of the one to be created, and its codebook.
+
+    Writes nothing. Raises IncompatibleError, with both sides named, when the settings differ from
+    those of a database that exists.
+    """
+    if settings.precision not in (None, *PRECISIONS):
+        raise BadInputError(
+            f"unknown precision '{settings.precision}'; choose one of {', '.join(PRECISIONS)}"
+        )
+    grids = settings.source.name in GRID_SOURCES
+    if grids and settings.tokenizer is None:
+        raise BadInputError(
+            f"--source {settings.source.name} needs --tokenizer: the one that made the grids"
+        )
+    if exists(layout.manifest):
+        manifest = DatabaseManifest.read(layout)
+        _require_latents(manifest.keys, grids)
+        _require_same(manifest, settings)
+        tokenizer = load_tokenizer(
+            settings.tokenizer or manifest.tokenizer.name,
+            settings.tokenizer_weights or manifest.tokenizer_weights,
+        )
+        codes = read_codebook(layout)
+        require_same_tokenizer(manifest.tokenizer, codes, tokenizer.spec, tokenizer.codebook())
+        # The weights may have moved; where they were found now is where workers look.
+        return replace(manifest, tokenizer_weights=tokenizer.weights), codes
+    _require_room(layout)
+    keys = _key_spec(settings)
+    _require_latents(keys, grids)
+    tokenizer = load_tokenizer(settings.tokenizer or "sample", settings.tokenizer_weights)
+    require_grid_fits(tokenizer.spec)
+    device = _device(settings)
+    encoder = EncoderSettings(
+        device,
+        settings.precision or ("bfloat16" if device == "cuda" else "float32"),
+        settings.batch_size or DEFAULT_BATCH[device],
+    )
+    manifest = DatabaseManifest(
+        tokenizer=tokenizer.spec,
+        tokenizer_weights=tokenizer.weights,
+        encoder=encoder,
+        keys=keys,
+        hold_out=settings.hold_out or 0.0,
+    )
+    return manifest, tokenizer.codebook()
+
+
+def create_database(layout: Layout, manifest: DatabaseManifest, codebook: Floats) -> None:
+    """Make the empty tables; the manifest comes last, so where it stands the rest is complete."""
+    create_tables(layout, manifest.tokenizer, manifest.keys)
+    if in_store(layout.root):
+        create_list(layout)
+    write_codebook(layout, codebook)
+    manifest.write(layout)
+
+
+def _require_room(layout: Layout) -> None:
+    """A folder without a manifest may only hold what a killed creation leaves: empty tables."""
+    ours = {
+        p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects, layout.removed)
+    }
+    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.leases, layout.codebook))}
+    others = [name for name in names(layout.root) if name not in ours and name[0] != "."]
+    if others:
+        raise BadInputError(
+            f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"
+            " empty or new folder with --db"
+        )
+    if read_ledger(layout).recorded:
+        raise BadInputError(
+            f"{layout.root} has tables with rows but no manifest.json; restore it, or name another"
+            " folder with --db"
+        )
+
+
+def _require_latents(keys: KeySpec, grids: bool) -> None:
+    """Refuse grids in latent key space."""
+    if grids and keys.space == "latent":
+        raise IncompatibleError(
+            "token grids bring no latents, so they have no keys in latent space; use --key-space"
+            " codebook, or build from the pictures themselves"
+        )
+
+
+def _device(settings: BuildSettings) -> str:
+    return "cuda" if settings.resources.gpus else "cpu"
+
+
+def _key_spec(settings: BuildSettings) -> KeySpec:
+    return key_spec(
+        settings.neighborhood or "causal-1",
+        settings.border or "skip",
+        settings.key_space or "codebook",
+    )
+
+
+def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:
+    """Raise IncompatibleError for the first setting that is given and differs."""
+    keys, encoder = manifest.keys, manifest.encoder
+    # Grids meet no encoder, so any machine may add them.
+    if _device(settings) != encoder.device and settings.source.name not in GRID_SOURCES:
+        raise IncompatibleError(
+            f"this database was encoded on {encoder.device}, and a {_device(settings)} gives a few"
+            f" other ids; pass --gpus {int(encoder.device == 'cuda')}, or name another folder with"
+            " --db"
+        )
+    for option, given, own in (
+        ("--neighborhood", settings.neighborhood, keys.neighborhood.name),
+        ("--border", settings.border, keys.neighborhood.border),
+        ("--key-space", settings.key_space, keys.space),
+        ("--hold-out", settings.hold_out, manifest.hold_out),
+        ("--precision", settings.precision, encoder.precision),
+        ("--batch-size", settings.batch_size, encoder.batch_size),
+    ):
+        if given is not None and given != own:
+            raise IncompatibleError(
+                f"this database was built with {option} {own}, not {given}; leave it out, or name"
+                " another folder with --db"
+            )

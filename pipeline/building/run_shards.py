@@ -1,0 +1,149 @@
+"""Ray Data over rows that are shards.
+
+CPU tasks read a shard and end in encoded files; an actor takes a whole shard, decodes, encodes and
+writes its fragments. What comes back to the driver is one small row a shard, a result or an error.
+The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
+"""
+
+import gc
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import ray.exceptions
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from pipeline.building.shard_worker import EncodeWorker, WorkerSettings, read_shard, shard_rows
+from pipeline.resources.malloc import return_free_memory
+from pipeline.resources.ray_session import EncoderPool
+from schemas.records import Attempt
+from schemas.settings.resources import RayResources
+from stages.tables.committer import ShardResult, clean_versions
+
+READ_CPUS = 0.25
+"""Declared for a task that reads: it waits for disks and networks most of the time."""
+
+
+@dataclass(frozen=True)
+class ShardFailure:
+    """A shard that did not come through, and why."""
+
+    shard: str
+    error: str
+
+
+def _of(resource: str | None) -> dict[str, Any]:
+    """Ray's options that keep a step to nodes that declare a resource: a trace of it is asked."""
+    return {"resources": {resource: TRACE}} if resource else {}
+
+
+TRACE = 0.001
+
+
+class VersionCleaner:
+    """Cleans tables of old versions on some worker, one after the other, while the driver goes on.
+
+    What is asked for beside a cleaning that is under way is left to the next.
+    """
+
+    def __init__(self) -> None:
+        self._task: Any = ray.remote(clean_versions).options(num_cpus=0)
+        self._running: Any = None
+
+    def __call__(self, paths: Sequence[str]) -> None:
+        """See `stages.tables.committer.Committer`. A cleaning that fails costs nothing but space."""
+        if self._running is None or ray.wait([self._running], timeout=0)[0]:
+            self._running = self._task.remote(list(paths))
+
+
+def run_shards(
+    attempts: Sequence[Attempt],
+    settings: WorkerSettings,
+    resources: RayResources,
+    pool: EncoderPool,
+) -> Iterator[ShardResult | ShardFailure]:
+    """Run shards, one attempt each, in any order; every one of them is answered for, once.
+
+    A shard whose worker died, or whose task raised, comes back as a failure. Ray Data keeps a few
+    kilobytes in the driver for every shard it was ever given, so it gets `WINDOW` of them at a time.
+    """
+    for start in range(0, len(attempts), WINDOW):
+        # A finished run of Ray Data is a ring of references, which Python alone is slow to free.
+        gc.collect()
+        return_free_memory()
+        yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
+
+
+WINDOW = 256
+
+
+def _run_window(
+    attempts: Sequence[Attempt],
+    settings: WorkerSettings,
+    resources: RayResources,
+    pool: EncoderPool,
+) -> Iterator[ShardResult | ShardFailure]:
+    # Ray 2.60 has no other way to say how often a task may be tried.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1
+    context.log_internal_stack_trace_to_stdout = False
+    context.execution_options.preserve_order = False
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=resources.in_flight_bytes
+    )
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    most = min(pool.largest, len(attempts))
+    encode_cpus = resources.threads - 2 * READ_CPUS
+    # The type of a function on Arrow tables is one that ray.data's own hints do not know.
+    read: Any = read_shard
+    encoded = (
+        ray.data.from_arrow(shard_rows(attempts))
+        .map_batches(
+            read,
+            fn_kwargs={"settings": settings},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=min(most + 1, len(attempts))),
+            num_cpus=READ_CPUS,
+            **_of(resources.read_resource),
+        )
+        .map_batches(
+            EncodeWorker,
+            fn_constructor_kwargs={"settings": settings},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=min(pool.smallest, most), max_size=most, max_tasks_in_flight_per_actor=2
+            ),
+            num_cpus=encode_cpus,
+            num_gpus=1 if resources.gpus else 0,
+            # Ray would run a shard that kills its worker again without end.
+            max_task_retries=0,
+            **_of(resources.encode_resource),
+        )
+    )
+    missing = {attempt.shard.id for attempt in attempts}
+    reason = "its worker died (out of memory, or killed); see Ray's logs"
+    try:
+        answers: Any = encoded.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
+        for answer in answers:
+            for row in answer.to_pylist():
+                if row["shard"] not in missing:
+                    continue
+                missing.discard(row["shard"])
+                if row["error"] is None:
+                    yield ShardResult.from_json(row["result"])
+                else:
+                    yield ShardFailure(row["shard"], row["error"])
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+    for shard in sorted(missing):
+        yield ShardFailure(shard, reason)

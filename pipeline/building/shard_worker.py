@@ -1,0 +1,238 @@
+"""What runs on the cluster: a task that reads or downloads a shard, an actor that encodes it.
+
+In: rows that are attempts at shards, as Arrow tables, since Ray Data hands those over without conversion. Out:
+rows with a result or an error; neither function raises for what is wrong with a shard.
+"""
+
+import logging
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from arrag_runtime.format.errors import ShardError
+from arrag_runtime.format.location import exists
+from arrag_runtime.format.manifest import Layout
+from arrag_runtime.format.specs import KeySpec
+from arrag_runtime.tokenizers import load_tokenizer
+from schemas.records import (
+    Attempt,
+    GridRecord,
+    ImageRecord,
+    LinkRecord,
+    Reject,
+    Shard,
+    pack_records,
+    unpack_records,
+)
+from schemas.settings.source import SourceSettings
+from schemas.tables import REJECTS_SCHEMA
+from stages.download.download_links import DownloadSettings, download_links
+from stages.encode.encode_images import EncodeSettings, encode_shard
+from stages.encode.extract_patches import extract_patches
+from stages.removal.suppression import read_suppressed, without_removed
+from stages.sources import GRID_SOURCES, open_source
+from stages.tables.committer import ShardResult, table_paths, write_fragments
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Everything a worker needs to know besides its shard."""
+
+    database: str
+    source: SourceSettings
+    tokenizer: str
+    tokenizer_weights: str | None
+    device: str
+    precision: str
+    compile: bool
+    keys: KeySpec
+    encode: EncodeSettings
+    threads: int
+    download: DownloadSettings
+
+
+SHARD_ROW = pa.schema(
+    [
+        pa.field("shard", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("members", pa.list_(pa.string())),
+        pa.field("attempt", pa.int32()),
+        pa.field("rows", pa.list_(pa.int32())),
+    ]
+)
+
+
+def shard_rows(attempts: Sequence[Attempt]) -> list[pa.Table]:
+    """One table of one row for each attempt, as `read_shard` takes them."""
+    rows = [
+        {"shard": a.shard.id, "source": a.shard.source, "members": list(a.shard.members)}
+        | {"attempt": a.number, "rows": list(a.rows)}
+        for a in attempts
+    ]
+    return [pa.Table.from_pylist([row], schema=SHARD_ROW) for row in rows]
+
+
+def _attempt(row: dict[str, Any]) -> Attempt:
+    shard = Shard(row["source"], row["shard"], tuple(row["members"]))
+    return Attempt(shard, row["attempt"], tuple(row["rows"]))
+
+
+def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
+    """Shard rows with their inputs packed into one binary value each."""
+    inputs, errors, seconds = [], [], []
+    for row in table.to_pylist():
+        started = time.perf_counter()
+        packed, error = pa.py_buffer(b""), None
+        try:
+            packed = pack_records(_inputs(_attempt(row), settings))
+        except Exception as raised:
+            error = _describe(raised)
+        inputs.append(_one_binary(packed))
+        errors.append(error)
+        seconds.append(time.perf_counter() - started)
+    table = table.append_column("inputs", pa.chunked_array(inputs, pa.large_binary()))
+    table = table.append_column("error", pa.array(errors, pa.string()))
+    return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
+
+
+def _inputs(
+    attempt: Attempt, settings: WorkerSettings
+) -> Iterator[ImageRecord | GridRecord | Reject]:
+    """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
+
+    What is on the list of removed pictures is turned away: before it is downloaded where its
+    address or hash is known, and before it is kept by its bytes.
+    """
+    removed = read_suppressed(Layout(settings.database))
+    items = open_source(settings.source).read(attempt.shard)
+    if attempt.rows:
+        items = _only(items, attempt)
+    return download_links(
+        without_removed(items, removed), settings.download, attempt, removed=removed
+    )
+
+
+def _only(
+    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject], attempt: Attempt
+) -> Iterator[ImageRecord | LinkRecord | GridRecord | Reject]:
+    """The items of the rows that are tried again. Raises ShardError where one is gone."""
+    missing = set(attempt.rows)
+    for item in items:
+        if item.row in missing:
+            missing.discard(item.row)
+            yield item
+    if missing:
+        raise ShardError(
+            f"shard {attempt.shard.id} has no row {min(missing)} any more; its input has changed"
+        )
+
+
+def _one_binary(buffer: pa.Buffer) -> pa.LargeBinaryArray:
+    """An array of one value that is this buffer, without copying it."""
+    offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
+
+
+class EncodeWorker:
+    """Holds the tokenizer; turns one packed shard into written fragments and a result."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._measured = False
+        self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
+        if settings.source.name not in GRID_SOURCES:
+            self._tokenizer.setup(
+                settings.device, precision=settings.precision, compile=settings.compile
+            )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        for index in range(table.num_rows):
+            row = {name: table[name][index].as_py() for name in ("shard", "source", "error")}
+            answer = {"shard": row["shard"], "result": None, "error": row["error"]}
+            if row["error"] is None:
+                try:
+                    answer["result"] = self._encode(table.slice(index, 1)).to_json()
+                except Exception as error:
+                    answer["error"] = _describe(error)
+            rows.append(answer)
+        names = ("shard", "result", "error")
+        return pa.Table.from_pylist(rows, schema=pa.schema([(n, pa.string()) for n in names]))
+
+    def _encode(self, row: pa.Table) -> ShardResult:
+        settings, spec = self._settings, self._tokenizer.spec
+        layout = Layout(settings.database)
+        if not exists(layout.manifest):
+            # Fragments would go to a folder of this node's own, where no table finds them.
+            raise ShardError(
+                f"node {socket.gethostname()} does not see the database at {layout.root}; put it"
+                " where all nodes of the cluster do: on a shared file system or in a bucket"
+            )
+        columns = ("shard", "source", "members", "attempt", "rows")
+        attempt = _attempt({name: row[name][0].as_py() for name in columns})
+        shard = attempt.shard
+        inputs = unpack_records(row["inputs"][0].as_buffer())
+        encoded = encode_shard(
+            self._tokenizer,
+            inputs,
+            settings.encode,
+            measure_agreement=not self._measured and settings.precision != "float32",
+        )
+        self._measured |= encoded.agreement is not None
+        started = time.perf_counter()
+        kept = encoded.in_database()
+        patches = extract_patches(
+            spec,
+            settings.keys,
+            encoded.image_ids(shard)[kept],
+            encoded.tokens[kept],
+            encoded.latents[kept] if encoded.latents is not None else None,
+        )
+        rejects = pa.Table.from_pylist(
+            [
+                {"shard": shard.id, "attempt": attempt.number, "row": r.row, "key": r.key}
+                | {"url": r.url, "stage": r.stage, "reason": r.reason, "detail": r.detail}
+                for r in encoded.rejects
+            ],
+            schema=REJECTS_SCHEMA,
+        )
+        paths = table_paths(layout, settings.keys)
+        tables = {
+            "patches": patches,
+            "rejects": rejects,
+            "images": encoded.images_table(spec, shard),
+        }
+        fragments = {name: write_fragments(paths[name], tables[name]) for name in tables}
+        return ShardResult(
+            shard=shard.id,
+            source=shard.source,
+            attempt=attempt.number,
+            inputs=0 if attempt.rows else encoded.inputs,
+            images=len(encoded.images),
+            heldout=int(np.count_nonzero(~kept)),
+            patches=patches.num_rows,
+            rejects=dict(encoded.reasons),
+            fragments=fragments,
+            seconds={
+                "read": row["read_seconds"][0].as_py(),
+                "encode": encoded.seconds,
+                "write": time.perf_counter() - started,
+            },
+            agreement=encoded.agreement,
+            retried=attempt.rows,
+        )
+
+
+def _describe(error: Exception) -> str:
+    """One line for people; the traceback goes to the worker's log."""
+    logging.getLogger(__name__).warning("%s", traceback.format_exc())
+    return f"{type(error).__name__}: {error}"

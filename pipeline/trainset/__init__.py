@@ -1,0 +1,1 @@
+"""Training sets for FAiD: `make` plans and collects, `worker` retrieves."""

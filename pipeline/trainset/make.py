@@ -1,0 +1,323 @@
+"""Make a training set for FAiD: captions, token grids, and what every position retrieves.
+
+open the database and its index → choose the pictures → subtract those in the table → retrieve in
+batches on Ray → commit each in order → describe the set in its manifest.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from arrag_runtime.format.errors import ArragError, BadInputError, IncompatibleError
+from arrag_runtime.format.ids import ROW_BITS, Ids, contains, shard_number
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.location import (
+    exists,
+    join,
+    make_folder,
+    names,
+    normalised,
+    read_bytes,
+    remove,
+    write_bytes,
+)
+from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook, write_codebook
+from arrag_runtime.format.training_set import (
+    CODEBOOK,
+    MANIFEST,
+    ROWS,
+    SETTINGS,
+    TrainsetManifest,
+    trainset_schema,
+)
+from arrag_runtime.search.patch_index import PatchIndex
+from arrag_runtime.search.tombstones import Tombstones
+from pipeline.resources.lease import lease
+from pipeline.resources.ray_session import encoder_pool, ray_cluster
+from pipeline.trainset.worker import TrainsetWorker, Written, write_pictures, write_shard
+from schemas.records import Shard
+from schemas.settings.resources import RayResources
+from schemas.settings.source import SourceSettings
+from stages.sources import locate_source, open_source
+from stages.tables.row_table import RowTable
+
+IMAGES_PER_TASK = 32
+"""Pictures a task of the database's own: some 16,000 searches on a 24 x 24 grid."""
+
+PICTURES = ("heldout", "database")
+
+
+@dataclass(frozen=True)
+class TrainsetSettings:
+    """What to make. pictures: "heldout" or "database", None for held-out ones where there are any.
+
+    source: another source to take the pictures from; limit: pictures at most (of a source: its
+    inputs); out: the folder, None for `DB/trainset`; index: its name, None for the newest.
+    """
+
+    database: str | Path
+    k: int = 10
+    limit: int | None = 50_000
+    pictures: str | None = None
+    source: SourceSettings | None = None
+    out: str | Path | None = None
+    index: str | None = None
+    tokenizer_weights: str | None = None
+    resources: RayResources = field(default_factory=RayResources)
+
+
+@dataclass(frozen=True)
+class TrainsetReport:
+    """folder: where it is; images: rows in it; added: by this run; captionless: pictures left out,
+
+    0 for another source, whose captionless pictures are not counted.
+    """
+
+    folder: str
+    manifest: TrainsetManifest
+    images: int
+    added: int
+    captionless: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "trainset": self.folder,
+            "images": self.images,
+            "added": self.added,
+            "captionless": self.captionless,
+            "k": self.manifest.k,
+            "positions": self.manifest.tokenizer.positions,
+            "pictures": self.manifest.pictures,
+            "index": self.manifest.index,
+        }
+
+    def to_text(self) -> str:
+        """Two lines for people."""
+        left_out = f", {self.captionless:,} without a caption left out" if self.captionless else ""
+        return (
+            f"training set {self.folder}: {self.images:,} pictures ({self.added:,} new{left_out}),"
+            f" {self.manifest.k} retrieved tokens at each of {self.manifest.tokenizer.positions}"
+            f" positions\npictures: {self.manifest.pictures}; index: {self.manifest.index}"
+        )
+
+
+Task = list[int] | Shard
+"""What one Ray task works on: pictures of the database by id, or a shard of another source."""
+
+Progress = Callable[[int, int], None]
+
+
+def make_trainset(
+    settings: TrainsetSettings, progress: Progress = lambda _done, _total: None
+) -> TrainsetReport:
+    """Make the training set, or add to it what it lacks; an interrupted one goes on.
+
+    progress is called with tasks done and to do. Raises ArragError for what the user can mend.
+    """
+    layout = Layout(settings.database)
+    database = DatabaseManifest.read(layout)
+    folder = normalised(settings.out or join(layout.root, "trainset"))
+    with lease(layout, "arrag-db trainset") as held:
+        index = PatchIndex.open(layout.root, settings.index)
+        removed = Tombstones(layout).ids
+        images = ImageTable(layout.images, removed)
+        wanted = _describe(settings, database, index, images)
+        rows = _open_rows(folder, wanted, removed)
+        tasks, captionless = _tasks(settings, wanted, images, rows)
+        if rows is None:
+            make_folder(folder)
+            write_codebook(Layout(folder), read_codebook(layout))
+            rows = RowTable.create(join(folder, ROWS), trainset_schema(wanted))
+        worker = TrainsetWorker(
+            layout.root,
+            index.manifest.name,
+            join(folder, ROWS),
+            wanted,
+            settings.source and absolute(settings.source),
+            settings.tokenizer_weights,
+            "cuda" if settings.resources.gpus else "cpu",
+        )
+        added = 0
+        if tasks:
+            # Until everything wanted is there, the folder holds no complete set.
+            remove(join(folder, MANIFEST))
+            with ray_cluster(settings.resources):
+                for number, written in enumerate(_run(tasks, worker, settings.resources)):
+                    held.check()
+                    rows.append(written.fragments)
+                    added += written.images
+                    progress(number + 1, len(tasks))
+        count = rows.count()
+        if not count:
+            raise BadInputError(
+                f"no picture of {wanted.pictures} has a caption, and training needs captions; name"
+                " another --source, or build the database from one with captions"
+            )
+        finished = replace(wanted, images=count)
+        held.check()
+        write_bytes(join(folder, MANIFEST), (finished.to_json() + "\n").encode())
+    return TrainsetReport(folder, finished, count, added, captionless)
+
+
+def absolute(source: SourceSettings) -> SourceSettings:
+    """The same source for workers, whose working folder is another one."""
+    return locate_source(source)
+
+
+def _describe(
+    settings: TrainsetSettings, database: DatabaseManifest, index: PatchIndex, images: ImageTable
+) -> TrainsetManifest:
+    """What the rows are made with. Raises for settings that do not go together."""
+    keys = index.manifest.keys
+    if not keys.neighborhood.is_causal:
+        raise IncompatibleError(
+            f"index {index.manifest.name} has {keys.neighborhood.name} keys, which see later tokens;"
+            " FAiD predicts from earlier ones: index a causal neighbourhood"
+        )
+    if settings.k < 1:
+        raise BadInputError(f"--k is {settings.k}; retrieve at least 1 token a position")
+    if settings.source is not None and settings.pictures is not None:
+        raise BadInputError("--source and --from both say where pictures come from; give one")
+    if settings.pictures not in (None, *PICTURES):
+        raise BadInputError(
+            f"unknown --from '{settings.pictures}'; choose one of {', '.join(PICTURES)}"
+        )
+    if settings.source is not None:
+        pictures = " ".join((settings.source.name, *settings.source.input))
+    else:
+        held_out = len(images.captioned("heldout")[0]) > 0
+        pictures = settings.pictures or ("heldout" if held_out else "database")
+    version = index.manifest.table_version
+    return TrainsetManifest(
+        database.tokenizer, keys, settings.k, index.manifest.name, version, pictures
+    )
+
+
+def _open_rows(folder: str, wanted: TrainsetManifest, removed: Ids) -> RowTable | None:
+    """The table that exists, None where there is none yet.
+
+    Raises where it was made otherwise than wanted, or holds pictures that were removed since.
+    """
+    rows = RowTable.open(join(folder, ROWS))
+    if rows is None:
+        others = sorted(set(names(folder)) - {CODEBOOK, MANIFEST, ROWS})
+        if others:
+            raise BadInputError(
+                f"{folder} is no training set and not empty (it holds {others[0]}); name an empty"
+                " or new folder with --out"
+            )
+        return None
+    metadata = rows.schema.metadata or {}
+    have = TrainsetManifest.from_json(metadata.get(SETTINGS, b""), folder)
+    for option, own, new in (
+        ("--k", have.k, wanted.k),
+        ("index", have.index, wanted.index),
+        ("version of the patches", have.table_version, wanted.table_version),
+        ("pictures", have.pictures, wanted.pictures),
+        ("tokenizer", have.tokenizer.fingerprint(), wanted.tokenizer.fingerprint()),
+        ("keys", have.keys.name, wanted.keys.name),
+    ):
+        if own != new:
+            raise IncompatibleError(
+                f"training set {folder} was made with {option} {own}, not {new}; name another folder"
+                " with --out, or delete this one"
+            )
+    if count := int(np.count_nonzero(contains(removed, rows.column("image_id").to_numpy()))):
+        raise IncompatibleError(
+            f"training set {folder} holds {count} pictures that were removed from the database since;"
+            " delete it and make it again"
+        )
+    return rows
+
+
+def _tasks(
+    settings: TrainsetSettings, wanted: TrainsetManifest, images: ImageTable, rows: RowTable | None
+) -> tuple[list[Task], int]:
+    """What is still to be done, in a fixed order, and the pictures left out for want of a caption."""
+    have = np.empty(0, np.int64) if rows is None else rows.column("image_id").to_numpy()
+    if settings.source is not None:
+        done = set((have >> ROW_BITS).tolist())
+        shards = open_source(settings.source).listing([]).shards
+        return [shard for shard in shards if shard_number(shard.id) not in done], 0
+    captioned, captionless = images.captioned(wanted.pictures)
+    done = set(have.tolist())
+    todo = [image for image in _chosen(captioned, settings.limit) if image not in done]
+    tasks: list[Task] = [
+        todo[start : start + IMAGES_PER_TASK] for start in range(0, len(todo), IMAGES_PER_TASK)
+    ]
+    return tasks, captionless
+
+
+def _chosen(captioned: Ids, limit: int | None) -> list[int]:
+    """The first `limit` pictures in the order of a hash, so that a larger limit only adds some."""
+    ids: list[int] = captioned.tolist()
+    order = [hashlib.sha256(f"trainset {image}".encode()).digest() for image in ids]
+    ranked = [image for _, image in sorted(zip(order, ids, strict=True))]
+    return ranked[:limit]
+
+
+def _run(
+    tasks: Sequence[Task], worker: TrainsetWorker, resources: RayResources
+) -> Iterator[Written]:
+    """The results of all tasks in their order, a bounded number at work at once.
+
+    Raises ArragError for a task that failed; what came before it is committed.
+    """
+    options = {"num_cpus": resources.threads, "num_gpus": 1 if resources.gpus else 0}
+    of_ids: Any = ray.remote(write_pictures).options(**options)
+    of_shard: Any = ray.remote(write_shard).options(**options)
+    ahead, waiting = 2 * encoder_pool(resources).largest, deque(tasks)
+    settings, running = ray.put(worker), deque[Any]()
+    while waiting or running:
+        while waiting and len(running) < ahead:
+            task = waiting.popleft()
+            remote = of_shard if isinstance(task, Shard) else of_ids
+            running.append(remote.remote(settings, task))
+        try:
+            written: Written = ray.get(running.popleft())
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ArragError):
+                raise error.cause from error
+            raise ArragError(
+                f"retrieving failed: {error.cause}; what came before is kept, and the same command"
+                " goes on"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise ArragError(
+                f"a worker died ({str(error).splitlines()[0]}); what came before is kept, and the"
+                " same command goes on"
+            ) from error
+        yield written
+
+
+EXPORT_ROWS = 512
+
+
+def export_trainset(folder: str | Path, path: Path) -> None:
+    """Write a training set as one Arrow file, rows by image id, to train where Lance is not."""
+    place = normalised(folder)
+    rows = RowTable.open(join(place, ROWS))
+    if rows is None or not exists(join(place, MANIFEST)):
+        raise BadInputError(f"{folder} holds no complete training set; make it first")
+    metadata = {
+        MANIFEST.encode(): read_bytes(join(place, MANIFEST)),
+        CODEBOOK.encode(): read_bytes(join(place, CODEBOOK)),
+    }
+    schema = rows.schema.with_metadata(metadata)
+    order = np.argsort(rows.column("image_id").to_numpy(), kind="stable")
+    path = path.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start in range(0, len(order), EXPORT_ROWS):
+            table = rows.take(order[start : start + EXPORT_ROWS].tolist())
+            writer.write_table(table.replace_schema_metadata(metadata))
+    temporary.replace(path)

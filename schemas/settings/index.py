@@ -1,0 +1,142 @@
+"""How an index is to be made. Kept in its manifest, so that a grown table is indexed likewise."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.specs import KeySpec
+
+KINDS = ("codebook", "ivfpq", "flat")
+FLAT_UP_TO = 50_000
+"""Latent keys: below this many exact search is as fast as anything and takes a few megabytes."""
+FEWEST_POINTS = 39
+"""faiss' own minimum of training points a list; below it centroids are badly placed."""
+MOST_LISTS = 1 << 20
+SCAN_NS, IMBALANCE, PROBES = 11, 2.1, 48
+"""Measured: nanoseconds a code scanned, lists' imbalance factor, lists visited at 0.98 recall@10."""
+BALANCE = 8
+"""Lists for each √key at which looking at centroids and at codes cost about the same."""
+QUERY_MS = 0.5
+"""Wanted milliseconds of a query on one core, by default."""
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def default_kind(space: str, keys: int) -> str:
+    """The kind of index that suits this many keys of a space, "codebook" or "latent"."""
+    if space == "codebook":
+        return "codebook"
+    return "flat" if keys <= FLAT_UP_TO else "ivfpq"
+
+
+def choose_lists(keys: int, query_ms: float) -> int:
+    """How many lists of a codebook index let a query take about `query_ms` on one core.
+
+    Coarse search aside. At least `BALANCE`·√keys, so that finding the lists and scanning them stay in balance, and at most
+    what `FEWEST_POINTS` keys a list allow.
+    """
+    scan = keys * PROBES * IMBALANCE * SCAN_NS / (query_ms * 1e6)
+    wanted = max(BALANCE * math.sqrt(keys), scan)
+    return max(1, min(round(wanted), keys // FEWEST_POINTS, MOST_LISTS))
+
+
+def choose_ivfpq_lists(keys: int) -> int:
+    """As many lists of an ivfpq index as the released one had for its size, about 4·√keys."""
+    return max(1, min(round(4 * math.sqrt(keys)), keys // FEWEST_POINTS))
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """kind: "codebook", "ivfpq", "flat", or None for what suits the keys.
+
+    index_key: faiss' factory string, for ivfpq. memory: what the finished index may take;
+    worker_memory: what one process may take while filling. lists: None for as many as make a query
+    take about query_ms on one core. nprobe: None for the smallest that reaches target_recall
+    ("0.95", or "0.9@2048"). weights: "equal", "learned", or one number an offset, separated by commas.
+    max_copies: identical entries beyond this many are stored once. dedup: "none" or "images".
+    """
+
+    kind: str | None = None
+    index_key: str | None = None
+    memory: str = "4GB"
+    worker_memory: str = "600MB"
+    lists: int | None = None
+    query_ms: float = QUERY_MS
+    nprobe: int | None = None
+    target_recall: str = "0.95"
+    weights: str = "equal"
+    max_copies: int = 16
+    dedup: str = "none"
+    seed: int = 0
+
+    def resolved(self, keys: KeySpec, count: int) -> "IndexSettings":
+        """The same with the kind that suits the keys where none was asked for.
+
+        Raises BadInputError for settings that no index can have, or that do not go together.
+        """
+        by_key = "ivfpq" if self.index_key is not None else None
+        kind = self.kind or by_key or default_kind(keys.space, count)
+        if kind not in KINDS:
+            raise BadInputError(f"unknown index kind '{kind}'; choose one of {', '.join(KINDS)}")
+        if kind == "codebook" and keys.space != "codebook":
+            raise BadInputError(
+                f"--kind codebook packs the tokens of a key, and keys in {keys.space} space have"
+                " none; use --kind ivfpq"
+            )
+        for option, given, needed in (
+            ("--index-key", self.index_key is not None, "ivfpq"),
+            ("--lists", self.lists is not None, "codebook"),
+            ("--weights", self.weights != "equal", "codebook"),
+            ("--dedup", self.dedup != "none", "codebook"),
+        ):
+            if given and kind != needed:
+                raise BadInputError(f"{option} is for --kind {needed}, not {kind}; leave it out")
+        if self.nprobe is not None and kind == "flat":
+            raise BadInputError("--nprobe is for kinds with lists, not flat; leave it out")
+        if self.max_copies < 1:
+            raise BadInputError(f"--max-copies {self.max_copies} is too few; give at least 1")
+        if self.dedup not in ("none", "images"):
+            raise BadInputError(f"--dedup '{self.dedup}' is neither none nor images")
+        size_in_bytes("--memory", self.memory)
+        size_in_bytes("--worker-memory", self.worker_memory)
+        self.typed_weights(keys)
+        return IndexSettings(**asdict(self) | {"kind": kind})
+
+    def typed_weights(self, keys: KeySpec) -> tuple[float, ...] | None:
+        """The weights that were typed, scaled to a mean of 1; None for equal or learned ones."""
+        if self.weights in ("equal", "learned"):
+            return None
+        offsets = keys.neighborhood.size
+        try:
+            weights = tuple(float(part) for part in self.weights.split(","))
+        except ValueError:
+            weights = ()
+        finite = all(math.isfinite(weight) for weight in weights)
+        if len(weights) != offsets or not finite or min(weights) < 0 or sum(weights) == 0:
+            raise BadInputError(
+                f"--weights '{self.weights}' is neither equal, learned nor {offsets} numbers, one an"
+                f" offset of {keys.neighborhood.name}, such as {','.join(['1'] * offsets)}"
+            )
+        mean = sum(weights) / offsets
+        return tuple(weight / mean for weight in weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest keeps it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(kept: dict[str, Any]) -> "IndexSettings":
+        """What `to_json` gave; what else stands there is left aside."""
+        known = {field.name for field in fields(IndexSettings)}
+        return IndexSettings(**{name: value for name, value in kept.items() if name in known})
+
+
+def size_in_bytes(option: str, text: str) -> int:
+    """A size such as 4GB, 512MB or 1.5G. Raises BadInputError for what is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in UNITS or float(match[1]) <= 0:
+        raise BadInputError(f"{option} '{text}' is not a size such as 4GB")
+    return int(float(match[1]) * UNITS[unit])

@@ -1,0 +1,134 @@
+"""The coarse lists of a codebook index: how many, where their centroids lie, which one a key is in.
+
+k-means is the only thing that a codebook index has to learn. With many lists it is done in two levels
+(clusters of the sample, then lists within each cluster), and a key finds its list through a small
+index over the centroids, so that both cost about keys · √lists instead of keys · lists. A search looks
+at the centroids exactly, or through a graph when they are very many.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.specs import Floats
+
+TWO_LEVELS_FROM = 4096
+GRAPH_FROM = 65_537
+"""With this many lists or more a search finds the nearest ones through a graph."""
+POINTS_PER_LIST = 64
+ROUNDS = 10
+BLOCK = 131_072
+"""Vectors of a sample that are made at a time."""
+GROUPS_SEARCHED = 4
+"""Groups of centroids in which a key looks for its own; the nearest is missed once in hundreds."""
+
+
+def train_centroids(
+    sample: npt.NDArray[Any],
+    lists: int,
+    *,
+    seed: int,
+    vectors_of: Callable[[npt.NDArray[Any]], Floats] = np.asarray,
+) -> Floats:
+    """Centroids float32 [lists, D] of a sample [N, ..], N ≥ lists, in the sample's order.
+
+    The sample is what was drawn over all shards; its order must not follow them. vectors_of: makes
+    search vectors float32 [M, D] of some of it, so that millions of keys need not all be vectors at
+    once; without it the sample is float32 [N, D].
+    """
+    if lists < TWO_LEVELS_FROM:
+        return _kmeans(vectors_of(sample), lists, seed)
+    groups = round(math.sqrt(lists))
+    upper = _kmeans(vectors_of(sample[: groups * 256]), groups, seed)
+    blocks = (sample[start : start + BLOCK] for start in range(0, len(sample), BLOCK))
+    group_of = np.concatenate([nearest(upper, vectors_of(block)) for block in blocks])
+    sizes = np.bincount(group_of, minlength=groups)
+    shares = _apportion(sizes, lists)
+    order = np.argsort(group_of, kind="stable")
+    ends = np.cumsum(sizes)
+    return np.concatenate(
+        [
+            _kmeans(vectors_of(sample[order[end - size : end]]), int(share), seed)
+            for end, size, share in zip(ends, sizes, shares, strict=True)
+            if share
+        ]
+    )
+
+
+def _apportion(sizes: Ids, lists: int) -> Ids:
+    """Lists for each group in proportion to its points, never more than it has points."""
+    cumulated = np.concatenate([[0], np.cumsum(sizes)]) * lists // sizes.sum()
+    shares = np.diff(cumulated)
+    return np.minimum(shares, sizes)
+
+
+def _kmeans(vectors: Floats, count: int, seed: int) -> Floats:
+    kmeans = faiss.Kmeans(
+        *(vectors.shape[1], count),
+        niter=ROUNDS,
+        seed=seed + 1,
+        min_points_per_centroid=1,
+        max_points_per_centroid=1 << 20,
+    )
+    kmeans.train(np.ascontiguousarray(vectors))
+    return np.asarray(kmeans.centroids, np.float32)
+
+
+def nearest(centroids: Floats, vectors: Floats) -> Ids:
+    """The exactly nearest centroid of each vector, int64 [N]."""
+    flat = faiss.IndexFlatL2(centroids.shape[1])
+    flat.add(np.ascontiguousarray(centroids))
+    lists: Ids = flat.search(np.ascontiguousarray(vectors), 1)[1][:, 0]
+    return lists
+
+
+class ListFinder:
+    """Finds the list of a key: exactly with few lists, else within the nearest groups of lists."""
+
+    def __init__(self, centroids: Floats, *, seed: int = 0) -> None:
+        self._centroids = np.ascontiguousarray(centroids)
+        self._grouped = len(centroids) >= TWO_LEVELS_FROM
+        if self._grouped:
+            self._upper = _kmeans(centroids, round(math.sqrt(len(centroids))), seed)
+            group_of = nearest(self._upper, centroids)
+            self._members = np.argsort(group_of, kind="stable")
+            self._ends = np.cumsum(np.bincount(group_of, minlength=len(self._upper)))
+
+    def __call__(self, vectors: Floats) -> Ids:
+        """The list of each search vector float32 [N, D], int64 [N]."""
+        if not self._grouped:
+            return nearest(self._centroids, vectors)
+        wanted = min(GROUPS_SEARCHED, len(self._upper))
+        groups = faiss.knn(vectors, self._upper, wanted)[1].astype(np.uint16)
+        best = np.full(len(vectors), np.inf, np.float32)
+        lists = np.zeros(len(vectors), np.int64)
+        for rank in groups.T:
+            # All keys that look into one group do so together, in one product of matrices.
+            order = np.argsort(rank, kind="stable")
+            ends = np.cumsum(np.bincount(rank, minlength=len(self._upper)))
+            start = first = 0
+            for end, last in zip(ends, self._ends, strict=True):
+                if end > start and last > first:
+                    rows, members = order[start:end], self._members[first:last]
+                    distances, at = faiss.knn(vectors[rows], self._centroids[members], 1)
+                    nearer = distances[:, 0] < best[rows]
+                    best[rows[nearer]] = distances[nearer, 0]
+                    lists[rows[nearer]] = members[at[nearer, 0]]
+                start, first = end, last
+        return lists
+
+
+def write_graph(centroids: Floats, path: Path) -> None:
+    """Write the graph over the centroids where there are so many that a search needs one."""
+    if len(centroids) < GRAPH_FROM:
+        return
+    graph = faiss.IndexHNSWFlat(centroids.shape[1], 32)
+    graph.hnsw.efConstruction = 100
+    graph.add(np.ascontiguousarray(centroids))
+    faiss.write_index(graph, str(path))

@@ -1,0 +1,153 @@
+"""The steps of building a codebook index: train the lists, fill parts, merge them.
+
+Each step writes one file or folder that appears complete or not at all, so a killed build goes on
+with the first that is missing. Steps of one kind are independent of each other and may run anywhere.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from arrag_runtime.format.codes import CodeLayout
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.inverted_lists import CENTROIDS, GRAPH, ListPart
+from arrag_runtime.format.patches import PatchTable, TablePart
+from arrag_runtime.format.specs import Floats, key_vectors
+from schemas.settings.index import IndexSettings, choose_lists, size_in_bytes
+from stages.index.coarse_lists import POINTS_PER_LIST, ListFinder, train_centroids, write_graph
+from stages.index.fill_lists import HELD_A_KEY, MERGE_ENTRIES, fill_part, merge_parts
+
+FIXED_BYTES = 400 << 20
+"""What a worker takes with the libraries and one block, whatever the part."""
+TRAINED_ON_AT_MOST = 16_000_000
+
+
+@dataclass(frozen=True)
+class FillStep:
+    """Fill one part: rows of a table at a pinned version into `folder`, grouped by list."""
+
+    table: str
+    version: int
+    rows: TablePart
+    centroids: str
+    folder: str
+    layout: CodeLayout
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """Merge parts into `folder`, of lists first..last-1, in canonical order."""
+
+    parts: tuple[str, ...]
+    folder: str
+    first: int
+    last: int
+    layout: CodeLayout
+    max_copies: int
+    left_out: str | None
+
+
+def run_step(step: FillStep | MergeStep) -> str:
+    """Do one step and return its folder; nothing where that already stands."""
+    folder = Path(step.folder)
+    if folder.exists():
+        return step.folder
+    size = step.layout.size
+    if isinstance(step, FillStep):
+        centroids: Floats = np.load(step.centroids)
+        table = PatchTable(step.table, step.version)
+        blocks = table.blocks(part=step.rows)
+        finder = ListFinder(centroids)
+        fill_part(
+            *(folder, blocks, finder, step.layout), lists=len(centroids), keys=step.rows.count
+        )
+    else:
+        merge_parts(
+            folder,
+            [ListPart.open(Path(part), size) for part in step.parts],
+            step.layout,
+            max_copies=step.max_copies,
+            left_out=None if step.left_out is None else np.load(step.left_out),
+            lists=(step.first, step.last),
+        )
+    return step.folder
+
+
+def train_lists(
+    table: PatchTable, layout: CodeLayout, settings: IndexSettings, folder: Path
+) -> Floats:
+    """Train the coarse centroids on a uniform sample and write them; read them where they stand.
+
+    Raises BadInputError for an empty table or more lists than it has keys.
+    """
+    path = folder / CENTROIDS
+    if path.exists():
+        trained: Floats = np.load(path)
+        return trained
+    if table.count == 0:
+        raise BadInputError("the patches table is empty, so there is nothing to index; build first")
+    lists = settings.lists or choose_lists(table.count, settings.query_ms)
+    if lists > table.count:
+        raise BadInputError(
+            f"--lists {lists} is more than the table has keys ({table.count}); pass fewer"
+        )
+    wanted = min(lists * POINTS_PER_LIST, TRAINED_ON_AT_MOST)
+    sample = table.sample_keys(wanted, seed=settings.seed)
+    np.random.default_rng(settings.seed).shuffle(sample)
+    centroids = train_centroids(
+        sample,
+        lists,
+        seed=settings.seed,
+        vectors_of=lambda keys: key_vectors(keys, layout.codes, layout.weights),
+    )
+    write_graph(centroids, folder / GRAPH)
+    draft = path.with_name(f".{path.name}")
+    with draft.open("wb") as stream:
+        np.save(stream, centroids)
+    draft.rename(path)
+    return centroids
+
+
+def part_rows(settings: IndexSettings) -> int:
+    """Rows that one worker may hold within its memory. Raises BadInputError when that is too little."""
+    memory = size_in_bytes("--worker-memory", settings.worker_memory)
+    rows = (memory - FIXED_BYTES) // HELD_A_KEY
+    if rows < MERGE_ENTRIES // 2:
+        needed = (FIXED_BYTES + HELD_A_KEY * MERGE_ENTRIES // 2) / 10**9
+        raise BadInputError(
+            f"--worker-memory {settings.worker_memory} is too little to fill lists in; give at least"
+            f" {needed:.1f}GB"
+        )
+    return rows
+
+
+def merge_steps(
+    parts: tuple[str, ...],
+    folder: Path,
+    layout: CodeLayout,
+    settings: IndexSettings,
+    left_out: Path | None,
+    entries: int,
+) -> list[MergeStep]:
+    """The steps that merge parts: one for them all, or, where these are large, one a range of lists."""
+    sizes = sum(np.diff(ListPart.open(Path(part), layout.size).starts) for part in parts)
+    ends = np.cumsum(sizes)
+    total = int(ends[-1])
+    wanted = max(1, -(-total // entries))
+    cuts = np.searchsorted(ends, np.arange(1, wanted) * total // wanted, side="right")
+    bounds: Ids = np.unique(np.concatenate([[0], cuts, [len(ends)]]))
+    return [
+        MergeStep(
+            parts,
+            str(folder / f"slice-{number:05}"),
+            int(first),
+            int(last),
+            layout,
+            settings.max_copies,
+            None if left_out is None else str(left_out),
+        )
+        for number, (first, last) in enumerate(pairwise(bounds))
+    ]

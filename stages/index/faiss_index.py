@@ -1,0 +1,235 @@
+"""Patches table to a flat or ivfpq index: trained on a uniform sample, filled from a stream.
+
+The only user of autofaiss: its advisers say whether memory suffices before anything runs, it trains
+and scores the index on the sample. Filling streams blocks from a table scan,
+so memory grows with the index alone and not with the table.
+"""
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+from autofaiss import build_index as autofaiss_build_index
+from autofaiss.external.build import estimate_memory_required_for_index_creation
+from autofaiss.external.metadata import IndexMetadata
+from autofaiss.utils.cast import cast_bytes_to_memory_string
+
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids, contains, split_patch_ids
+from arrag_runtime.format.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
+from arrag_runtime.format.patches import PatchTable
+from arrag_runtime.format.specs import Floats, key_vectors
+from schemas.settings.index import FEWEST_POINTS, IndexSettings, choose_ivfpq_lists, size_in_bytes
+
+TRAINING_POINTS_PER_LIST = 100
+"""The released AR-RAG index was trained on this many."""
+
+
+@dataclass(frozen=True)
+class FilledIndex:
+    """A filled index, not yet measured. `metrics` are autofaiss' own scores on the sample."""
+
+    index: Any
+    kind: str
+    index_key: str
+    trained_on: int
+    metrics: dict[str, Any]
+
+
+def default_index_key(keys: int, dimension: int) -> str:
+    """The released layout with about 4·√keys lists, at least 39 training points each."""
+    rotated = min(32, dimension - dimension % 8)
+    return f"OPQ8_{rotated},IVF{choose_ivfpq_lists(keys)},PQ8x8"
+
+
+def train_and_fill(
+    table: PatchTable,
+    codes: Floats,
+    folder: Path,
+    settings: IndexSettings,
+    left_out: Ids,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> FilledIndex:
+    """Train on a sample of the table, add every key, and write the index's files to `folder`.
+
+    codes: the normalised codebook float32 [V, d]; settings: with their kind resolved; left_out: ids
+    of pictures whose keys are not added, ascending. Raises BadInputError when the memory does not
+    suffice, the table is empty or too small, or autofaiss gives up.
+    """
+    if table.count == 0:
+        raise BadInputError("the patches table is empty, so there is nothing to index; build first")
+    dimension = key_vectors(table.take([0]).keys, codes).shape[1]
+    metrics: dict[str, Any] = {}
+    if settings.kind == "flat":
+        key, trained_on = "Flat", 0
+        _require_memory(table.count * dimension * 4, settings, key)
+        index = faiss.IndexFlatL2(dimension)
+    else:
+        key = settings.index_key or default_index_key(table.count, dimension)
+        index, trained_on, metrics = _train(table, codes, dimension, key, settings)
+    index = _fill(index, table, codes, folder, left_out, progress)
+    faiss.write_index(index, str(folder / INDEX_FILE))
+    return FilledIndex(index, str(settings.kind), key, trained_on, metrics)
+
+
+def _train(
+    table: PatchTable, codes: Floats, dimension: int, key: str, settings: IndexSettings
+) -> tuple[Any, int, dict[str, Any]]:
+    """A trained, empty index; how many keys it was trained on; autofaiss' scores on them."""
+    lists = int(match[1]) if (match := re.search(r"IVF(\d+)", key)) else 1
+    wanted = max(lists * TRAINING_POINTS_PER_LIST, 256 * TRAINING_POINTS_PER_LIST)
+    needed = max(256 if "PQ" in key else 1, lists * FEWEST_POINTS)
+    if table.count < needed:
+        raise BadInputError(
+            f"{key} wants at least {needed} keys to train on and the table has {table.count};"
+            " use --kind flat, or an --index-key with fewer lists"
+        )
+    memory = _available_bytes()
+    empty = _make(key, dimension, table.count)
+    _require_nprobe(empty, settings)
+    _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
+    required, _ = estimate_memory_required_for_index_creation(
+        min(wanted, table.count), dimension, key
+    )
+    if required > memory:
+        raise BadInputError(
+            f"training {key} needs {cast_bytes_to_memory_string(required)} and"
+            f" {cast_bytes_to_memory_string(memory)} are free; use an --index-key with fewer lists"
+        )
+    sample = table.sample(wanted, seed=settings.seed)
+    vectors = key_vectors(sample.keys, codes)
+    np.random.default_rng(settings.seed).shuffle(vectors)
+    # autofaiss draws a bar a step; the caller shows its own.
+    with _ErrorLines() as errors, contextlib.redirect_stderr(io.StringIO()):
+        try:
+            index, metrics = autofaiss_build_index(
+                vectors,
+                save_on_disk=False,
+                index_key=key,
+                index_param="nprobe=1" if "IVF" in key else None,
+                metric_type="l2",
+                max_index_memory_usage=cast_bytes_to_memory_string(int(memory * 0.8)),
+                current_memory_available=cast_bytes_to_memory_string(memory),
+                use_gpu=has_gpu(),
+                # It would otherwise set the threads of the whole process, torch's too.
+                nb_cores=faiss.omp_get_max_threads(),
+                verbose=logging.ERROR,
+            )
+        except RuntimeError as error:
+            index, metrics, errors.text = None, None, str(error).splitlines()[0]
+    if index is None:
+        raise BadInputError(f"autofaiss could not build {key}: {errors.text or 'no reason given'}")
+    index.reset()
+    scores = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float | str)}
+    return index, len(vectors), scores
+
+
+def _fill(
+    index: Any,
+    table: PatchTable,
+    codes: Floats,
+    folder: Path,
+    left_out: Ids,
+    progress: Callable[[int, int], None],
+) -> Any:
+    """The index with every key of the table in order, ids and next tokens written beside it.
+
+    Where faiss sees a GPU an index with lists is filled there (not run on one yet).
+    """
+    ids: list[Ids] = []
+    tokens: list[npt.NDArray[np.uint16]] = []
+    done = 0
+    filled, resources = index, None
+    if has_gpu() and _inner_ivf(index) is not None:
+        resources = faiss.StandardGpuResources()
+        filled = faiss.index_cpu_to_gpu(resources, 0, index)
+    for block in table.blocks():
+        taken = ~contains(left_out, split_patch_ids(block.patch_ids)[0])
+        filled.add(key_vectors(block.keys[taken], codes))
+        ids.append(block.patch_ids[taken])
+        tokens.append(block.next_tokens[taken])
+        done += len(block.patch_ids)
+        progress(done, table.count)
+    np.save(folder / IDS_FILE, np.concatenate(ids))
+    np.save(folder / TOKENS_FILE, np.concatenate(tokens))
+    return index if resources is None else faiss.index_gpu_to_cpu(filled)
+
+
+def has_gpu() -> bool:
+    """Whether the faiss installed here can use a GPU and sees one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def _make(key: str, dimension: int, keys: int) -> Any:
+    """An empty index. Raises BadInputError for a factory string that faiss does not take."""
+    try:
+        return faiss.index_factory(dimension, key)
+    except RuntimeError as error:
+        reason = str(error).rsplit(": ", 1)[-1].strip()
+        raise BadInputError(
+            f"faiss cannot make an index '{key}' of {dimension} dimensions ({reason}); give a"
+            f" factory string such as {default_index_key(keys, dimension)}"
+        ) from error
+
+
+def _estimated_size(key: str, keys: int, dimension: int, empty: Any) -> int:
+    """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
+    estimated = int(IndexMetadata(key, keys, dimension, False).estimated_index_size_in_bytes())
+    # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id a key.
+    return estimated if estimated >= 0 else keys * (empty.sa_code_size() + 8)
+
+
+def _require_nprobe(index: Any, settings: IndexSettings) -> None:
+    ivf = _inner_ivf(index)
+    lists = 0 if ivf is None else ivf.nlist
+    if settings.nprobe is not None and not 1 <= settings.nprobe <= lists:
+        raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{lists} lists")
+
+
+def _inner_ivf(index: Any) -> Any:
+    """The IVF inside an index and its pre-transforms, where nprobe takes effect; or None."""
+    try:
+        return faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+
+
+def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
+    allowed = size_in_bytes("--memory", settings.memory)
+    if size > allowed:
+        raise BadInputError(
+            f"an index {key} takes about {cast_bytes_to_memory_string(size)} of memory, more than"
+            f" --memory {settings.memory}; allow more, or choose --kind ivfpq"
+        )
+
+
+def _available_bytes() -> int:
+    """Memory that can be taken without swapping, in bytes."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+class _ErrorLines(logging.Handler):
+    """Collects what autofaiss logs as errors, since it reports failures in no other way."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+    def __enter__(self) -> "_ErrorLines":
+        logging.getLogger("autofaiss").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("autofaiss").removeHandler(self)

@@ -1,0 +1,86 @@
+"""What an index holds, streamed, and a checksum by which it is compared with its table.
+
+In: the folder of an index. Out: blocks of (patch ids, next tokens, keys), copies written out; keys only
+where the index keeps them whole. The checksum of a set of entries does not depend on their order.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.codes import CodeLayout, unpack_keys
+from arrag_runtime.format.errors import IncompatibleError
+from arrag_runtime.format.ids import Ids, contains, split_patch_ids
+from arrag_runtime.format.inverted_lists import ListPart
+from arrag_runtime.format.manifest import IDS_FILE, LEFT_OUT_FILE, TOKENS_FILE, IndexManifest
+from arrag_runtime.format.patches import BLOCK, PatchBlock
+from arrag_runtime.format.specs import Floats
+from stages.index.fill_lists import expanded, list_groups
+
+Hashes = npt.NDArray[np.uint64]
+
+
+def left_out(folder: Path) -> Ids:
+    """The pictures that the index in this folder leaves out, ascending."""
+    path = folder / LEFT_OUT_FILE
+    ids: Ids = np.load(path) if path.exists() else np.empty(0, np.int64)
+    return ids
+
+
+def index_contents(folder: Path, manifest: IndexManifest, codes: Floats) -> Iterator[PatchBlock]:
+    """The entries of an index. Keys are uint16 [N, n] of a codebook index, else of no columns.
+
+    Raises IncompatibleError where it is damaged.
+    """
+    if manifest.kind != "codebook":
+        try:
+            ids, tokens = (
+                np.load(folder / name, mmap_mode="r") for name in (IDS_FILE, TOKENS_FILE)
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise IncompatibleError(
+                f"index {folder} is damaged or incomplete; index again"
+            ) from error
+        for start in range(0, len(ids), BLOCK):
+            here = ids[start : start + BLOCK]
+            none = np.empty((len(here), 0), np.uint16)
+            yield PatchBlock(np.asarray(here), none, np.asarray(tokens[start : start + BLOCK]))
+        return
+    layout = CodeLayout(manifest.keys, codes, manifest.weights)
+    for name in manifest.parts:
+        part = ListPart.open(folder / name, layout.size)
+        for start, stop in list_groups([part], 0, len(part.starts) - 1):
+            entries = expanded(part, start, stop)
+            size = manifest.keys.neighborhood.size
+            keys = unpack_keys(entries.codes, size, layout.bits, len(codes))
+            yield PatchBlock(entries.patch_ids, keys, entries.next_tokens)
+
+
+def checksum(blocks: Iterable[PatchBlock], hidden: Ids, *, keys: bool) -> tuple[int, int]:
+    """How many entries there are of pictures that are not `hidden` (ascending), and their checksum.
+
+    keys: whether keys count, besides patch ids and next tokens.
+    """
+    count, total = 0, 0
+    for block in blocks:
+        shown = ~contains(hidden, split_patch_ids(block.patch_ids)[0])
+        hashes = _mixed(block.patch_ids[shown].astype(np.uint64))
+        columns: list[npt.NDArray[Any]] = [block.next_tokens[shown]]
+        if keys:
+            columns += list(block.keys[shown].T)
+        for column in columns:
+            hashes = _mixed(hashes ^ column.astype(np.uint64))
+        count += len(hashes)
+        total = (total + int(hashes.sum(dtype=np.uint64))) % (1 << 64)
+    return count, total
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """splitmix64, by which every bit of a value moves half of the result's."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

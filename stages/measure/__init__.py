@@ -1,0 +1,1 @@
+"""How good an index is, and what retrieval is worth, against exact search. Read `certificate` first."""

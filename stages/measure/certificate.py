@@ -1,0 +1,307 @@
+"""How good an index is, against exact search over the same table, and how many lists that takes.
+
+In: an opened index, queries and their exact nearest entries. Out: a certificate for the manifest: at
+each nprobe that was tried recall@k, how far the retrieved distribution is from the exact one, how much
+farther the results lie, and the time of a query. nprobe is the smallest that reaches the target; where
+none does, the certificate says so.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.specs import Floats
+from stages.measure.exact_search import NO_IMAGE, Nearest, Queries
+from stages.measure.retrieved_distribution import Answer, Merge, total_variation
+
+DEPTHS = (1, 10, 100, 2048)
+"""recall@k is measured at these k; DAiD retrieves 2,048 (AR-RAG, section 3.2), FAiD 10."""
+TOLERANCE = 1e-5
+"""Distances of unit vectors that are computed in two ways differ by less, relative to their size."""
+PLATEAU = 0.005
+SINGLE_QUERIES = 100
+
+Depths = dict[str, float]
+
+
+class Index(Protocol):
+    """What is certified. `lists` None: an index without lists, so without nprobe."""
+
+    nprobe: Any
+
+    @property
+    def lists(self) -> int | None: ...
+
+    def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """Recall@k that is wanted."""
+
+    recall: float = 0.95
+    k: int = 10
+
+    @staticmethod
+    def parse(text: str) -> "Target":
+        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError."""
+        recall, _, k = text.partition("@")
+        try:
+            target = Target(float(recall), int(k) if k else 10)
+        except ValueError as error:
+            raise BadInputError(
+                f"target recall '{text}' is no recall; write it like 0.95 or 0.9@2048"
+            ) from error
+        if not 0 < target.recall <= 1 or not 1 <= target.k <= DEPTHS[-1]:
+            raise BadInputError(
+                f"target recall '{text}' is out of range; recall is 0..1 and k 1..{DEPTHS[-1]}"
+            )
+        return target
+
+    def __str__(self) -> str:
+        return f"recall@{self.k} of {self.recall:g}"
+
+
+@dataclass(frozen=True)
+class Certified:
+    """An index at one nprobe. Keys of the mappings are k as text, since they are stored as JSON.
+
+    recall: the share of answers as near as the k-th exact one, so ties there are hits; lowest_tenth:
+    the 10 % quantile over queries; total_variation: mean over queries, of DAiD's distributions
+    (0 the same, 1 disjoint); distance_ratio: total distance of the first k answers by that of the
+    same number of exact ones; ms_batch: a query of all at once, at the largest k.
+    """
+
+    nprobe: int | None
+    recall: Depths
+    lowest_tenth: Depths
+    total_variation: float
+    distance_ratio: Depths
+    ms_batch: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured, how, and which nprobe follows. `tried` ascends in nprobe."""
+
+    target: Target
+    reached: bool
+    chosen: Certified
+    tried: tuple[Certified, ...]
+    queries: int
+    protocol: str
+    temperature: float
+    merge: Merge
+    ms_per_query: dict[str, dict[str, float]]
+    """k as text → "batch" and "single", at the chosen nprobe."""
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(kept: dict[str, Any]) -> "Certificate":
+        """What `to_json` gave, perhaps with more beside it."""
+        known = {field.name: kept[field.name] for field in fields(Certificate)}
+        return Certificate(
+            **known
+            | {
+                "target": Target(**kept["target"]),
+                "chosen": Certified(**kept["chosen"]),
+                "tried": tuple(Certified(**one) for one in kept["tried"]),
+            }
+        )
+
+    def to_text(self) -> str:
+        """For people: what was chosen and why, and a line a try."""
+        chosen = self.chosen
+        probe = f"nprobe {chosen.nprobe}" if chosen.nprobe else "exhaustive"
+        verdict = "reaches" if self.reached else "does not reach"
+        said = ", ".join(f"@{k} {recall:.3f}" for k, recall in chosen.recall.items())
+        times = ", ".join(
+            f"k {k}: {ms['batch']:.2f} in a batch, {ms['single']:.2f} alone"
+            for k, ms in self.ms_per_query.items()
+        )
+        lines = [
+            f"{probe} {verdict} {self.target}: recall {said}",
+            f"  ms a query ({self.threads} threads): {times}",
+            f"  {self.protocol}, against exact search; ties are hits",
+            f"  {'nprobe':>8}{f'recall@{self.target.k}':>14}{'lowest tenth':>14}"
+            f"{'variation':>11}{'distance':>10}{'ms':>9}",
+        ]
+        at = str(self.target.k)
+        for tried in self.tried:
+            lines.append(
+                f"  {tried.nprobe or '-':>8}{tried.recall[at]:>14.3f}{tried.lowest_tenth[at]:>14.3f}"
+                f"{tried.total_variation:>11.3f}{tried.distance_ratio[at]:>10.3f}"
+                f"{tried.ms_batch:>9.2f}"
+            )
+        if not self.reached and chosen.nprobe:
+            best = max(tried.recall[at] for tried in self.tried)
+            lines.append(
+                f"  no nprobe reaches it: the best found is {best:.3f}, and nprobe {chosen.nprobe} is"
+                f" the first within {PLATEAU} of that"
+            )
+        return "\n".join(lines)
+
+
+def certify(
+    index: Index,
+    queries: Queries,
+    exact: Nearest,
+    target: Target,
+    *,
+    distances_of: Callable[[Ids], Floats] | None = None,
+    temperature: float = 0.6,
+    merge: Merge = "nearest",
+    threads: int = 1,
+    nprobe: int | None = None,
+    progress: Callable[[int | None], None] = lambda _nprobe: None,
+) -> Certificate:
+    """Measure an index and choose its nprobe, which it keeps.
+
+    exact: the nearest entries in the index's own metric, at least as many as the largest k that the
+    table allows; distances_of: for an index whose distances are approximations, the true distances
+    float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone; temperature, merge: of
+    the distributions compared.
+    progress is called with each nprobe before it is tried.
+    """
+    depths = tuple(sorted({*DEPTHS, target.k}))
+    deepest = min(depths[-1], exact.rows.shape[1])
+    if deepest < target.k:
+        raise BadInputError(f"{target} needs exact neighbours up to k {target.k}, not {deepest}")
+    exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
+
+    def measure(nprobe: int | None) -> Certified:
+        progress(nprobe)
+        if nprobe is not None:
+            index.nprobe = nprobe
+        started = time.perf_counter()
+        answer = index.search(queries.keys, deepest, exclude=exclude)
+        spent = time.perf_counter() - started
+        true = answer.distances if distances_of is None else distances_of(answer.patch_ids)
+        hits = {k: recall_at(true, answer.count, exact, k) for k in depths if k <= deepest}
+        return Certified(
+            nprobe,
+            {str(k): float(found.mean()) for k, found in hits.items()},
+            {str(k): float(np.quantile(found, 0.1)) for k, found in hits.items()},
+            float(total_variation(answer, exact, temperature, merge).mean()),
+            {str(k): _distance_ratio(true, answer.count, exact, k) for k in hits},
+            1000 * spent / len(queries.keys),
+        )
+
+    if nprobe is not None:
+        tried = [measure(nprobe)]
+        reached = tried[0].recall[str(target.k)] >= target.recall
+    else:
+        tried, reached = _try(measure, index.lists, target, approximate=distances_of is not None)
+    chosen = tried[_choose(tried, target, reached)]
+    if chosen.nprobe is not None:
+        index.nprobe = chosen.nprobe
+    times = {str(k): _time(index, queries, k, exclude) for k in sorted({min(10, deepest), deepest})}
+    return Certificate(
+        *(target, reached, chosen, tuple(tried), len(queries.keys), queries.protocol),
+        *(temperature, merge, times, threads),
+    )
+
+
+def recall_at(
+    distances: Floats, count: npt.NDArray[np.int64], exact: Nearest, k: int
+) -> npt.NDArray[np.float64]:
+    """recall@k of each query, float64 [Q].
+
+    distances: true ones of the answers [Q, K], in the order returned, of which `count` are real. An
+    answer is a hit when it is as near as the k-th exact entry; where the table has fewer than k that
+    may be found, all of those count as the k.
+    """
+    reachable = np.minimum(exact.count, k)
+    last = exact.distances[np.arange(len(count)), np.maximum(reachable - 1, 0)]
+    limit = np.where(reachable > 0, last, -np.inf)
+    limit = limit + TOLERANCE * np.maximum(1, np.abs(np.where(reachable > 0, last, 0)))
+    real = np.arange(min(k, distances.shape[1])) < count[:, None]
+    hits = (real & (distances[:, :k] <= limit[:, None])).sum(axis=1)
+    recall: npt.NDArray[np.float64] = np.where(
+        reachable > 0, np.minimum(hits, reachable) / np.maximum(reachable, 1), 1.0
+    )
+    return recall
+
+
+def _distance_ratio(
+    distances: Floats, count: npt.NDArray[np.int64], exact: Nearest, k: int
+) -> float:
+    """Sum of the first k answers' distances by that of as many exact ones; 1 where both are 0."""
+    width = min(k, distances.shape[1])
+    both = np.arange(width) < np.minimum(count, exact.count)[:, None]
+    # What rounding leaves of a distance of 0 must not count as far beyond 0.
+    rounding = TOLERANCE * max(int(both.sum()), 1)
+    mine = np.where(both, distances[:, :width], 0).sum(dtype=np.float64)
+    best = np.where(both, exact.distances[:, :width], 0).sum(dtype=np.float64)
+    return float((mine + rounding) / (best + rounding))
+
+
+def _try(
+    measure: Callable[[int | None], Certified],
+    lists: int | None,
+    target: Target,
+    *,
+    approximate: bool,
+) -> tuple[list[Certified], bool]:
+    """Powers of two until the target is reached, then halving the gap below; ascending in nprobe.
+
+    More lists can only find more. Where distances are approximations they soon find nothing more, so
+    for those two doublings without gain are the end; otherwise all lists are.
+    """
+    at = str(target.k)
+    if lists is None:
+        only = measure(None)
+        return [only], only.recall[at] >= target.recall
+    tried: dict[int, Certified] = {}
+    nprobe, reached, still = 1, False, 0
+    while True:
+        tried[nprobe] = measure(nprobe)
+        if reached := tried[nprobe].recall[at] >= target.recall:
+            break
+        if nprobe > 1:
+            before = max(r.recall[at] for n, r in tried.items() if n < nprobe)
+            still = still + 1 if tried[nprobe].recall[at] < before + 0.001 else 0
+        if nprobe == lists or (approximate and still == 2):
+            break
+        nprobe = min(2 * nprobe, lists)
+    if reached:
+        high, low = nprobe, max((n for n in tried if n < nprobe), default=0)
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried[middle] = measure(middle)
+            if tried[middle].recall[at] >= target.recall:
+                high = middle
+            else:
+                low = middle
+    return [tried[n] for n in sorted(tried)], reached
+
+
+def _choose(tried: list[Certified], target: Target, reached: bool) -> int:
+    """The place of the first that reaches the target, or else comes close to the best."""
+    recalls = [one.recall[str(target.k)] for one in tried]
+    enough = target.recall if reached else max(recalls) - PLATEAU
+    return next(at for at, recall in enumerate(recalls) if recall >= enough)
+
+
+def _time(index: Index, queries: Queries, k: int, exclude: Ids | None) -> dict[str, float]:
+    """Milliseconds a query, all in one call and one a call."""
+    started = time.perf_counter()
+    index.search(queries.keys, k, exclude=exclude)
+    batch = time.perf_counter() - started
+    alone = min(SINGLE_QUERIES, len(queries.keys))
+    started = time.perf_counter()
+    for at in range(alone):
+        own = None if exclude is None else exclude[at : at + 1]
+        index.search(queries.keys[at : at + 1], k, exclude=own)
+    single = time.perf_counter() - started
+    return {"batch": 1000 * batch / len(queries.keys), "single": 1000 * single / alone}

@@ -1,0 +1,49 @@
+"""Means with their uncertainty: intervals by resampling whole pictures.
+
+Positions of one picture resemble each other, so a picture is what is drawn, with all its positions.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.ids import Ids
+
+ROUNDS = 1000
+LEVEL = 0.95
+
+
+def mean_interval(
+    values: npt.NDArray[Any], images: Ids, *, seed: int = 0, rounds: int = ROUNDS
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The mean of each column and the ends of its 95 % interval, float64 [C] each.
+
+    values: [Q, C], NaN where there is none; images: int64 [Q], the picture each row is from. The
+    columns share their draws, so the interval of a column of differences is that of a paired test.
+    NaN for a column without values.
+    """
+    names, group = np.unique(images, return_inverse=True)
+    known = ~np.isnan(values)
+    sums = np.zeros((len(names), values.shape[1]))
+    counts = np.zeros_like(sums)
+    np.add.at(sums, group, np.where(known, values, 0.0))
+    np.add.at(counts, group, known)
+    draws = np.random.default_rng(seed).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=rounds
+    )
+    with np.errstate(invalid="ignore"):
+        means = (draws @ sums) / (draws @ counts)
+        mean = sums.sum(axis=0) / counts.sum(axis=0)
+    return mean, *_quantiles(means)
+
+
+def _quantiles(
+    means: npt.NDArray[np.float64],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The ends of the interval; draws in which a column has no value are left out."""
+    some = ~np.isnan(means).all(axis=0)
+    ends = np.full((2, means.shape[1]), np.nan)
+    if some.any():
+        ends[:, some] = np.nanquantile(means[:, some], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return ends[0], ends[1]

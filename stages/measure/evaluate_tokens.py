@@ -1,0 +1,241 @@
+"""How well retrieved tokens tell the true next one: distances, hits and likelihoods.
+
+In: queries with their true next tokens, and what a search answered. Out: figures of one index, with
+95 % intervals by resampling pictures. The mean distance by rank is the paper's Figure 6 (AR-RAG,
+section 4): the k-th retrieved token's codebook row beside the true one's, against random codes; the
+tokens of the corpus are the harder comparison, since frequent tokens lie close to many.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.specs import Floats
+from stages.measure.certificate import recall_at
+from stages.measure.confidence import mean_interval
+from stages.measure.exact_search import Nearest, Queries
+from stages.measure.retrieved_distribution import (
+    MERGES,
+    Answer,
+    Merge,
+    Probabilities,
+    negative_log_likelihood,
+    true_token_probability,
+)
+from stages.measure.sample_queries import halves
+
+RANKS = 100
+RECALL_DEPTHS = (1, 10, 100)
+TEMPERATURES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.9, 1.4, 2.0, 4.0)
+BACKOFFS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
+LIKELIHOOD_MERGE: Merge = "sum"
+"""The merge of the headline likelihood; the curves hold both."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean and the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What one index is worth on these queries.
+
+    token_distance, hit_rate: by rank k = 1, 2, …; hit_rate says how often the true token is among the
+    first k. random_distance, prior_distance: expected distance to a code drawn uniformly, and to a
+    token drawn from the corpus. nll: nats a token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on
+    the other half of the pictures; curves: merge → the same at each of `temperatures`, ε chosen so.
+    prior_nll: that of the corpus prior alone. nats: float64 [Q], what `nll` is the mean of, by which
+    two indexes that answered the same queries are compared.
+    """
+
+    recall: dict[str, Measured]
+    token_distance: tuple[Measured, ...]
+    hit_rate: tuple[Measured, ...]
+    random_distance: Measured
+    prior_distance: Measured
+    nll: Measured
+    nll_temperature: float
+    nll_backoff: float
+    prior_nll: Measured
+    temperatures: tuple[float, ...]
+    curves: dict[str, tuple[Measured, ...]]
+    queries: int
+    pictures: int
+    mean_results: float
+    nats: Probabilities = field(compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that scripts read."""
+        return {
+            **{f"recall_at_{k}": found.mean for k, found in self.recall.items()},
+            "recall_intervals": {k: _ends(found) for k, found in self.recall.items()},
+            "token_distance": [found.mean for found in self.token_distance],
+            "token_distance_intervals": [_ends(found) for found in self.token_distance],
+            "random_distance": self.random_distance.mean,
+            "prior_distance": self.prior_distance.mean,
+            "prior_distance_interval": _ends(self.prior_distance),
+            "hit_rate": [found.mean for found in self.hit_rate],
+            "hit_rate_intervals": [_ends(found) for found in self.hit_rate],
+            "nll": self.nll.mean,
+            "nll_interval": _ends(self.nll),
+            "nll_temperature": self.nll_temperature,
+            "nll_backoff": self.nll_backoff,
+            "nll_curves": {
+                merge: [
+                    {"temperature": temperature, "nll": found.mean, "interval": _ends(found)}
+                    for temperature, found in zip(self.temperatures, curve, strict=True)
+                ]
+                for merge, curve in self.curves.items()
+            },
+            "prior_nll": self.prior_nll.mean,
+            "prior_nll_interval": _ends(self.prior_nll),
+            "queries": self.queries,
+            "pictures": self.pictures,
+            "mean_results": self.mean_results,
+        }
+
+
+def evaluate_tokens(
+    queries: Queries,
+    answer: Answer,
+    exact: Nearest,
+    distances: Floats,
+    codes: Floats,
+    prior: Probabilities,
+    *,
+    copies: npt.NDArray[Any] | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    seed: int = 0,
+) -> TokenFigures:
+    """The figures of one answer.
+
+    exact: the nearest entries in the index's metric, at least 100 deep; distances: the true distances
+    of the answers' first entries, float32 [Q, ≥ 100 where there are as many]; codes: the normalised
+    codebook [V, d]; prior: float64 [V], a share for every token; copies: int64 [Q, K], see
+    `entry_shares`.
+    """
+    truth, images = queries.next_tokens, queries.images
+    ranks = min(RANKS, answer.tokens.shape[1])
+    real = np.arange(ranks) < answer.count[:, None]
+    tokens = answer.tokens[:, :ranks]
+    apart = np.linalg.norm(codes[tokens] - codes[truth][:, None], axis=2)
+    hits = np.logical_or.accumulate(real & (tokens == truth[:, None]), axis=1)
+    to_all = _to_every_code(codes, truth)
+    alone = -np.log(prior[truth])
+    fold = halves(images, seed)
+    chances = {
+        merge: true_token_probability(answer, truth, temperatures, merge, copies)
+        for merge in MERGES
+    }
+    curves = {
+        merge: np.stack([_cross_fitted(row[None], prior[truth], fold) for row in found], axis=1)
+        for merge, found in chances.items()
+    }
+    best = _cross_fitted(chances[LIKELIHOOD_MERGE], prior[truth], fold)
+    everything = np.ones(len(truth), bool)
+    at, backoff = _choose(chances[LIKELIHOOD_MERGE], prior[truth], everything)
+    recall = {
+        str(k): recall_at(distances, answer.count, exact, k)[:, None]
+        for k in RECALL_DEPTHS
+        if k <= exact.rows.shape[1]
+    }
+    rows = [
+        *recall.values(),
+        np.where(real, apart, np.nan),
+        hits.astype(np.float64),
+        to_all.mean(axis=1, keepdims=True),
+        (to_all @ prior)[:, None],
+        best[:, None],
+        alone[:, None],
+        *curves.values(),
+    ]
+    shown = iter(_measured(np.concatenate(rows, axis=1), images, seed))
+
+    def take(count: int) -> tuple[Measured, ...]:
+        return tuple(next(shown) for _ in range(count))
+
+    return TokenFigures(
+        recall={k: next(shown) for k in recall},
+        token_distance=take(ranks),
+        hit_rate=take(ranks),
+        random_distance=next(shown),
+        prior_distance=next(shown),
+        nll=next(shown),
+        nll_temperature=float(temperatures[at]),
+        nll_backoff=backoff,
+        prior_nll=next(shown),
+        temperatures=tuple(temperatures),
+        curves={merge: take(len(temperatures)) for merge in curves},
+        queries=len(truth),
+        pictures=len(np.unique(images)),
+        mean_results=float(answer.count.mean()),
+        nats=best,
+    )
+
+
+def likelihood_gain(
+    other: TokenFigures, one: TokenFigures, images: Ids, *, seed: int = 0
+) -> Measured:
+    """By how many nats a token `one` is likelier than `other`, the same queries having been asked.
+
+    images: int64 [Q]. The interval is of a paired bootstrap: above zero, `one` is the better.
+    """
+    [gain] = _measured((other.nats - one.nats)[:, None], images, seed)
+    return gain
+
+
+def _to_every_code(codes: Floats, tokens: npt.NDArray[np.uint16]) -> Floats:
+    """The L2 distance of each token's code to every code, float32 [Q, V]."""
+    squares = np.einsum("vd,vd->v", codes, codes)
+    both = squares[tokens][:, None] + squares - 2 * codes[tokens] @ codes.T
+    distances: Floats = np.sqrt(np.maximum(both, 0))
+    return distances
+
+
+def _choose(
+    chances: Probabilities, prior: Probabilities, among: npt.NDArray[np.bool_]
+) -> tuple[int, float]:
+    """The temperature (its place) and the back-off that suit some of the queries best."""
+    losses = np.array(
+        [
+            [negative_log_likelihood(row[among], prior[among], e).mean() for e in BACKOFFS]
+            for row in chances
+        ]
+    )
+    at, backoff = np.unravel_index(np.argmin(losses), losses.shape)
+    return int(at), BACKOFFS[int(backoff)]
+
+
+def _cross_fitted(
+    chances: Probabilities, prior: Probabilities, fold: npt.NDArray[np.bool_]
+) -> Probabilities:
+    """Each query's negative log likelihood, temperature and back-off chosen on the other half.
+
+    chances: p_ret of the true tokens at each temperature, [T, Q].
+    """
+    nats = np.empty(len(fold))
+    for half in (fold, ~fold):
+        chosen_on = ~half if (~half).any() else half
+        at, backoff = _choose(chances, prior, chosen_on)
+        nats[half] = negative_log_likelihood(chances[at, half], prior[half], backoff)
+    return nats
+
+
+def _measured(values: npt.NDArray[np.float64], images: Ids, seed: int) -> list[Measured]:
+    columns = zip(*mean_interval(values, images, seed=seed), strict=True)
+    return [Measured(float(mean), float(low), float(high)) for mean, low, high in columns]
+
+
+def _ends(found: Measured) -> Interval:
+    return (found.low, found.high)

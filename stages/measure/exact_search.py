@@ -1,0 +1,279 @@
+"""The exact nearest entries of queries, found in one pass over a table: what indexes are judged by.
+
+In: token keys as generation asks them, and blocks of patches. Out: for each query its K nearest
+entries with distance, next token, patch id and row. The queries' own pictures are left out, and so
+are entries that an index keeps only as copies of another. Memory is bounded by queries × K, whatever
+the table's size.
+
+How: a matrix product of queries and a tile of entries says which can be nearer than the K-th found
+so far. Few can, once some blocks have been seen, and only for those the distance is computed value by
+value. It therefore does not depend on how the table is cut, and parts searched apart and merged give
+what one search gives.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.ids import Ids, contains, split_patch_ids
+from arrag_runtime.format.patches import PatchBlock
+from arrag_runtime.format.specs import Floats, key_vectors
+
+NO_IMAGE = -1
+ROW_SHIFT = 33
+"""A distance's 31 bits and a row's 33 make one number, by which entries are ordered."""
+TILE, QUERY_TILE = 2048, 256
+MARGIN = 1e-5
+"""Products of float32 vectors and differences of them disagree by less, relative to the norms."""
+NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+Packed = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Positions of pictures whose next token is known.
+
+    keys: uint16 [Q, n]; next_tokens: uint16 [Q]; images: int64 [Q]; exclude: int64 [Q, M], the
+    pictures a query must not find, filled up with -1; protocol: what they are, in words.
+    """
+
+    keys: npt.NDArray[np.uint16]
+    next_tokens: npt.NDArray[np.uint16]
+    images: Ids
+    exclude: Ids
+    protocol: str
+
+    def take(self, chosen: npt.NDArray[Any]) -> "Queries":
+        """Some of the queries, by mask or index."""
+        return Queries(
+            *(self.keys[chosen], self.next_tokens[chosen], self.images[chosen]),
+            *(self.exclude[chosen], self.protocol),
+        )
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The K nearest entries of Q queries: nearest first, of equal ones the earlier row first.
+
+    distances: float32 [Q, K], squared L2 (weighted where weights were given); rows: int64 [Q, K] of
+    the table; tokens: uint16 [Q, K]; patch_ids: int64 [Q, K]; count: int64 [Q] says how many are
+    real. Beyond it distances are infinite, rows and ids -1, tokens 0.
+    """
+
+    distances: Floats
+    rows: Ids
+    tokens: npt.NDArray[np.uint16]
+    patch_ids: Ids
+    count: npt.NDArray[np.int64]
+
+
+def exact_search(
+    blocks: Iterable[PatchBlock],
+    codes: Floats,
+    queries: Queries,
+    k: int,
+    *,
+    weights: tuple[float, ...] | None = None,
+    skip: Ids | None = None,
+    left_out: Ids | None = None,
+    first_row: int = 0,
+    progress: Callable[[int], None] = lambda _rows: None,
+) -> Nearest:
+    """The k nearest entries of every query.
+
+    blocks: the table's, in order, from `first_row` on; codes: the normalised codebook [V, d];
+    weights: one an offset; skip: sorted patch ids that are no entries of their own;
+    left_out: sorted ids of pictures whose entries are none;
+    progress: called with the rows done.
+    """
+    if k < 1:
+        raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
+    vectors = key_vectors(queries.keys, codes, weights)
+    best = _Best(len(vectors), k)
+    row = first_row
+    for block in blocks:
+        count = len(block.patch_ids)
+        if row + count > 1 << ROW_SHIFT:
+            raise BadInputError(f"exact search counts rows up to {1 << ROW_SHIFT:,}")
+        keep = np.ones(count, bool) if skip is None else ~contains(skip, block.patch_ids)
+        if left_out is not None:
+            keep &= ~contains(left_out, split_patch_ids(block.patch_ids)[0])
+        found = key_vectors(block.keys[keep], codes, weights)
+        entries = _Entries(
+            found,
+            -0.5 * np.einsum("nd,nd->n", found, found),
+            np.arange(row, row + count)[keep],
+            block.patch_ids[keep],
+            split_patch_ids(block.patch_ids[keep])[0],
+            block.next_tokens[keep],
+        )
+        for start in range(0, len(entries.rows), TILE):
+            tile = entries.cut(start, start + TILE)
+            for at in range(0, len(vectors), QUERY_TILE):
+                span = slice(at, min(at + QUERY_TILE, len(vectors)))
+                _offer(best, span, vectors[span], queries.exclude[span], tile)
+        row += count
+        progress(row - first_row)
+    return best.result()
+
+
+def merge_nearest(parts: Sequence[Nearest]) -> Nearest:
+    """The nearest of what was found in several parts of a table, each with its true rows."""
+    k = parts[0].rows.shape[1]
+    joined = [
+        np.concatenate([getattr(part, name) for part in parts], axis=1)
+        for name in ("distances", "rows", "tokens", "patch_ids")
+    ]
+    distances, rows, tokens, patch_ids = joined
+    packed = np.where(rows >= 0, _pack(distances, np.maximum(rows, 0)), NOTHING)
+    order = np.argsort(packed, axis=1)[:, :k]
+    packed, patch_ids, tokens = (
+        np.take_along_axis(a, order, axis=1) for a in (packed, patch_ids, tokens)
+    )
+    return _unpacked(packed, patch_ids, tokens)
+
+
+def true_distances(
+    blocks: Iterable[PatchBlock],
+    codes: Floats,
+    queries: Queries,
+    patch_ids: Ids,
+    *,
+    weights: tuple[float, ...] | None = None,
+) -> Floats:
+    """Squared distances of queries to entries named by id [Q, K], float32 [Q, K], from one pass.
+
+    For answers of an index whose own distances are approximations. Infinite for -1 and for ids that
+    are not in the table.
+    """
+    wanted = np.unique(patch_ids[patch_ids >= 0])
+    keys: npt.NDArray[Any] | None = None
+    seen = np.zeros(len(wanted), bool)
+    for block in blocks:
+        hit = contains(wanted, block.patch_ids)
+        at = np.searchsorted(wanted, block.patch_ids[hit])
+        if keys is None:
+            keys = np.zeros((len(wanted), block.keys.shape[1]), block.keys.dtype)
+        keys[at], seen[at] = block.keys[hit], True
+    distances = np.full(patch_ids.shape, np.inf, np.float32)
+    if keys is None or not seen.any():
+        return distances
+    vectors = key_vectors(queries.keys, codes, weights)
+    for row, ids in enumerate(patch_ids):
+        at = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
+        known = (wanted[at] == ids) & seen[at]
+        difference = key_vectors(keys[at[known]], codes, weights) - vectors[row]
+        distances[row, known] = np.einsum("nd,nd->n", difference, difference)
+    return distances
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Some rows of a table: vectors [N, n · d], −‖x‖²/2 of each, and what they are."""
+
+    vectors: Floats
+    halves: Floats
+    rows: Ids
+    patch_ids: Ids
+    images: Ids
+    tokens: npt.NDArray[np.uint16]
+
+    def cut(self, start: int, stop: int) -> "_Entries":
+        return _Entries(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+
+class _Best:
+    """The nearest entries so far of each query: up to k, and unsorted newcomers behind them."""
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self.packed: Packed = np.full((queries, k + TILE), NOTHING)
+        self.ids = np.full((queries, k + TILE), -1, np.int64)
+        self.tokens = np.zeros((queries, k + TILE), np.uint16)
+        self.fill = np.zeros(queries, np.int64)
+        self.last: Packed = np.full(queries, NOTHING)
+        """The k-th nearest of each, once there are as many; nothing beyond it can enter."""
+
+    def limits(self, span: slice) -> npt.NDArray[np.float64]:
+        """The distance of the k-th nearest so far; infinite where there are fewer."""
+        last = self.last[span]
+        distances = (last >> np.uint64(ROW_SHIFT)).astype(np.uint32).view(np.float32)
+        return np.where(last == NOTHING, np.inf, distances.astype(np.float64))
+
+    def add(self, at: Ids, packed: Packed, ids: Ids, tokens: Any) -> None:
+        """Newcomers of queries `at` (ascending), at most TILE for each."""
+        members, starts, sizes = np.unique(at, return_index=True, return_counts=True)
+        full = members[self.fill[members] + sizes > self.packed.shape[1]]
+        if len(full):
+            self._shrink(full)
+        places: Ids = self.fill[at] + np.arange(len(at)) - np.repeat(starts, sizes)
+        self.packed[at, places], self.ids[at, places], self.tokens[at, places] = packed, ids, tokens
+        self.fill[members] += sizes
+
+    def _shrink(self, members: Ids) -> None:
+        """Keep the k nearest of these queries."""
+        packed = self.packed[members]
+        order = np.argpartition(packed, self.k - 1, axis=1)[:, : self.k]
+        for mine, empty in ((self.packed, NOTHING), (self.ids, -1), (self.tokens, 0)):
+            kept = np.take_along_axis(mine[members], order, axis=1)
+            mine[members, self.k :] = empty
+            mine[members, : self.k] = kept
+        self.last[members] = self.packed[members, : self.k].max(axis=1)
+        self.fill[members] = self.k
+
+    def result(self) -> Nearest:
+        order = np.argsort(self.packed, axis=1)[:, : self.k]
+        packed: Packed = np.take_along_axis(self.packed, order, axis=1)
+        ids: Ids = np.take_along_axis(self.ids, order, axis=1)
+        tokens = np.take_along_axis(self.tokens, order, axis=1)
+        return _unpacked(packed, ids, tokens)
+
+
+def _offer(best: _Best, span: slice, vectors: Floats, exclude: Ids, tile: _Entries) -> None:
+    """Add what of a tile is nearer to these queries than their k-th nearest so far."""
+    limits = best.limits(span)
+    squares = np.einsum("qd,qd->q", vectors, vectors).astype(np.float64)
+    # ‖q − x‖² ≤ limit, as q·x − ‖x‖²/2 ≥ (‖q‖² − limit)/2, with room for rounding.
+    floor = (squares - limits) / 2 - MARGIN * (1 + squares)
+    scores = vectors @ tile.vectors.T
+    scores += tile.halves
+    flat = np.flatnonzero(scores >= floor.astype(np.float32)[:, None])
+    if not len(flat):
+        return
+    query, entry = np.divmod(flat, len(tile.rows))
+    difference = np.take(tile.vectors, entry, axis=0)
+    difference -= np.take(vectors, query, axis=0)
+    distances = np.einsum("nd,nd->n", difference, difference)
+    packed = _pack(distances, tile.rows[entry])
+    near = packed < best.last[span][query]
+    for column in exclude.T:
+        near &= column[query] != tile.images[entry]
+    query, entry = query[near], entry[near]
+    if len(query):
+        at = query + span.start
+        best.add(at, packed[near], tile.patch_ids[entry], tile.tokens[entry])
+
+
+def _pack(distances: Floats, rows: Ids) -> Packed:
+    """Distances and rows as numbers of the same order: floats ≥ 0 sort like their bits."""
+    bits = np.ascontiguousarray(distances, np.float32).view(np.uint32).astype(np.uint64)
+    return (bits << np.uint64(ROW_SHIFT)) | rows.astype(np.uint64)
+
+
+def _unpacked(packed: Packed, patch_ids: Ids, tokens: Any) -> Nearest:
+    """Sorted packed numbers [Q, k] and what belongs to them, as a result."""
+    real = packed != NOTHING
+    bits = (packed >> np.uint64(ROW_SHIFT)).astype(np.uint32)
+    rows = (packed & np.uint64((1 << ROW_SHIFT) - 1)).astype(np.int64)
+    return Nearest(
+        np.where(real, bits.view(np.float32), np.inf).astype(np.float32),
+        np.where(real, rows, -1),
+        np.where(real, tokens, 0).astype(np.uint16),
+        np.where(real, patch_ids, -1),
+        real.sum(axis=1),
+    )

@@ -1,0 +1,129 @@
+"""Draw what evaluation found: distance by rank (AR-RAG, Figure 6) beside likelihood by temperature."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from stages.measure.evaluate_tokens import Measured, TokenFigures
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Told apart by colour-blind eyes (Okabe and Ito)."""
+INK, FAINT, GRID = "#22262b", "#6b7280", "#e6e8eb"
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
+STYLES: dict[str, Any] = {"sum": "-", "nearest": (0, (4, 2))}
+DOTTED = (0, (1, 2))
+
+
+def draw_evaluation(named: Sequence[tuple[str, TokenFigures]], title: str, path: Path) -> None:
+    """Write a PNG with a line an index; bands are 95 % intervals. Its folder is created."""
+    spaced = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.05)
+    figure = Figure(figsize=(11.5, 5.2), dpi=160, layout=spaced, facecolor="white")
+    left, right = figure.subplots(1, 2)
+    colored = [(COLORS[n % len(COLORS)], name, found) for n, (name, found) in enumerate(named)]
+    _draw_distances(left, colored)
+    _draw_likelihoods(right, colored)
+    keys = [Line2D([], [], color=color, linewidth=2, label=name) for color, name, _ in colored]
+    keys += [
+        Line2D([], [], color=FAINT, linestyle=style, linewidth=1.9, label=f"merge by {merge}")
+        for merge, style in STYLES.items()
+    ]
+    figure.legend(
+        handles=keys,
+        loc="outside lower center",
+        ncols=min(len(keys), 6),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+    )
+    figure.suptitle(f"{title}; bands: 95% intervals", x=0.012, ha="left", fontsize=9.5, color=FAINT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+def _draw_distances(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]]) -> None:
+    """Distance of the k-th retrieved token's code to the true one's, from 0 up."""
+    first = colored[0][2]
+    for color, _, found in colored:
+        ranks = list(range(1, len(found.token_distance) + 1))
+        _line(axes, ranks, found.token_distance, color, "-")
+    higher, lower = first.random_distance, first.prior_distance
+    _level(axes, higher, "a random code", above=True)
+    _level(axes, lower, "a token of the corpus", above=False)
+    _style(axes, "Retrieved tokens beside the true one")
+    axes.set_xlabel("rank k of the retrieved token")
+    axes.set_ylabel("mean L2 distance of codes")
+    axes.set_xlim(0, max(len(found.token_distance) for _, _, found in colored) + 1)
+    axes.set_ylim(0, 1.15 * max(higher.mean, lower.mean))
+
+
+def _draw_likelihoods(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]]) -> None:
+    """Likelihood of the true token by temperature; a dot, and its value, where it is best."""
+    for place, (color, _, found) in enumerate(colored):
+        for merge, curve in found.curves.items():
+            _line(axes, found.temperatures, curve, color, STYLES[merge])
+        best = min(found.curves["sum"], key=lambda point: point.mean)
+        at = found.temperatures[found.curves["sum"].index(best)]
+        axes.plot([at], [best.mean], "o", color=color, markersize=5.5, zorder=4)
+        axes.annotate(
+            f"best {best.mean:.2f} at τ {at:g}",
+            (0.985, 0.04 + 0.055 * (len(colored) - 1 - place)),
+            xycoords="axes fraction",
+            ha="right",
+            fontsize=9,
+            color=color,
+        )
+    _level(axes, colored[0][2].prior_nll, "the corpus prior alone", above=True)
+    _style(axes, "The true token's likelihood under what is retrieved")
+    axes.set_xscale("log")
+    axes.set_xticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
+    axes.set_xlabel("temperature τ")
+    axes.set_ylabel("negative log likelihood, nats a token")
+    low, high = axes.get_ylim()
+    # Room below the curves for the best values, and above the prior's line for its name.
+    axes.set_ylim(low - (high - low) * (0.06 + 0.06 * len(colored)), high + (high - low) * 0.06)
+
+
+def _line(
+    axes: Any, at: Sequence[float], points: Sequence[Measured], color: str, style: Any
+) -> None:
+    """A line of means with a band of intervals."""
+    axes.plot(at, [p.mean for p in points], linestyle=style, color=color, linewidth=1.9, zorder=3)
+    low, high = [p.low for p in points], [p.high for p in points]
+    axes.fill_between(at, low, high, color=color, alpha=0.1, linewidth=0, zorder=2)
+
+
+def _level(axes: Any, level: Measured, label: str, *, above: bool) -> None:
+    """A horizontal line with its name and value on it."""
+    axes.axhline(level.mean, color=FAINT, linewidth=1.2, linestyle=DOTTED, zorder=1)
+    axes.annotate(
+        f"{label}, {level.mean:.2f}",
+        (0.985, level.mean),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3 if above else -4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        fontsize=9,
+        color=FAINT,
+    )
+
+
+def _style(axes: Any, title: str) -> None:
+    """Few lines, light ones."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(True, color=GRID, linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)

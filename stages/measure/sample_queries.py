@@ -1,0 +1,82 @@
+"""Positions to ask about: from held-out pictures, or from a database's own with these left out."""
+
+import numpy as np
+import numpy.typing as npt
+
+from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.images import ImageTable
+from arrag_runtime.format.specs import KeySpec, TokenizerSpec
+from stages.measure.exact_search import NO_IMAGE, Queries
+
+
+def sample_queries(
+    images: ImageTable,
+    spec: TokenizerSpec,
+    keys: KeySpec,
+    *,
+    pictures: int,
+    queries: int,
+    seed: int = 0,
+    split: str | None = None,
+) -> Queries:
+    """Up to `queries` positions, drawn uniformly from up to `pictures` pictures.
+
+    split: "heldout" or "database"; by default held-out pictures where there are any. A query may
+    find neither its own picture nor a copy of it (known by the hash of its bytes), which matters for
+    held-out pictures too: a copy may have stayed in the database. Keys are tokens also where the
+    table holds latents, since tokens are all that a generator has.
+    """
+    chosen = split or "heldout"
+    ids, grids = images.sample(chosen, pictures, seed=seed)
+    if not len(ids) and split is None:
+        chosen = "database"
+        ids, grids = images.sample(chosen, pictures, seed=seed)
+    size = keys.neighborhood.size
+    if not len(ids):
+        empty = np.empty(0, np.int64)
+        return Queries(
+            *(np.empty((0, size), np.uint16), np.empty(0, np.uint16), empty, empty[:, None]),
+            f"no {chosen} pictures",
+        )
+    height, width = spec.grid_height, spec.grid_width
+    every = keys.neighborhood.keys(grids.reshape(-1, height, width))
+    per_picture = every.shape[1]
+    positions = keys.neighborhood.positions(height, width)
+    total = len(ids) * per_picture
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.choice(total, min(queries, total), replace=False))
+    picture, position = np.divmod(at, per_picture)
+    if chosen == "heldout":
+        said = "held-out pictures"
+    else:
+        said = "pictures of the database, their own excluded"
+    return Queries(
+        every.reshape(total, size)[at],
+        grids[picture, positions[position]],
+        ids[picture],
+        own_and_copies(images, ids)[picture],
+        f"{len(at)} queries from {len(ids)} {said}",
+    )
+
+
+def own_and_copies(images: ImageTable, ids: Ids) -> Ids:
+    """The pictures with patches that are one of these or a copy of it: int64 [N, M], filled with -1."""
+    rows = images.rows(ids.tolist())
+    copies = images.copies(row.sha256 for row in rows.values())
+    rows |= images.rows(copy for group in copies.values() for copy in group)
+    own = [
+        [copy for copy in copies[rows[int(image)].sha256] if rows[copy].split == "database"]
+        for image in ids
+    ]
+    widest = max(1, *(len(group) for group in own))
+    return np.array([group + [NO_IMAGE] * (widest - len(group)) for group in own], np.int64)
+
+
+def halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:
+    """Which queries are in the first half, bool [Q]: of the pictures, or of a single one's queries."""
+    names, group = np.unique(images, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    if len(names) < 2:
+        return rng.permutation(len(images)) < len(images) / 2
+    chosen: npt.NDArray[np.bool_] = (rng.permutation(len(names)) < len(names) / 2)[group]
+    return chosen

@@ -1,0 +1,51 @@
+"""Names made from content: fingerprints of files, ids of shards."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from arrag_runtime.format.errors import BadInputError
+from schemas.records import MAX_ROWS_PER_SHARD, Shard
+
+WINDOW, WINDOWS = 8 * 1024, 16
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits from a file's size and 16 windows of 8 KiB, its first and last among them.
+
+    Files up to 128 KiB are read whole, so that pictures are known by their content; of larger
+    ones a part is read, so that a collection is not read twice. A large uncompressed file or tar
+    that was changed in place between two windows, keeping its size, passes as unchanged.
+    """
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as stream:
+        if size <= WINDOW * WINDOWS:
+            digest.update(stream.read())
+        else:
+            for window in range(WINDOWS):
+                stream.seek((size - WINDOW) * window // (WINDOWS - 1))
+                digest.update(stream.read(WINDOW))
+    return digest.hexdigest()
+
+
+def make_shard(source: str, members: Iterable[str]) -> Shard:
+    """A shard of these members, its id being a hash of them."""
+    fixed = tuple(members)
+    digest = hashlib.blake2b(source.encode(), digest_size=8)
+    for member in fixed:
+        digest.update(b"\0" + member.encode("utf-8", "surrogateescape"))
+    return Shard(source, digest.hexdigest(), fixed)
+
+
+def require_input(name: str, given: tuple[str, ...]) -> tuple[str, ...]:
+    """The --input of a source that needs one. Raises BadInputError where it is missing."""
+    if not given:
+        raise BadInputError(f"--source {name} needs --input PATH")
+    return given
+
+
+def require_shard_size(size: int | None) -> None:
+    """Raise BadInputError for a shard size that the ids of its rows could not count."""
+    if size is not None and not 0 < size <= MAX_ROWS_PER_SHARD:
+        raise BadInputError(f"--shard-size {size} is outside 1..{MAX_ROWS_PER_SHARD}")

@@ -1,0 +1,107 @@
+"""Files fetched from a publisher: resumed where they broke off, complete or not there at all.
+
+In: an http(s) address and a folder. Out: the path of the whole file in it. What has arrived is kept
+in `NAME.part` beside a note of the file's version, and asked for again from there.
+"""
+
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from arrag_runtime.format.errors import BadInputError
+
+log = logging.getLogger(__name__)
+
+TRIES = 8
+"""Attempts in a row that bring nothing new; any progress starts counting anew."""
+TIMEOUT = 60
+CHUNK = 1 << 20
+AGENT = "arrag"
+
+
+def cache_folder(given: str | None) -> Path:
+    """Where fetched lists are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
+    return Path(given or os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser().absolute()
+
+
+def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
+    """The file at `url`, in `folder`; one that is there already is not asked for again.
+
+    pause: seconds before the second attempt, doubled for each further one that brings nothing.
+    Raises BadInputError when it cannot be had whole.
+    """
+    name = Path(urlsplit(url).path).name or "list"
+    digest = hashlib.blake2b(url.encode(), digest_size=6).hexdigest()
+    path = folder / f"{digest}-{name}"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    failures = 0
+    while True:
+        had = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch_rest(url, part)
+            break
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 416, 429):
+                raise BadInputError(
+                    f"{url} answers {error.code} {error.reason}; check the address, or download"
+                    " the list and pass its path as --input"
+                ) from error
+            reason = f"{error.code} {error.reason}"
+            if error.code == 416:
+                part.unlink(missing_ok=True)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        failures = 0 if part.exists() and part.stat().st_size > had else failures + 1
+        if failures == TRIES:
+            raise BadInputError(
+                f"cannot fetch {url} ({reason}); the same command goes on where it broke off, or"
+                " download the list and pass its path as --input"
+            )
+        log.info("fetching %s broke off (%s); going on", url, reason)
+        time.sleep(pause * 2**failures if failures else 0)
+    _version(part).unlink(missing_ok=True)
+    part.replace(path)
+    return path
+
+
+def _fetch_rest(url: str, part: Path) -> None:
+    """Append what is missing of the file; raises when the stream ends before the file does."""
+    had = part.stat().st_size if part.exists() else 0
+    version = _version(part).read_text() if _version(part).exists() else ""
+    headers = {"User-Agent": AGENT, "Accept-Encoding": "identity"}
+    if had and version:
+        # The server sends the whole file instead where it has another version by now.
+        headers |= {"Range": f"bytes={had}-", "If-Range": version}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        resumed = answer.status == 206 and _begins_at(answer.headers.get("Content-Range"), had)
+        if answer.status == 206 and not resumed:
+            raise ValueError(f"a range that was not asked for: {answer.headers['Content-Range']}")
+        start = had if resumed else 0
+        length = answer.headers.get("Content-Length")
+        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        _version(part).write_text("" if version.startswith("W/") else version)
+        with part.open("ab" if resumed else "wb") as file:
+            shutil.copyfileobj(answer, file, CHUNK)
+    if length is not None and part.stat().st_size != start + int(length):
+        missing = start + int(length) - part.stat().st_size
+        raise ValueError(f"{missing} bytes are missing")
+
+
+def _begins_at(content_range: str | None, start: int) -> bool:
+    return (content_range or "").startswith(f"bytes {start}-")
+
+
+def _version(part: Path) -> Path:
+    """The note beside a partial file that says which version of the file it is of."""
+    return part.with_name(part.name + ".version")
