@@ -73,8 +73,8 @@ def test_a_removal_holds_before_and_after_compaction(
 SEARCHER = """
 import sys
 from arrag_runtime import PatchIndex
-from schemas.manifest import Layout
-from stages.read_images import ImageTable
+from arrag_runtime.format.manifest import Layout
+from arrag_runtime.format.images import ImageTable
 index = PatchIndex.open(sys.argv[1])
 images = ImageTable(Layout(sys.argv[1]).images)
 for line in sys.stdin:

@@ -51,7 +51,8 @@ def test_a_cluster_that_grows_may_lack_what_comes_later(ray_session: None) -> No
 
 EMBEDDED = """
 import os, ray
-from pipeline.ray_run import RayResources, ray_cluster
+from pipeline.resources.ray_session import ray_cluster
+from schemas.settings.resources import RayResources
 with ray_cluster(RayResources()):
     print(ray.get(ray.remote(lambda: os.nice(0)).remote()))
 """
