@@ -103,10 +103,11 @@ def index(
 
     name: by default the index's kind. min_recall: below this recall at the target's k the index is
     not put in place. compacted: the table was just compacted, so an index that held all of its rows
-    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by default
-    this process does it unless the table is large. progress: told of every step; announce: told what
-    a long measurement will cost, before it starts. Returns the manifest of the index, with what was
-    measured. Raises ArragError for what the user can mend, and then leaves nothing behind.
+    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by
+    default this process does it unless the table is large. progress: told of every step; announce:
+    told what a long measurement will cost, before it starts. Returns the manifest of the index,
+    with what was measured. Raises ArragError for what the user can mend, and then leaves nothing
+    behind.
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)

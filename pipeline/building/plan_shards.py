@@ -29,7 +29,7 @@ class Plan:
     fresh: tuple[Shard, ...]
     """Shards to record in the ledger first."""
     todo: tuple[Attempt, ...]
-    """What is to run, a shard each, in order."""
+    """What is to run, in order, each on a shard of its own."""
     skipped: int
     """How many shards are done already."""
     notes: tuple[str, ...]
@@ -61,7 +61,7 @@ def _require_distinct(recorded: Sequence[RecordedShard], fresh: Sequence[Shard])
 
 
 def plan_attempts(source: Source, state: LedgerState, attempts: Sequence[Attempt]) -> Plan:
-    """Those of these later attempts whose shards the source can reach, and where it finds them now."""
+    """Those of these later attempts whose shards the source can reach, as it finds them now."""
     again = {attempt.shard.id: attempt for attempt in attempts}
     offered = [
         replace(r, inputs=None) if r.shard.id in again else r

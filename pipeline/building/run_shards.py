@@ -43,7 +43,7 @@ class ShardFailure:
 
 
 class VersionCleaner:
-    """Cleans tables of old versions on some worker, one after the other, while the driver goes on.
+    """Cleans tables of old versions on some worker, one at a time, while the driver goes on.
 
     What is asked for while a cleaning is under way is left to the next.
     """
@@ -53,7 +53,7 @@ class VersionCleaner:
         self._running: Any = None
 
     def __call__(self, paths: Sequence[str]) -> None:
-        """See `stages.tables.committer.Committer`. A cleaning that fails costs nothing but space."""
+        """See `Committer` in stages.tables. A cleaning that fails costs nothing but space."""
         if self._running is None or ray.wait([self._running], timeout=0)[0]:
             self._running = self._task.remote(list(paths))
 

@@ -1,4 +1,4 @@
-"""One writer per database: a lease with a heartbeat, on disks of one host or of many, and in buckets.
+"""One writer per database: a lease with a heartbeat, on disks, on shared ones and in buckets.
 
 A holder creates a numbered record below `leases/` that nobody else can have created, one number
 above the last, and renews it every few seconds. The highest number holds. A record that is released,
@@ -218,7 +218,7 @@ def _claim(layout: Layout, command: str, beat: Beat, locked: bool) -> Lease:
 
 
 def _watch(layout: Layout, number: int, record: Holder, beat: Beat) -> None:
-    """Wait until a holder that looks gone has missed its beats; raise DatabaseBusyError if it lives.
+    """Wait until a holder that looks gone has missed its beats; DatabaseBusyError if it lives.
 
     One that renewed just now, by its own clock, is believed at once.
     """

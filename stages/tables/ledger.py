@@ -1,7 +1,7 @@
 """What the ledger says: which shards are recorded and done, and where their rows end in each table.
 
-A shard's first row says what it consists of, a later one that an attempt at it is done. Rows about the
-whole database say what was removed and whether a compaction is under way. See `schemas.tables`.
+A shard's first row says what it consists of, a later one that an attempt at it is done. Rows about
+the whole database say what was removed and whether a compaction is under way (`schemas.tables`).
 """
 
 from collections import defaultdict
@@ -29,7 +29,7 @@ class LedgerState:
     marks: Mapping[str, int]
     """The highest fragment of each table that belongs to something done."""
     totals: Mapping[str, int]
-    """How many inputs, images, heldout, patches and (open) rejects there are, and how many removed."""
+    """Inputs, images, heldout, patches and open rejects there are, and images removed."""
     attempts: Mapping[str, int] = field(default_factory=dict)
     """The last attempt that is done, by shard."""
     taken: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -76,11 +76,11 @@ class _Reading:
     def __init__(self) -> None:
         self._shards: dict[str, RecordedShard] = {}
         self._marks: dict[str, int] = {}
-        self._totals = dict.fromkeys((*_COUNTS, "removed"), 0)
+        self._removed = 0
         self._by_source: dict[str, dict[str, int]] = {}
         self._attempts: dict[str, int] = {}
         self._taken: dict[str, dict[int, int]] = defaultdict(dict)
-        self._planned: dict[tuple[str, int], frozenset[int]] = {}
+        self._planned: dict[tuple[str, int], frozenset[int]] = defaultdict(frozenset)
         self._open_compactions = 0
 
     def apply(self, row: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ class _Reading:
             case "done":
                 self._finish(row)
             case "removed":
-                self._totals["removed"] -= row["images"]
+                self._removed -= row["images"]
             case "compacting":
                 self._open_compactions += 1
             case "compacted":
@@ -102,7 +102,6 @@ class _Reading:
             self._marks[name] = max(self._marks.get(name, -1), mark)
         of_source = self._by_source.setdefault(row["source"], dict.fromkeys(_COUNTS, 0))
         for name in _COUNTS:
-            self._totals[name] += row[name] or 0
             of_source[name] += row[name] or 0
 
     def _plan(self, row: Mapping[str, Any]) -> None:
@@ -112,8 +111,7 @@ class _Reading:
 
     def _plan_again(self, row: Mapping[str, Any]) -> None:
         """A later attempt. One that was killed may be planned again, with other rows."""
-        attempt = row["shard"], row["attempt"]
-        self._planned[attempt] = self._planned.get(attempt, frozenset()) | _rows_taken(row)
+        self._planned[row["shard"], row["attempt"]] |= _rows_taken(row)
 
     def _finish(self, row: Mapping[str, Any]) -> None:
         """An attempt that is done; a later one brings no inputs, and takes rows of its own."""
@@ -127,16 +125,18 @@ class _Reading:
 
     def state(self) -> LedgerState:
         """What the rows so far say."""
-        unfinished: dict[str, frozenset[int]] = {}
+        unfinished: dict[str, frozenset[int]] = defaultdict(frozenset)
         for (shard, _), rows in self._planned.items():
-            unfinished[shard] = unfinished.get(shard, frozenset()) | rows
+            unfinished[shard] |= rows
+        counts = self._by_source.values()
+        totals = {name: sum(of_source[name] for of_source in counts) for name in _COUNTS}
         return LedgerState(
             recorded=tuple(self._shards.values()),
             marks=self._marks,
-            totals=self._totals,
+            totals=totals | {"removed": self._removed},
             attempts=self._attempts,
             taken=dict(self._taken),
-            unfinished=unfinished,
+            unfinished=dict(unfinished),
             compacting=self._open_compactions > 0,
             # Rows about the whole database are of no source.
             by_source={name: counts for name, counts in self._by_source.items() if name},

@@ -65,9 +65,15 @@ def result(
     for reason in rejects.values():
         counts[reason] = counts.get(reason, 0) + 1
     return ShardResult(
-        *(shard.id, "links", attempt, 0 if retried else len(images) + len(rejects)),
-        *(len(images), 0, len(images), counts),
-        {name: write_fragments(paths[name], tables[name]) for name in tables},
+        shard=shard.id,
+        source="links",
+        attempt=attempt,
+        inputs=0 if retried else len(images) + len(rejects),
+        images=len(images),
+        heldout=0,
+        patches=len(images),
+        rejects=counts,
+        fragments={name: write_fragments(paths[name], tables[name]) for name in tables},
         retried=retried,
     )
 

@@ -33,7 +33,9 @@ def test_tasks_make_the_same_bytes(
         )
         assert index_files(alone, "codebook") == index_files(together, "codebook")
         assert (one.parts, one.count, one.recall_at_10) == (
-            *(other.parts, other.count, other.recall_at_10),
+            other.parts,
+            other.count,
+            other.recall_at_10,
         )
         for step in ("filling the lists", "merging the lists"):
             counted = [(done, total) for name, done, total in told if name == step]
