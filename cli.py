@@ -981,9 +981,9 @@ def _parse_tokens(text: str | None) -> tuple[int, ...] | None:
 
 def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
-    from pipeline.indexing.growth import stale_index
+    from pipeline.indexing.growth import index_to_build
 
-    stale = stale_index(db)
+    stale = index_to_build(db)
     if stale is None:
         return
     made = _run_index(db, stale.settings, stale.name, quiet)
@@ -999,11 +999,11 @@ def _run_index(
     min_recall: float | None = None,
     resources: "RayResources | None" = None,
 ) -> "IndexManifest":
-    from pipeline.index import index_database
+    from pipeline.index import index
 
     with _bar(quiet, "") as bar:
         task = bar.add_task("starting")
-        return index_database(
+        return index(
             db,
             settings,
             name=name,

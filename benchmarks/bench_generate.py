@@ -101,7 +101,7 @@ def random_backend(shape: Shape, device: str) -> JanusBackend:
     return JanusBackend(model, words, f"random weights, {shape.hidden} wide")
 
 
-def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> None:
+def made_up(folder: Path, codes: Any, images: int, settings: dict[str, Any]) -> None:
     """A database of random pictures over a codebook, indexed.
 
     A grid is a random walk: most tokens repeat the one above or to the left, as in pictures, so
@@ -114,7 +114,7 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
         write_codebook,
     )
     from arrag_runtime.format.specs import TokenizerSpec, key_spec
-    from pipeline.index import index_database
+    from pipeline.index import index
     from schemas.records import ImageRecord, Shard
     from schemas.settings.index import IndexSettings
     from schemas.tables import REJECTS_SCHEMA
@@ -154,7 +154,7 @@ def made_up(folder: Path, codes: Any, images: int, index: dict[str, Any]) -> Non
     result = ShardResult(shard.id, "made-up", 1, images, images, 0, patches, {}, fragments)
     committer.commit(result)
     DatabaseManifest(spec, None, EncoderSettings("cpu", "float32", 1), keys, 0.0).write(layout)
-    index_database(folder, IndexSettings(**index))
+    index(folder, IndexSettings(**settings))
 
 
 def random_walks(vocabulary: int, images: int, rng: np.random.Generator) -> Any:

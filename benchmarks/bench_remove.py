@@ -110,14 +110,14 @@ def seconds_until_hidden(
 
 def measure(images: int, removals: int) -> dict[str, Any]:
     from pipeline.compact import compact
-    from pipeline.index import index_database
+    from pipeline.index import index
     from schemas.settings.index import IndexSettings
 
     with tempfile.TemporaryDirectory() as folder:
         layout = Layout(Path(folder) / "db")
         grids, ids = make(layout, images)
         np.save(Path(folder) / "grids.npy", grids)
-        index_database(layout.root, IndexSettings())
+        index(layout.root, IndexSettings())
         search = [sys.executable, "-c", SEARCHER, layout.root, str(Path(folder) / "grids.npy")]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         chosen = np.random.default_rng(1).choice(images, removals, replace=False).tolist()

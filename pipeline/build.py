@@ -19,7 +19,13 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from pipeline.building.database import BuildSettings, create_database, resolve_database
-from pipeline.building.plan_shards import Plan, plan, plan_again, plan_retry, require_reasons
+from pipeline.building.plan_shards import (
+    Plan,
+    next_attempts,
+    plan_attempts,
+    plan_shards,
+    require_reasons,
+)
 from pipeline.building.run_shards import ShardFailure, VersionCleaner, run_shards
 from pipeline.building.shard_worker import WorkerSettings
 from pipeline.remove import take_out_suppressed
@@ -107,7 +113,7 @@ def build(
         if settings.retry_rejects:
             work = _plan_again(layout, source, state, settings)
         else:
-            work = plan(source, state)
+            work = plan_shards(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
         if work.todo or state.unfinished:
@@ -132,7 +138,7 @@ def build(
                     del work
                     return_free_memory()
                     # A tar that proved longer than one shard has more to list now.
-                    work = _without(plan(source, read_ledger(layout)), report.failed)
+                    work = _without(plan_shards(source, read_ledger(layout)), report.failed)
         report.seconds = time.perf_counter() - started
         if exists(layout.manifest):
             held.check()
@@ -258,8 +264,8 @@ def _plan_again(
 ) -> Plan:
     """The rejects to try again. Raises BadInputError where there is no database yet."""
     DatabaseManifest.read(layout)
-    attempts = plan_retry(layout, state, settings.source.name, settings.retry_rejects)
-    return plan_again(source, state, attempts)
+    attempts = next_attempts(layout, state, settings.source.name, settings.retry_rejects)
+    return plan_attempts(source, state, attempts)
 
 
 def _describe_run(

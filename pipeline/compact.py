@@ -22,7 +22,7 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.patches import PatchTable, patch_tables
 from arrag_runtime.search.patch_index import index_folders
 from arrag_runtime.search.tombstones import Tombstones
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.remove import take_out_suppressed
 from pipeline.resources.lease import lease
 from pipeline.verify import index_owners
@@ -149,7 +149,7 @@ def _build_again(layout: Layout, folder: str, *, compacted: bool) -> None:
         remove(folder)
         return
     settings = IndexSettings.from_json(made.settings)
-    index_database(layout.root, settings, name=Path(folder).name, compacted=compacted)
+    index(layout.root, settings, name=Path(folder).name, compacted=compacted)
 
 
 def _bytes(layout: Layout) -> int:

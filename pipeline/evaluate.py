@@ -23,8 +23,7 @@ from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.patch_index import PatchIndex, index_folders, open_engine
 from arrag_runtime.search.tombstones import Tombstones
-from pipeline.indexing.exact import exact_neighbors
-from pipeline.indexing.steps import copies_left_aside
+from pipeline.indexing.exact import copies_left_aside, exact_neighbors
 from schemas.settings.resources import RayResources
 from stages.index.index_contents import left_out
 from stages.measure.evaluate_tokens import (

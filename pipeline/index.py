@@ -1,14 +1,14 @@
 """Index a database: build in a folder of its own, measure it against exact search, put it in place.
 
-A killed build of a codebook index goes on with the first step that is missing; one of another kind
-starts again. An index that is in place is never changed: a grown one is a new folder that shares the
-old one's files, so whoever searches the old one goes on doing so.
+what there is to index → decide what becomes of the index in place (`indexing.growth`) → make the
+parts (`indexing.steps`) → measure them → put them in place. A killed build of a codebook index goes
+on with the first step that is missing; one of another kind starts again.
 """
 
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.images import ImageTable
-from arrag_runtime.format.inverted_lists import CENTROIDS, GRAPH, ListPart
-from arrag_runtime.format.location import finish_replacements, local_folder
+from arrag_runtime.format.inverted_lists import CENTROIDS, ListPart
+from arrag_runtime.format.location import finish_replacements
 from arrag_runtime.format.manifest import (
     INDEX_FILE,
     LEFT_OUT_FILE,
@@ -37,16 +37,17 @@ from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.patch_index import PatchIndex, open_engine
 from arrag_runtime.search.tombstones import Tombstones
-from pipeline.indexing.exact import exact_neighbors
+from pipeline.indexing.exact import copies_left_aside, exact_neighbors
 from pipeline.indexing.growth import (
-    index_to_grow,
-    prepare,
-    put_index,
-    still_stands,
+    FRESH,
+    Decision,
+    decide,
+    facts_of,
+    index_made_alike,
     unwanted_pictures,
-    work_folder,
 )
-from pipeline.indexing.steps import Progress, copies_left_aside, fill_lists, link_files, merge_into
+from pipeline.indexing.steps import IndexProgress, PartsJob, make_parts
+from pipeline.indexing.work_folder import empty_work_folder, put_index, work_folder
 from pipeline.resources.lease import lease
 from pipeline.resources.malloc import give_memory_back
 from schemas.settings.index import IndexSettings, size_in_bytes
@@ -60,13 +61,12 @@ from stages.measure.sample_queries import sample_queries
 from stages.tables.committer import Committer
 from stages.tables.ledger import read_ledger
 
-QUERY_PICTURES, QUERIES = 100, 1000
-DEEPEST = 2048
-MOST_PARTS = 8
-"""A search pays for every part; when there would be more, they are merged."""
+_QUERY_PICTURES, _QUERIES = 100, 1000
+_DEEPEST = 2048
+"""How many neighbours the certificate looks at."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """What there is to index and how."""
 
@@ -75,12 +75,17 @@ class _Job:
     settings: IndexSettings
     table: PatchTable
     codes: Floats
+    place: str
+    """Where the index goes."""
+    older: IndexManifest | None
+    """The index at that place that is built upon; None where nothing of it is kept."""
+    decision: Decision
     work: Path
     resources: RayResources | None
-    progress: Progress
+    progress: IndexProgress
 
 
-def index_database(
+def index(
     database: str | Path,
     settings: IndexSettings,
     *,
@@ -88,16 +93,21 @@ def index_database(
     min_recall: float | None = None,
     compacted: bool = False,
     resources: RayResources | None = None,
-    progress: Progress = lambda _step, _done, _total: None,
+    progress: IndexProgress = lambda _step, _done, _total: None,
     announce: Callable[[str], None] = lambda _cost: None,
 ) -> IndexManifest:
     """Build an index over the database's patches, or bring the one of this name up to date.
 
+        made = index("mydb", IndexSettings(kind="codebook"), min_recall=0.9)
+        print(made.recall_at_10, made.nprobe)
+
     name: by default the index's kind. min_recall: below this recall at the target's k the index is
     not put in place. compacted: the table was just compacted, so an index that held all of its rows
-    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by default
-    this process does it unless the table is large. Raises ArragError for what the user can mend, and
-    then leaves nothing behind.
+    only has to lose those that are gone. resources: the Ray cluster to fill and measure on; by
+    default this process does it unless the table is large. progress: told of every step; announce:
+    told what a long measurement will cost, before it starts. Returns the manifest of the index,
+    with what was measured. Raises ArragError for what the user can mend, and then leaves nothing
+    behind.
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
@@ -115,24 +125,38 @@ def index_database(
         settings = settings.resolved(manifest.keys, table.count)
         name = name or str(settings.kind)
         finish_replacements(layout.indexes)
-        codes = read_codebook(layout)
+        place = layout.index(name)
         unwanted = unwanted_pictures(layout, settings)
-        older = index_to_grow(layout, name, settings, table, unwanted, compacted=compacted)
-        work = work_folder(layout, name, settings, table, older, unwanted)
-        job = _Job(layout, manifest, settings, table, codes, work, resources, progress)
+        older = index_made_alike(place, settings)
+        decision = FRESH
+        if older is not None:
+            decision = decide(facts_of(place, older, table, unwanted, compacted=compacted))
+        older = older if decision.kept else None
+        job = _Job(
+            layout=layout,
+            manifest=manifest,
+            settings=settings,
+            table=table,
+            codes=read_codebook(layout),
+            place=place,
+            older=older,
+            decision=decision,
+            work=work_folder(layout, name, settings, table, older, unwanted),
+            resources=resources,
+            progress=progress,
+        )
         try:
-            codebook = settings.kind == "codebook"
-            built = _build_codebook(job, older) if codebook else _build_faiss(job)
+            built = _build_codebook(job) if settings.kind == "codebook" else _build_faiss(job)
             built = replace(built, name=name)
             seconds = time.perf_counter() - started
             final = _certified(job, built, seconds, announce)
             _require_recall(final, settings, min_recall)
         except ArragError:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(job.work, ignore_errors=True)
             raise
-        final.write(work)
+        final.write(job.work)
         held.check()
-        put_index(layout.index(name), work)
+        put_index(place, job.work)
         return final
 
 
@@ -145,53 +169,34 @@ def _require_recall(made: IndexManifest, settings: IndexSettings, wanted: float 
         )
 
 
-def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
+def _build_codebook(job: _Job) -> IndexManifest:
     """The parts of a codebook index in the work folder, and a manifest without measurements."""
-    work, settings, table = job.work, job.settings, job.table
-    weights, fitted = _weights(job, older)
+    work, settings, table, older = job.work, job.settings, job.table, job.older
+    weights, fitted = _weights(job)
     layout = CodeLayout(job.manifest.keys, job.codes, weights)
     _require_memory(job, table.count * (layout.size + 2))
     unwanted = work / LEFT_OUT_FILE
-    unwanted_file = unwanted if unwanted.exists() else None
-    rewritten = older is not None and not still_stands(older, table)
-    kept = () if older is None else older.parts
-    grows = older is None or (table.mark > older.mark and not rewritten)
-    parts = (*kept, _next_part(kept)) if grows else kept
-    merging = rewritten or len(parts) > MOST_PARTS or _holds_unwanted(job, older)
-    merged = _next_part(parts)
-    # A killed build may have come as far as the merged part and lost some of those it is made of.
-    if not (merging and (work / merged).exists()):
-        if older is not None:
-            link_files(local_folder(job.layout.index(older.name)), work, [CENTROIDS, GRAPH, *kept])
-        if grows:
-            fill_lists(
-                *(table, layout, settings, work),
-                name=parts[-1],
-                after=-1 if older is None else older.mark,
-                left_out=unwanted_file,
-                resources=job.resources,
-                progress=job.progress,
-            )
-        if merging:
-            merge_into(
-                *(work, tuple(str(work / part) for part in parts), merged, layout, settings),
-                *(unwanted_file, job.resources, job.progress),
-            )
-    if merging:
-        for part in parts:
-            shutil.rmtree(work / part, ignore_errors=True)
-        parts = (merged,)
+    parts_job = PartsJob(
+        table=table,
+        layout=layout,
+        settings=settings,
+        work=work,
+        left_out=unwanted if unwanted.exists() else None,
+        resources=job.resources,
+        progress=job.progress,
+    )
+    parts = make_parts(parts_job, job.decision, job.place)
     opened = [ListPart.open(work / part, layout.size) for part in parts]
     lists = len(np.load(work / CENTROIDS, mmap_mode="r"))
     entries = sum(part.entries for part in opened)
     count = sum(part.keys for part in opened)
-    if rewritten and count != table.count_without(left_out(work)):
+    unwanted_ids = left_out(work)
+    if job.decision.rewrites and count != table.count_without(unwanted_ids):
         # It did not hold all rows of the table, so what it lacks is not known.
-        unwanted_ids = left_out(work)
-        shutil.rmtree(work)
-        prepare(work, unwanted_ids)
-        return _build_codebook(job, None)
+        empty_work_folder(work, unwanted_ids)
+        return _build_codebook(replace(job, older=None, decision=FRESH))
     resident = entries * (layout.size + 2)
+    trained_for = table.count if older is None else int(older.settings["trained_for"])
     return IndexManifest(
         name=settings.kind or "",
         kind="codebook",
@@ -207,19 +212,15 @@ def _build_codebook(job: _Job, older: IndexManifest | None) -> IndexManifest:
         ms_per_query=0.0,
         recall_at_10=0.0,
         certificate={},
-        left_out=left_out(job.work).size,
+        left_out=unwanted_ids.size,
         parts=parts,
         weights=weights,
         temperature=None if fitted is None else fitted["temperature"],
         settings=settings.to_json()
-        | {"rows": table.count, "trained_for": _trained_for(older, table)}
+        | {"rows": table.count, "trained_for": trained_for}
         | _per_picture(job),
         metrics={} if fitted is None else {"weights": fitted},
     )
-
-
-def _trained_for(older: IndexManifest | None, table: PatchTable) -> int:
-    return table.count if older is None else int(older.settings["trained_for"])
 
 
 def _per_picture(job: _Job) -> dict[str, int]:
@@ -232,7 +233,11 @@ def _build_faiss(job: _Job) -> IndexManifest:
     """A flat or ivfpq index in the work folder, and a manifest without measurements."""
     settings = job.settings
     filled = train_and_fill(
-        *(job.table, job.codes, job.work, settings, left_out(job.work)),
+        job.table,
+        job.codes,
+        job.work,
+        settings,
+        left_out(job.work),
         progress=lambda done, total: job.progress("filling the index", done, total),
     )
     entries = int(filled.index.ntotal)
@@ -261,7 +266,7 @@ def _build_faiss(job: _Job) -> IndexManifest:
 
 
 def _code_size(index: Any, folder: Path) -> float:
-    """Bytes of code an entry takes in the index; of a graph, what its file takes an entry."""
+    """Bytes of code per entry of the index; for a graph, bytes of its file per entry."""
     inner: Any = (
         faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     )
@@ -269,12 +274,10 @@ def _code_size(index: Any, folder: Path) -> float:
     return float(size or (folder / INDEX_FILE).stat().st_size / index.ntotal)
 
 
-def _weights(
-    job: _Job, older: IndexManifest | None
-) -> tuple[tuple[float, ...] | None, dict[str, Any] | None]:
+def _weights(job: _Job) -> tuple[tuple[float, ...] | None, dict[str, Any] | None]:
     """The offsets' weights, and what is known of learned ones; a grown index keeps its own."""
-    if older is not None:
-        return older.weights, older.metrics.get("weights")
+    if job.older is not None:
+        return job.older.weights, job.older.metrics.get("weights")
     if job.settings.weights != "learned":
         return job.settings.typed_weights(job.manifest.keys), None
     kept = job.work / "weights.json"
@@ -308,7 +311,10 @@ def _certified(
     aside = copies_left_aside(engine.parts) if isinstance(engine, CodebookSearch) else None
     job.progress("searching exactly", 0, job.table.count)
     exact = exact_neighbors(
-        *(job.table, job.codes, queries, DEEPEST),
+        job.table,
+        job.codes,
+        queries,
+        _DEEPEST,
         weights=built.weights,
         skip=aside,
         left_out=left_out(job.work),
@@ -321,13 +327,16 @@ def _certified(
         return true_distances(job.table.blocks(), job.codes, queries, ids, weights=built.weights)
 
     measured = certify(
-        *(opened, queries, exact, Target.parse(job.settings.target_recall)),
+        opened,
+        queries,
+        exact,
+        Target.parse(job.settings.target_recall),
         distances_of=distances_of if built.kind == "ivfpq" else None,
         threads=faiss.omp_get_max_threads(),
         nprobe=job.settings.nprobe,
         progress=lambda nprobe: job.progress(f"measuring nprobe {nprobe or '-'}", 0, 1),
     )
-    ten = str(min(10, DEEPEST))
+    ten = str(min(10, _DEEPEST))
     return replace(
         built,
         nprobe=measured.chosen.nprobe,
@@ -340,9 +349,11 @@ def _certified(
 def index_queries(layout: Layout, manifest: DatabaseManifest) -> Queries:
     """The queries by which every index of a database is judged."""
     return sample_queries(
-        *(ImageTable(layout.images, Tombstones(layout).ids), manifest.tokenizer, manifest.keys),
-        pictures=QUERY_PICTURES,
-        queries=QUERIES,
+        ImageTable(layout.images, Tombstones(layout).ids),
+        manifest.tokenizer,
+        manifest.keys,
+        pictures=_QUERY_PICTURES,
+        queries=_QUERIES,
     )
 
 
@@ -353,16 +364,3 @@ def _require_memory(job: _Job, size: int) -> None:
             f"an index of {job.table.count:,} keys takes about {size / 10**9:.1f} GB of memory when all"
             f" of it is in use, more than --memory {job.settings.memory}; allow more"
         )
-
-
-def _holds_unwanted(job: _Job, older: IndexManifest | None) -> bool:
-    """Whether an index may hold pictures that have since been removed, or become copies."""
-    if older is None:
-        return False
-    before = left_out(local_folder(job.layout.index(older.name)))
-    return len(np.setdiff1d(left_out(job.work), before)) > 0
-
-
-def _next_part(parts: Sequence[str]) -> str:
-    """A name that none of these parts has."""
-    return f"part-{1 + max((int(part.rpartition('-')[2]) for part in parts), default=-1):04}"

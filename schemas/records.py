@@ -8,68 +8,71 @@ from typing import Any
 
 import pyarrow as pa
 
+from arrag_runtime.format.ids import ROW_BITS
+
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 of a rectangle, as shares (0..1) of the picture's width and height."""
 
-MAX_ROWS_PER_SHARD = 1 << 14
-"""A patch id has 14 bits for the row in its shard."""
+MAX_ROWS_PER_SHARD = 1 << ROW_BITS
+"""So many rows can a patch id tell apart in a shard."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: an ordered list of inputs.
-
-    `id` is 16 hex digits made from the content the members point at, never from a position in
-    a list, so adding files renames nothing. `members` is what the ledger records: for a folder
-    one entry a file, for a tar one entry a range of its samples.
-    """
+    """A unit of work: an ordered list of inputs."""
 
     source: str
+    """The name of the source it is of."""
     id: str
+    """16 hex digits made from the content the members point at, never from a position in a list, so
+    that adding files renames nothing."""
     members: tuple[str, ...]
+    """What the ledger records: for a folder one entry per file, for a tar one per range of its
+    samples."""
 
 
 @dataclass(frozen=True)
 class RecordedShard:
-    """A shard that the ledger knows: planned (`inputs` is None) or done."""
+    """A shard that the ledger knows."""
 
     shard: Shard
     inputs: int | None = None
+    """How many inputs it has; None while it is planned and not done."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A shard to run. The first attempt takes all of it; a later one only `rows`, once rejected."""
+    """A shard to run."""
 
     shard: Shard
     number: int = 1
+    """The first attempt takes all of the shard."""
     rows: tuple[int, ...] = ()
+    """What a later attempt takes: rows that were rejected."""
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One picture as it came: encoded bytes and what is known of it.
-
-    `row` is its place in the shard's own list. `metadata` is a JSON object with whatever else
-    the source says of it. `faces` are rectangles to be blurred before the picture is used.
-    """
+    """One picture as it came, and what is known of it."""
 
     row: int
+    """Its place in the shard's own list."""
     key: str
+    """What the source calls it."""
     data: bytes
+    """The file's bytes."""
     caption: str | None = None
     url: str | None = None
     licence: str | None = None
     metadata: str | None = None
+    """A JSON object with whatever else the source says of it."""
     faces: tuple[Box, ...] = ()
+    """Rectangles to be blurred before the picture is used."""
 
 
 @dataclass(frozen=True)
 class LinkRecord:
-    """A picture that is still to be fetched; the download step makes it an `ImageRecord`.
-
-    `sha256` is that of the original bytes as the publisher lists it, None where it does not.
-    """
+    """A picture that is still to be fetched; the download step makes it an `ImageRecord`."""
 
     row: int
     key: str
@@ -79,18 +82,17 @@ class LinkRecord:
     metadata: str | None = None
     faces: tuple[Box, ...] = ()
     sha256: str | None = None
+    """That of the original bytes as the publisher lists it, None where it does not."""
 
 
 @dataclass(frozen=True)
 class GridRecord:
-    """A picture that comes as its token grid: no model is needed.
-
-    `grid` holds the tokens as uint16, little-endian, in raster order; they fit the tokenizer.
-    """
+    """A picture that comes as its token grid, so that no model is needed."""
 
     row: int
     key: str
     grid: bytes
+    """The tokens as uint16, little-endian, in raster order; they fit the tokenizer."""
     caption: str | None = None
     url: str | None = None
     licence: str | None = None
@@ -99,13 +101,16 @@ class GridRecord:
 
 @dataclass(frozen=True)
 class Reject:
-    """An input that did not become a row, and why. `reason` is one of `REASONS`."""
+    """An input that did not become a row, and why."""
 
     row: int
     key: str
     stage: str
+    """Where it failed: "read", "download" or "decode"."""
     reason: str
+    """One of `REASONS`."""
     detail: str
+    """For people: what exactly was wrong."""
     url: str | None = None
 
 
@@ -153,29 +158,34 @@ class GridShape:
     """What a token grid must be like to fit a tokenizer."""
 
     height: int
+    """In tokens."""
     width: int
+    """In tokens."""
     vocabulary: int
+    """Tokens are below this number."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many inputs a source has. Where it was not counted exactly, `note` says how.
-
-    links: whether they are addresses that have to be fetched.
-    """
+    """How many inputs a source has."""
 
     inputs: int
     exact: bool
+    """Whether they were counted, not estimated."""
     note: str = ""
+    """How they were estimated."""
     links: bool = False
+    """Whether they are addresses that have to be fetched."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source has to offer beyond what is recorded: shards to do, and notes for people."""
+    """What a source has to offer beyond what is recorded."""
 
     shards: Sequence[Shard]
+    """Shards to do."""
     notes: Sequence[str] = ()
+    """What people should know of it."""
 
 
 RECORDS_SCHEMA = pa.schema(
@@ -195,6 +205,9 @@ RECORDS_SCHEMA = pa.schema(
     ]
 )
 """A shard's inputs on their way to the encoder: pictures (data set), grids and rejects."""
+_REJECT_FIELDS = ("row", "key", "stage", "reason", "detail", "url")
+_KNOWN_FIELDS = ("row", "key", "caption", "url", "licence", "metadata")
+"""What is known of a picture, and of one that comes as its grid."""
 
 
 def pack_records(items: Iterable[ImageRecord | GridRecord | Reject]) -> pa.Buffer:
@@ -253,8 +266,3 @@ def _unpack(row: dict[str, Any]) -> ImageRecord | GridRecord | Reject:
         return GridRecord(**known, grid=row["grid"])
     faces = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in row["faces"] or ())
     return ImageRecord(**known, data=row["data"], faces=faces)
-
-
-_REJECT_FIELDS = ("row", "key", "stage", "reason", "detail", "url")
-
-_KNOWN_FIELDS = ("row", "key", "caption", "url", "licence", "metadata")

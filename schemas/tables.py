@@ -1,4 +1,4 @@
-"""The Arrow schemas of the tables, and which pictures are held out of them."""
+"""The Arrow schemas of the tables and what their rows mean, and which pictures are held out."""
 
 import pyarrow as pa
 
@@ -6,7 +6,7 @@ from arrag_runtime.format.specs import KeySpec, TokenizerSpec
 
 
 def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
-    """A row a picture. tokens: the grid in raster order; latents: float16, same order.
+    """One row per picture. tokens: the grid in raster order; latents: float16, in the same order.
 
     width, height: of the upright original, 0 where only its grid was given; sha256: of its bytes,
     or of the grid's.
@@ -33,7 +33,7 @@ def images_schema(spec: TokenizerSpec, *, latents: bool) -> pa.Schema:
 
 
 def patches_schema(spec: TokenizerSpec, keys: KeySpec) -> pa.Schema:
-    """A row a position that has a key. `key` in reading order of the offsets."""
+    """One row per position that has a key, `key` in reading order of the offsets."""
     if keys.space == "codebook":
         key = pa.list_(pa.uint16(), keys.neighborhood.size)
     else:
@@ -98,7 +98,7 @@ LEDGER_SCHEMA = pa.schema(
 )
 """The ledger. A shard is first `planned` (attempt 0, with its members), then `done` (attempt 1).
 
-A later attempt takes a shard's rejects again, and is `planned` and then `done` too. Its `members`
+A later attempt takes rejects of a shard again, and is `planned` and then `done` too. Its `members`
 are the rows that it takes, as text; `inputs` is 0, since it brings none; `images`, `heldout` and
 `patches` are what it added; `rejects` is the change in the number of open rejects, 0 or less: rows
 rejected again minus rows taken. So for every row, and for all sums, inputs = images + rejects.

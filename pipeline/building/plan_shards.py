@@ -1,4 +1,9 @@
-"""What is to be done: the source's shards minus those the ledger has. Pure; nothing is written."""
+"""What a build has to do: shards that the ledger lacks, or rejects that are to be tried again.
+
+`plan_shards` takes a source's shards without those that are done. To try rejects again,
+`next_attempts` finds the open ones (`open_rejects`) in the tables, and `plan_attempts` looks for
+their shards in the source as it is now. Nothing is written here.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,15 +24,19 @@ from stages.tables.ledger import LedgerState
 
 @dataclass(frozen=True)
 class Plan:
-    """fresh: shards to record in the ledger first; todo: what is to run, a shard each, in order."""
+    """What a build is going to do."""
 
     fresh: tuple[Shard, ...]
+    """Shards to record in the ledger first."""
     todo: tuple[Attempt, ...]
+    """What is to run, in order, each on a shard of its own."""
     skipped: int
+    """How many shards are done already."""
     notes: tuple[str, ...]
+    """What people should know of it."""
 
 
-def plan(source: Source, state: LedgerState) -> Plan:
+def plan_shards(source: Source, state: LedgerState) -> Plan:
     """The shards of `source` that are not done. Raises BadInputError when two ids collide."""
     recorded = [r for r in state.recorded if r.shard.source == source.name]
     listing = source.listing(recorded)
@@ -37,21 +46,6 @@ def plan(source: Source, state: LedgerState) -> Plan:
     _require_distinct(state.recorded, fresh)
     done = sum(1 for r in recorded if r.inputs is not None)
     return Plan(fresh, todo, done, tuple(listing.notes))
-
-
-def plan_again(source: Source, state: LedgerState, attempts: Sequence[Attempt]) -> Plan:
-    """Those of these later attempts whose shards the source can reach, and where it finds them now."""
-    again = {attempt.shard.id: attempt for attempt in attempts}
-    offered = [
-        replace(r, inputs=None) if r.shard.id in again else r
-        for r in state.recorded
-        if r.shard.source == source.name
-    ]
-    found = {shard.id: shard for shard in source.listing(offered).shards} if again else {}
-    todo = [replace(a, shard=found[id]) for id, a in again.items() if id in found]
-    lost = len(again) - len(todo)
-    notes = (f"{lost} shards with such rejects are not in this --input",) if lost else ()
-    return Plan((), tuple(todo), len(state.done - again.keys()), notes)
 
 
 def _require_distinct(recorded: Sequence[RecordedShard], fresh: Sequence[Shard]) -> None:
@@ -66,6 +60,21 @@ def _require_distinct(recorded: Sequence[RecordedShard], fresh: Sequence[Shard])
             )
 
 
+def plan_attempts(source: Source, state: LedgerState, attempts: Sequence[Attempt]) -> Plan:
+    """Those of these later attempts whose shards the source can reach, as it finds them now."""
+    again = {attempt.shard.id: attempt for attempt in attempts}
+    offered = [
+        replace(r, inputs=None) if r.shard.id in again else r
+        for r in state.recorded
+        if r.shard.source == source.name
+    ]
+    found = {shard.id: shard for shard in source.listing(offered).shards} if again else {}
+    todo = [replace(a, shard=found[id]) for id, a in again.items() if id in found]
+    lost = len(again) - len(todo)
+    notes = (f"{lost} shards with such rejects are not in this --input",) if lost else ()
+    return Plan((), tuple(todo), len(state.done - again.keys()), notes)
+
+
 def require_reasons(reasons: Sequence[str]) -> None:
     """Raise BadInputError for a reason that no reject can have."""
     for reason in reasons:
@@ -76,7 +85,7 @@ def require_reasons(reasons: Sequence[str]) -> None:
             )
 
 
-def plan_retry(
+def next_attempts(
     layout: Layout, state: LedgerState, source: str, reasons: Sequence[str]
 ) -> tuple[Attempt, ...]:
     """The next attempt of each shard of `source` that has open rejects with these reasons."""
@@ -85,16 +94,11 @@ def plan_retry(
     rows: dict[str, list[int]] = defaultdict(list)
     for shard, row in zip(rejects["shard"].to_pylist(), rejects["row"].to_pylist(), strict=True):
         rows[shard].append(row)
+    shards = [r.shard for r in state.recorded if r.shard.source == source and r.shard.id in rows]
     return tuple(
-        Attempt(
-            known.shard, state.attempts[known.shard.id] + 1, tuple(sorted(rows[known.shard.id]))
-        )
-        for known in state.recorded
-        if known.shard.source == source and known.shard.id in rows
+        Attempt(shard, state.attempts[shard.id] + 1, tuple(sorted(rows[shard.id])))
+        for shard in shards
     )
-
-
-NEEDED = ("shard", "attempt", "row")
 
 
 def open_rejects(path: str, state: LedgerState, columns: Sequence[str] = ()) -> pa.Table:
@@ -102,7 +106,8 @@ def open_rejects(path: str, state: LedgerState, columns: Sequence[str] = ()) -> 
 
     A reject is open when its attempt is done and no later done attempt of its shard took its row.
     """
-    table = lance.dataset(path).to_table(columns=list(dict.fromkeys((*NEEDED, *columns))))
+    needed = ("shard", "attempt", "row")
+    table = lance.dataset(path).to_table(columns=list(dict.fromkeys((*needed, *columns))))
     done = pa.array(list(state.attempts), pa.string())
     again = pa.array(list(state.taken), pa.string())
     finished = table.filter(pc.is_in(table["shard"], done))
@@ -112,6 +117,9 @@ def open_rejects(path: str, state: LedgerState, columns: Sequence[str] = ()) -> 
     several = finished.filter(tried_again)
     if not several.num_rows:
         return once
-    entries = zip(*(several[name].to_pylist() for name in NEEDED), strict=True)
-    still = [attempt == state.taken[shard].get(row, 1) for shard, attempt, row in entries]
+    shards, attempts, rows = (several[name].to_pylist() for name in needed)
+    still = [
+        attempt == state.taken[shard].get(row, 1)
+        for shard, attempt, row in zip(shards, attempts, rows, strict=True)
+    ]
     return pa.concat_tables([once, several.filter(pa.array(np.array(still)))])

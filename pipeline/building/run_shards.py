@@ -1,8 +1,8 @@
 """Ray Data over rows that are shards.
 
-CPU tasks read a shard and end in encoded files; an actor takes a whole shard, decodes, encodes and
-writes its fragments. What comes back to the driver is one small row a shard, a result or an error.
-The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
+Tasks on CPUs read a shard and end in encoded files; an actor takes a whole shard, decodes, encodes
+and writes its fragments. What comes back to the driver is one small row per shard, a result or an
+error. The number of shards in flight is bounded by the pools, and their bytes by `in_flight_bytes`.
 """
 
 import gc
@@ -24,30 +24,28 @@ from schemas.records import Attempt
 from schemas.settings.resources import RayResources
 from stages.tables.committer import ShardResult, clean_versions
 
-READ_CPUS = 0.25
+_READ_CPUS = 0.25
 """Declared for a task that reads: it waits for disks and networks most of the time."""
+_TRACE = 0.001
+"""What a step asks of the resource that keeps it to nodes of one kind."""
+_SHARDS_AT_A_TIME = 256
+"""Ray Data keeps a few kilobytes in the driver for every shard that it was ever given."""
 
 
 @dataclass(frozen=True)
 class ShardFailure:
-    """A shard that did not come through, and why."""
+    """A shard that did not come through."""
 
     shard: str
+    """Its id."""
     error: str
-
-
-def _of(resource: str | None) -> dict[str, Any]:
-    """Ray's options that keep a step to nodes that declare a resource: a trace of it is asked."""
-    return {"resources": {resource: TRACE}} if resource else {}
-
-
-TRACE = 0.001
+    """Why, in one line."""
 
 
 class VersionCleaner:
-    """Cleans tables of old versions on some worker, one after the other, while the driver goes on.
+    """Cleans tables of old versions on some worker, one at a time, while the driver goes on.
 
-    What is asked for beside a cleaning that is under way is left to the next.
+    What is asked for while a cleaning is under way is left to the next.
     """
 
     def __init__(self) -> None:
@@ -55,7 +53,7 @@ class VersionCleaner:
         self._running: Any = None
 
     def __call__(self, paths: Sequence[str]) -> None:
-        """See `stages.tables.committer.Committer`. A cleaning that fails costs nothing but space."""
+        """See `Committer` in stages.tables. A cleaning that fails costs nothing but space."""
         if self._running is None or ray.wait([self._running], timeout=0)[0]:
             self._running = self._task.remote(list(paths))
 
@@ -68,20 +66,17 @@ def run_shards(
 ) -> Iterator[ShardResult | ShardFailure]:
     """Run shards, one attempt each, in any order; every one of them is answered for, once.
 
-    A shard whose worker died, or whose task raised, comes back as a failure. Ray Data keeps a few
-    kilobytes in the driver for every shard it was ever given, so it gets `WINDOW` of them at a time.
+    A shard whose worker died, or whose task raised, comes back as a failure.
     """
-    for start in range(0, len(attempts), WINDOW):
+    for start in range(0, len(attempts), _SHARDS_AT_A_TIME):
         # A finished run of Ray Data is a ring of references, which Python alone is slow to free.
         gc.collect()
         return_free_memory()
-        yield from _run_window(attempts[start : start + WINDOW], settings, resources, pool)
+        few = attempts[start : start + _SHARDS_AT_A_TIME]
+        yield from _run_few(few, settings, resources, pool)
 
 
-WINDOW = 256
-
-
-def _run_window(
+def _run_few(
     attempts: Sequence[Attempt],
     settings: WorkerSettings,
     resources: RayResources,
@@ -99,7 +94,7 @@ def _run_window(
     )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     most = min(pool.largest, len(attempts))
-    encode_cpus = resources.threads - 2 * READ_CPUS
+    encode_cpus = resources.threads - 2 * _READ_CPUS
     # The type of a function on Arrow tables is one that ray.data's own hints do not know.
     read: Any = read_shard
     encoded = (
@@ -110,8 +105,8 @@ def _run_window(
             batch_size=None,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(size=min(most + 1, len(attempts))),
-            num_cpus=READ_CPUS,
-            **_of(resources.read_resource),
+            num_cpus=_READ_CPUS,
+            **_only_on(resources.read_resource),
         )
         .map_batches(
             EncodeWorker,
@@ -125,7 +120,7 @@ def _run_window(
             num_gpus=1 if resources.gpus else 0,
             # Ray would run a shard that kills its worker again without end.
             max_task_retries=0,
-            **_of(resources.encode_resource),
+            **_only_on(resources.encode_resource),
         )
     )
     missing = {attempt.shard.id for attempt in attempts}
@@ -147,3 +142,8 @@ def _run_window(
         reason = str(error).strip().splitlines()[-1]
     for shard in sorted(missing):
         yield ShardFailure(shard, reason)
+
+
+def _only_on(resource: str | None) -> dict[str, Any]:
+    """Ray's options that keep a step to nodes that declare a resource."""
+    return {"resources": {resource: _TRACE}} if resource else {}

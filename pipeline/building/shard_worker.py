@@ -1,7 +1,7 @@
 """What runs on the cluster: a task that reads or downloads a shard, an actor that encodes it.
 
-In: rows that are attempts at shards, as Arrow tables, since Ray Data hands those over without conversion. Out:
-rows with a result or an error; neither function raises for what is wrong with a shard.
+In: rows that are attempts at shards, as Arrow tables, since Ray Data hands those over without
+conversion. Out: rows with a result or an error. Neither raises for what is wrong with a shard.
 """
 
 import logging
@@ -37,27 +37,16 @@ from stages.encode.encode_images import EncodeSettings, encode_shard
 from stages.encode.extract_patches import extract_patches
 from stages.removal.suppression import read_suppressed, without_removed
 from stages.sources import GRID_SOURCES, open_source
-from stages.tables.committer import ShardResult, table_paths, write_fragments
+from stages.tables.committer import (
+    IMAGES,
+    PATCHES,
+    REJECTS,
+    ShardResult,
+    table_paths,
+    write_fragments,
+)
 
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """Everything a worker needs to know besides its shard."""
-
-    database: str
-    source: SourceSettings
-    tokenizer: str
-    tokenizer_weights: str | None
-    device: str
-    precision: str
-    compile: bool
-    keys: KeySpec
-    encode: EncodeSettings
-    threads: int
-    download: DownloadSettings
-
-
-SHARD_ROW = pa.schema(
+_SHARD_ROW = pa.schema(
     [
         pa.field("shard", pa.string()),
         pa.field("source", pa.string()),
@@ -66,16 +55,47 @@ SHARD_ROW = pa.schema(
         pa.field("rows", pa.list_(pa.int32())),
     ]
 )
+"""An attempt as it travels to a worker."""
+_ANSWER_ROW = pa.schema([(name, pa.string()) for name in ("shard", "result", "error")])
+"""What comes back: a `ShardResult` as JSON, or an error."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Everything a worker needs to know besides its shard."""
+
+    database: str
+    """The database's place, the same on all nodes."""
+    source: SourceSettings
+    """Where the shard's inputs come from."""
+    tokenizer: str
+    """The tokenizer's name."""
+    tokenizer_weights: str | None
+    """A file or folder of weights; None for those that come with it."""
+    device: str
+    """"cpu" or "cuda"."""
+    precision: str
+    """The encoder's, such as "float32"."""
+    compile: bool
+    """Whether the encoder is compiled by torch."""
+    keys: KeySpec
+    """How the patches' keys are made."""
+    encode: EncodeSettings
+    """How pictures are decoded and encoded."""
+    threads: int
+    """CPU threads of one encoder."""
+    download: DownloadSettings
+    """How links are fetched."""
 
 
 def shard_rows(attempts: Sequence[Attempt]) -> list[pa.Table]:
-    """One table of one row for each attempt, as `read_shard` takes them."""
+    """A table of one row per attempt, as `read_shard` takes them."""
     rows = [
         {"shard": a.shard.id, "source": a.shard.source, "members": list(a.shard.members)}
         | {"attempt": a.number, "rows": list(a.rows)}
         for a in attempts
     ]
-    return [pa.Table.from_pylist([row], schema=SHARD_ROW) for row in rows]
+    return [pa.Table.from_pylist([row], schema=_SHARD_ROW) for row in rows]
 
 
 def _attempt(row: dict[str, Any]) -> Attempt:
@@ -165,8 +185,7 @@ class EncodeWorker:
                 except Exception as error:
                     answer["error"] = _describe(error)
             rows.append(answer)
-        names = ("shard", "result", "error")
-        return pa.Table.from_pylist(rows, schema=pa.schema([(n, pa.string()) for n in names]))
+        return pa.Table.from_pylist(rows, schema=_ANSWER_ROW)
 
     def _encode(self, row: pa.Table) -> ShardResult:
         settings, spec = self._settings, self._tokenizer.spec
@@ -177,8 +196,7 @@ class EncodeWorker:
                 f"node {socket.gethostname()} does not see the database at {layout.root}; put it"
                 " where all nodes of the cluster do: on a shared file system or in a bucket"
             )
-        columns = ("shard", "source", "members", "attempt", "rows")
-        attempt = _attempt({name: row[name][0].as_py() for name in columns})
+        attempt = _attempt({name: row[name][0].as_py() for name in _SHARD_ROW.names})
         shard = attempt.shard
         inputs = unpack_records(row["inputs"][0].as_buffer())
         encoded = encode_shard(
@@ -205,12 +223,9 @@ class EncodeWorker:
             ],
             schema=REJECTS_SCHEMA,
         )
+        images = encoded.images_table(spec, shard)
+        tables = {PATCHES: patches, REJECTS: rejects, IMAGES: images}
         paths = table_paths(layout, settings.keys)
-        tables = {
-            "patches": patches,
-            "rejects": rejects,
-            "images": encoded.images_table(spec, shard),
-        }
         fragments = {name: write_fragments(paths[name], tables[name]) for name in tables}
         return ShardResult(
             shard=shard.id,

@@ -1,35 +1,35 @@
 """Exact search over a table in one process or, where the table is large, on Ray.
 
-In: a table at a pinned version and queries. Out: their exact nearest entries, the same either way:
-tasks search runs of neighbouring fragments, and what they find is merged as it comes in. How long it
-will take is told before it starts.
+In: a table at a pinned version and queries. Out: their exact nearest entries, the same either way,
+for tasks search runs of neighbouring fragments, and what they find is merged as it comes in. How
+long it will take is told before it starts.
 """
 
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 
 from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.patches import PatchTable, TablePart
 from arrag_runtime.format.specs import Floats
-from pipeline.resources.ray_session import ray_cluster
+from pipeline.resources.ray_session import cluster_cores, ray_cluster, run_tasks
 from schemas.settings.resources import RayResources
 from stages.measure.exact_search import Nearest, Queries, exact_search, merge_nearest
 
-LONG = 60.0
+_LONG = 60.0
 """Seconds from which a search is announced."""
-FEW_ROWS = 4_000_000
-"""Up to so many the search is over before its cost is read."""
-ROWS_A_TASK = 5_000_000
-RAY_FROM = 50_000_000
+_FEW_ROWS = 4_000_000
+"""With up to so many rows the search is over before its cost is read."""
+_ROWS_PER_TASK = 5_000_000
+_RAY_FROM_ROWS = 50_000_000
 """Rows from which tasks are worth an embedded Ray's start."""
 
-Announce = Callable[[str], None]
-Progress = Callable[[int, int], None]
+_Announce = Callable[[str], None]
+_Progress = Callable[[int, int], None]
 
 
 def exact_neighbors(
@@ -42,21 +42,17 @@ def exact_neighbors(
     skip: Ids | None = None,
     left_out: Ids | None = None,
     resources: RayResources | None = None,
-    announce: Announce = lambda _cost: None,
-    progress: Progress = lambda _done, _total: None,
+    announce: _Announce = lambda _cost: None,
+    progress: _Progress = lambda _done, _total: None,
 ) -> Nearest:
     """The k nearest entries of every query, by the means that suit the table's size.
 
-    See `exact_search` for weights, skip and left_out. resources: where tasks run; None keeps all in here,
-    unless the table has more than 50 million rows.
+    See `exact_search` for weights, skip and left_out. resources: where tasks run; None keeps all
+    in this process, unless the table has more than 50 million rows.
     """
-    cores = 1
-    distributed = resources is not None or table.count > RAY_FROM
-    if distributed:
+    if resources is not None or table.count > _RAY_FROM_ROWS:
         with ray_cluster(resources or RayResources()):
-            cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            cores = max(1, int(cluster.get("CPU", 1)))
-            announce_cost(table, codes, queries, cores, announce)
+            announce_cost(table, codes, queries, cluster_cores(), announce)
             return search_on_ray(
                 table,
                 codes,
@@ -67,9 +63,12 @@ def exact_neighbors(
                 left_out=left_out,
                 progress=progress,
             )
-    announce_cost(table, codes, queries, cores, announce)
+    announce_cost(table, codes, queries, 1, announce)
     return exact_search(
-        *(table.blocks(), codes, queries, k),
+        table.blocks(),
+        codes,
+        queries,
+        k,
         weights=weights,
         skip=skip,
         left_out=left_out,
@@ -78,7 +77,7 @@ def exact_neighbors(
 
 
 def announce_cost(
-    table: PatchTable, codes: Floats, queries: Queries, cores: int, announce: Announce
+    table: PatchTable, codes: Floats, queries: Queries, cores: int, announce: _Announce
 ) -> float:
     """Seconds the search will take on so many cores, told when it is long; 0 for a small table.
 
@@ -86,12 +85,12 @@ def announce_cost(
     by as fast as that, whatever k is, for few of their entries are near enough.
     """
     block = next(table.blocks(), None)
-    if block is None or table.count <= FEW_ROWS:
+    if block is None or table.count <= _FEW_ROWS:
         return 0.0
     started = time.perf_counter()
     exact_search([block], codes, queries, 1)
     seconds = (time.perf_counter() - started) * table.count / len(block.patch_ids) / cores
-    if seconds > LONG:
+    if seconds > _LONG:
         announce(
             f"comparing {len(queries.keys):,} queries with all {table.count:,} entries takes about"
             f" {seconds / 60:.0f} minutes on {cores} core{'s' if cores > 1 else ''}"
@@ -108,43 +107,49 @@ def search_on_ray(
     weights: tuple[float, ...] | None = None,
     skip: Ids | None = None,
     left_out: Ids | None = None,
-    rows_a_task: int = ROWS_A_TASK,
-    progress: Progress = lambda _done, _total: None,
+    rows_a_task: int = _ROWS_PER_TASK,
+    progress: _Progress = lambda _done, _total: None,
 ) -> Nearest:
     """`exact_search` over the whole table by tasks of a Ray session that runs."""
     parts = table.parts(rows_a_task)
     if not parts:
         return exact_search([], codes, queries, k, weights=weights)
     shared = ray.put((table.path, table.version, codes, queries, k, weights, skip, left_out))
-    task: Any = ray.remote(num_cpus=1, max_retries=2)(_search_part)
-    # Few results at a time wait in Ray's store, each of queries x k entries.
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    in_flight = 2 * max(1, int(cluster.get("CPU", 1)))
-    coming = iter(parts)
-    waiting = {task.remote(shared, part): part for part in islice(coming, in_flight)}
     best: Nearest | None = None
     done = 0
-    while waiting:
-        [ready], _ = ray.wait(list(waiting), num_returns=1)
-        for part in islice(coming, 1):
-            waiting[task.remote(shared, part)] = part
-        found = ray.get(ready)
+    for part, found in run_tasks(_search_part, parts, shared):
         # Arrays from Ray's store are read-only views of it; merging copies them out.
         best = merge_nearest([found] if best is None else [best, found])
-        done += waiting.pop(ready).count
+        done += part.count
         progress(done, table.count)
     assert best is not None
     return best
 
 
-def _search_part(shared: tuple[Any, ...], part: TablePart) -> Nearest:
+def _search_part(part: TablePart, shared: tuple[Any, ...]) -> Nearest:
     """One task: the nearest entries among one part's rows."""
     path, version, codes, queries, k, weights, skip, left_out = shared
     table = PatchTable(path, version)
     return exact_search(
-        *(table.blocks(part=part), np.array(codes), queries, k),
+        table.blocks(part=part),
+        np.array(codes),
+        queries,
+        k,
         weights=weights,
         skip=skip,
         left_out=left_out,
         first_row=part.start,
     )
+
+
+def copies_left_aside(parts: Sequence[ListPart]) -> Ids:
+    """The patch ids, ascending, that an index stores as copies of another entry: none of its own.
+
+    An exact search by which the index is judged skips them.
+    """
+    aside = [np.empty(0, np.int64)]
+    for part in parts:
+        first = np.zeros(len(part.copies_ids), bool)
+        first[part.copies_start[:-1]] = True
+        aside.append(part.copies_ids[~first])
+    return np.sort(np.concatenate(aside))

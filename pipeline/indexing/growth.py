@@ -1,14 +1,12 @@
-"""What there is to index, which index can grow to it, and the folder in which the new one is made.
+"""What becomes of the index that is in place: facts about it, and a pure decision from them.
 
-An index grows where it was made the same way from rows that still stand and holds all pictures that
-are wanted; otherwise it is built anew. A folder tells by its plan what it is to become, so that a
-killed build goes on only with what is exactly the same.
+A codebook index is built upon where it was made the same way from rows that still stand, and holds
+all pictures that are wanted; otherwise the new one is built from nothing. In: the database, the
+settings and the index of the same name. Out: which parts are kept, filled and merged.
 """
 
-import hashlib
-import json
-import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,43 @@ import numpy as np
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.images import ImageTable, duplicate_images
-from arrag_runtime.format.location import building_folder, local_folder, put_folder, remove
-from arrag_runtime.format.manifest import LEFT_OUT_FILE, DatabaseManifest, IndexManifest, Layout
+from arrag_runtime.format.location import local_folder
+from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.search.patch_index import index_folders, newest_index
 from arrag_runtime.search.tombstones import Tombstones
 from schemas.settings.index import IndexSettings
-from stages.index.codebook_index import part_rows
 from stages.index.index_contents import left_out
 
-OUTGROWN = 4
-"""With this many times the keys that its lists were trained for, an index is built anew."""
+_MOST_PARTS = 8
+"""A search pays for every part; when there would be more, they are merged."""
+_OUTGROWN = 4
+"""With this many times the keys that its lists were trained for, an index is built from nothing."""
+_DECISIVE = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies", "dedup", "seed")
+
+
+@dataclass(frozen=True)
+class IndexToBuild:
+    """An index that a build leaves to be made or to be brought up to date."""
+
+    name: str | None
+    """None for the name of its kind."""
+    settings: IndexSettings
+    """How it is to be made."""
+
+
+def index_to_build(database: str | Path) -> IndexToBuild | None:
+    """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
+    layout = Layout(database)
+    table = PatchTable(layout.patches(DatabaseManifest.read(layout).keys))
+    if not table.count:
+        return None
+    if not index_folders(layout):
+        return IndexToBuild(None, IndexSettings())
+    newest = IndexManifest.read(newest_index(layout))
+    if newest.settings["rows"] == table.count and newest.mark == table.mark:
+        return None
+    return IndexToBuild(newest.name, IndexSettings.from_json(newest.settings))
 
 
 def unwanted_pictures(layout: Layout, settings: IndexSettings) -> Ids:
@@ -39,105 +63,105 @@ def unwanted_pictures(layout: Layout, settings: IndexSettings) -> Ids:
 
 
 @dataclass(frozen=True)
-class StaleIndex:
-    """An index to be built: its name, None for that of its kind, and how."""
+class Facts:
+    """What decides whether an index that was made the same way is built upon."""
 
-    name: str | None
-    settings: IndexSettings
-
-
-def stale_index(database: str | Path) -> StaleIndex | None:
-    """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
-    layout = Layout(database)
-    table = PatchTable(layout.patches(DatabaseManifest.read(layout).keys))
-    if not table.count:
-        return None
-    if not index_folders(layout):
-        return StaleIndex(None, IndexSettings())
-    newest = IndexManifest.read(newest_index(layout))
-    if newest.settings["rows"] == table.count and newest.mark == table.mark:
-        return None
-    return StaleIndex(newest.name, IndexSettings.from_json(newest.settings))
-
-
-SAME_BUILD = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies", "dedup", "seed")
-"""The settings that the files of an index depend on."""
+    parts: tuple[str, ...]
+    """The folders that hold its entries."""
+    mark: int
+    """The highest fragment of the table that it holds rows of."""
+    rows_stand: bool
+    """Whether its rows are in the fragments in which they were when it was made."""
+    compacted: bool
+    """Whether the table was just compacted, and the index held all of its rows before."""
+    new_rows: bool
+    """Whether the table has later fragments."""
+    outgrown: bool
+    """Whether the table has many times the keys that its lists were trained for."""
+    lacks_wanted: bool
+    """Whether it left out pictures that are wanted now."""
+    holds_unwanted: bool
+    """Whether it may hold pictures that have since been removed, or become copies."""
 
 
-def still_stands(older: IndexManifest, table: PatchTable) -> bool:
-    """Whether the rows that an index was made from stand in the fragments they stood in."""
-    return table.rows_up_to(older.mark) == int(older.settings["rows"])
+@dataclass(frozen=True)
+class Decision:
+    """The parts that a new index is made of, by name.
+
+    Four ways: fresh fills one part and keeps none; grow fills one more, and may then merge them
+    all; rewrite merges those that are there and fills none; keep takes them as they are.
+    """
+
+    kept: tuple[str, ...] = ()
+    """Parts of the index in place, taken over without copying."""
+    filled: str | None = None
+    """The part to fill with rows that the kept ones do not hold; None for none."""
+    after: int = -1
+    """Only rows of fragments with higher numbers are filled in."""
+    merged: str | None = None
+    """The part that all of these become, without what is unwanted; None where they stay."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is kept and filled, before it is merged."""
+        return self.kept if self.filled is None else (*self.kept, self.filled)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether all of it comes from the index in place, and some of it may have to go."""
+        return self.merged is not None and self.filled is None
 
 
-def index_to_grow(
-    layout: Layout,
-    name: str,
-    settings: IndexSettings,
-    table: PatchTable,
-    unwanted: Ids,
-    *,
-    compacted: bool,
-) -> IndexManifest | None:
-    """The index of this name where it can be built upon: made the same way from rows that stand,
-    or that a compaction has just moved, and holding all pictures that are wanted now."""
+def next_part(parts: Sequence[str]) -> str:
+    """A name that none of these parts has."""
+    return f"part-{1 + max((int(part.rpartition('-')[2]) for part in parts), default=-1):04}"
+
+
+FRESH = Decision(filled=next_part(()))
+
+
+def decide(facts: Facts) -> Decision:
+    """How the new index is made."""
+    known = facts.rows_stand or facts.compacted
+    if facts.outgrown or facts.lacks_wanted or not known:
+        return FRESH
+    # Rows that a compaction moved are all in the index: some of it goes, and nothing comes.
+    fills = facts.rows_stand and facts.new_rows
+    decided = Decision(facts.parts, next_part(facts.parts) if fills else None, facts.mark)
+    merges = not facts.rows_stand or facts.holds_unwanted or len(decided.parts) > _MOST_PARTS
+    return replace(decided, merged=next_part(decided.parts)) if merges else decided
+
+
+def decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of an index's settings that its files depend on."""
+    return {name: settings.get(name) for name in _DECISIVE}
+
+
+def index_made_alike(place: str, settings: IndexSettings) -> IndexManifest | None:
+    """The codebook index at this place, where it was made the way that is asked for now."""
     try:
-        older = IndexManifest.read(layout.index(name))
+        older = IndexManifest.read(place)
     except ArragError:
         return None
-    if older.kind != "codebook" or _settings_of(older.settings) != _settings_of(settings.to_json()):
-        return None
-    if not (compacted or still_stands(older, table)):
-        return None
-    if len(np.setdiff1d(left_out(local_folder(layout.index(name))), unwanted)):
-        return None
-    outgrown = table.count > OUTGROWN * older.settings["trained_for"]
-    return None if outgrown else older
+    alike = decisive_settings(older.settings) == decisive_settings(settings.to_json())
+    return older if alike and older.kind == "codebook" else None
 
 
-def _settings_of(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings.get(name) for name in SAME_BUILD}
+def facts_of(
+    place: str, older: IndexManifest, table: PatchTable, unwanted: Ids, *, compacted: bool
+) -> Facts:
+    """What decides whether the index at this place is built upon.
 
-
-def work_folder(
-    layout: Layout,
-    name: str,
-    settings: IndexSettings,
-    table: PatchTable,
-    older: IndexManifest | None,
-    unwanted: Ids,
-) -> Path:
-    """The folder in which the index is being built, as a killed build of the same plan left it."""
-    plan = {
-        "table_version": table.version,
-        "settings": _settings_of(settings.to_json()),
-        "grows": None if older is None else [older.table_version, *older.parts],
-        "left_out": hashlib.sha256(unwanted.tobytes()).hexdigest(),
-        # Where the table is cut into parts.
-        "rows": part_rows(settings) if settings.kind == "codebook" else None,
-    }
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    work = building_folder(layout.indexes, name)
-    resumable = settings.kind == "codebook" and (work / f"plan-{digest}").exists()
-    if not resumable:
-        shutil.rmtree(work, ignore_errors=True)
-        prepare(work, unwanted)
-        (work / f"plan-{digest}").touch()
-    return work
-
-
-def prepare(work: Path, unwanted: Ids) -> None:
-    """A new work folder that says which pictures are left out."""
-    work.mkdir(parents=True)
-    if len(unwanted):
-        np.save(work / LEFT_OUT_FILE, unwanted)
-
-
-STEPS = ("plan-*", "weights.json", "fill-*", "slice-*", ".*.writing")
-"""What a build needs on its way only; a killed one may have left some of it."""
-
-
-def put_index(place: str, work: Path) -> None:
-    """Put a finished index in place of an older one of its name."""
-    for left in (path for pattern in STEPS for path in work.glob(pattern)):
-        remove(str(left))
-    put_folder(work, place)
+    unwanted: the pictures that are not to be taken now, ascending.
+    """
+    before = left_out(local_folder(place))
+    return Facts(
+        parts=older.parts,
+        mark=older.mark,
+        rows_stand=table.rows_up_to(older.mark) == int(older.settings["rows"]),
+        compacted=compacted,
+        new_rows=table.mark > older.mark,
+        outgrown=table.count > _OUTGROWN * int(older.settings["trained_for"]),
+        lacks_wanted=len(np.setdiff1d(before, unwanted)) > 0,
+        holds_unwanted=len(np.setdiff1d(unwanted, before)) > 0,
+    )

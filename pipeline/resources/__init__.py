@@ -1,1 +1,1 @@
-"""What a run holds while it lasts: a Ray session, the database's lease, the process' memory."""
+"""What a run holds while it lasts: a Ray session, the database's lease, the process's memory."""

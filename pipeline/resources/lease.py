@@ -1,4 +1,4 @@
-"""One writer a database: a lease with a heartbeat, on disks of one host or of many, and in buckets.
+"""One writer per database: a lease with a heartbeat, on disks, on shared ones and in buckets.
 
 A holder creates a numbered record below `leases/` that nobody else can have created, one number
 above the last, and renews it every few seconds. The highest number holds. A record that is released,
@@ -44,15 +44,17 @@ from arrag_runtime.format.location import (
 )
 from arrag_runtime.format.manifest import Layout
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A record is renewed every `seconds`; after `missed` beats without it is up for others."""
+    """How often a record is renewed, and when one that was not is up for others."""
 
     seconds: float = 10.0
+    """Between two renewals."""
     missed: int = 3
+    """So many renewals must fail to come."""
 
     @property
     def patience(self) -> float:
@@ -65,22 +67,32 @@ BEAT = Beat()
 
 @dataclass(frozen=True)
 class Holder:
-    """What a record says. place: host, its boot and process namespace; started: of the process.
+    """What a record says.
 
-    `since` and `renewed` are seconds since 1970 by the holder's clock, for people and as a hint;
-    that a holder is gone is judged by `beats` standing still.
+    Times are seconds since 1970 by the holder's clock, for people and as a hint; that a holder is
+    gone is judged by `beats` standing still.
     """
 
     holder: str
+    """A random name that no other holder has."""
     command: str
+    """What the holder is doing, as it was typed."""
     host: str
+    """The name of the machine it runs on."""
     pid: int
+    """Its process."""
     place: str
+    """The host, its boot, and the namespace of its process ids."""
     started: str
+    """When the process began, in ticks since the boot."""
     since: float
+    """When it took the lease."""
     renewed: float
+    """When it renewed the record last."""
     beats: int = 0
+    """How often it did."""
     released: bool = False
+    """Whether it gave the lease back."""
 
 
 class Lease:
@@ -112,7 +124,7 @@ class Lease:
                 if number < self._number:
                     remove(_record_place(self._layout, number))
         except OSError as error:
-            log.warning("the lease could not be released and will run out: %s", error)
+            _log.warning("the lease could not be released and will run out: %s", error)
 
     def _look(self) -> None:
         last = max(_numbers(self._layout), default=0)
@@ -136,7 +148,7 @@ class Lease:
             except LeaseLostError:
                 return
             except OSError as error:
-                log.warning("the lease could not be renewed: %s", error)
+                _log.warning("the lease could not be renewed: %s", error)
 
     def _write(self, record: Holder) -> None:
         write_bytes(_record_place(self._layout, self._number), _to_bytes(record))
@@ -177,7 +189,7 @@ def _flock(file: IO[str], layout: Layout, beat: Beat) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             last = max(_numbers(layout), default=0)
             raise _busy(layout, _read(layout, last) if last else None, beat) from error
-        log.warning("no file locks in %s (%s); the heartbeat alone decides", layout.root, error)
+        _log.warning("no file locks in %s (%s); the heartbeat alone decides", layout.root, error)
         return False
     return True
 
@@ -191,8 +203,14 @@ def _claim(layout: Layout, command: str, beat: Beat, locked: bool) -> Lease:
             _watch(layout, last, record, beat)
     now = time.time()
     mine = Holder(
-        *(uuid.uuid4().hex, command, socket.gethostname(), os.getpid(), _place()),
-        *(_started(os.getpid()), now, now),
+        holder=uuid.uuid4().hex,
+        command=command,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        place=_place(),
+        started=_started(os.getpid()),
+        since=now,
+        renewed=now,
     )
     if not _create(layout, last + 1, mine):
         raise _busy(layout, _read(layout, last + 1), beat)
@@ -200,7 +218,7 @@ def _claim(layout: Layout, command: str, beat: Beat, locked: bool) -> Lease:
 
 
 def _watch(layout: Layout, number: int, record: Holder, beat: Beat) -> None:
-    """Wait until a holder that looks gone has missed its beats; raise DatabaseBusyError if it lives.
+    """Wait until a holder that looks gone has missed its beats; DatabaseBusyError if it lives.
 
     One that renewed just now, by its own clock, is believed at once.
     """

@@ -3,9 +3,9 @@
 import contextlib
 import ctypes
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """From glibc's malloc.h."""
-THRESHOLD = 32 << 20
+_THRESHOLD = 32 << 20
 """glibc's own largest. A threshold that is set no longer grows, and neither does what is kept."""
 
 
@@ -15,19 +15,19 @@ def give_memory_back() -> None:
     glibc keeps more of it the larger the blocks that a process once freed: an index build over ten
     million keys kept 100 MB that one over a million did not.
     """
-    _set(M_MMAP_THRESHOLD, THRESHOLD)
+    _set(_M_MMAP_THRESHOLD, _THRESHOLD)
 
 
 def one_arena() -> None:
     """What MALLOC_ARENA_MAX=1 does, for a process that has read its environment already."""
-    _set(M_ARENA_MAX, 1)
+    _set(_M_ARENA_MAX, 1)
 
 
 def return_free_memory() -> None:
     """Give the system all whole pages that are free now, also those between blocks in use.
 
-    A driver frees a copy of its tables' lists of fragments at every commit, each a little longer than the
-    one before, so that what is free between other blocks fits none of the next.
+    A driver frees a copy of its tables' lists of fragments at every commit, each a little longer
+    than the one before, so that what is free between other blocks fits none of the next.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

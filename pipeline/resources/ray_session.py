@@ -1,31 +1,30 @@
-"""A Ray cluster for a run: connected to, or started here for as long as the run lasts."""
+"""A Ray cluster for a run: connected to, or started here for as long as the run lasts.
+
+`ray_cluster` holds the session, `run_tasks` runs tasks in it, and `encoder_pool` says how many
+actors of a build fit into it.
+"""
 
 import logging
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-import ray.data
 import ray.exceptions
 
 from arrag_runtime.format.errors import ArragError, BadInputError
 from pipeline.resources.malloc import one_arena
 from schemas.settings.resources import RayResources
 
-
-@dataclass(frozen=True)
-class EncoderPool:
-    """How many encode actors to begin with, and how many there may be when nodes have joined."""
-
-    smallest: int
-    largest: int
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -73,6 +72,30 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
         ray.shutdown()
 
 
+def cluster_cores() -> int:
+    """The CPUs that the cluster of this session declares, at least one."""
+    declared: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(declared.get("CPU", 1)))
+
+
+def run_tasks(
+    function: Callable[..., Result], items: Iterable[Item], *shared: Any
+) -> Iterator[tuple[Item, Result]]:
+    """Run `function(item, *shared)` as a task of one core for each item.
+
+    Two tasks per core are under way at a time, so that few results wait in Ray's store. Each item
+    comes with its result, in the order in which they end; the first error ends the run.
+    """
+    task: Any = ray.remote(num_cpus=1, max_retries=2)(function)
+    coming = iter(items)
+    waiting = {task.remote(item, *shared): item for item in islice(coming, 2 * cluster_cores())}
+    while waiting:
+        [ready], _ = ray.wait(list(waiting), num_returns=1)
+        for item in islice(coming, 1):
+            waiting[task.remote(item, *shared)] = item
+        yield waiting.pop(ready), ray.get(ready)
+
+
 def _require_reachable(address: str) -> None:
     """Knock at HOST:PORT, since Ray itself would wait for minutes at a closed door."""
     if address.startswith(("http://", "https://")):
@@ -104,6 +127,16 @@ def _silent_stderr() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+@dataclass(frozen=True)
+class EncoderPool:
+    """How many actors encode."""
+
+    smallest: int
+    """To begin with."""
+    largest: int
+    """When nodes have joined."""
 
 
 def encoder_pool(resources: RayResources) -> EncoderPool:

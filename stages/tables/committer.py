@@ -29,9 +29,11 @@ from schemas.tables import LEDGER_SCHEMA, REJECTS_SCHEMA, images_schema, patches
 from stages.tables.ledger import LEDGER_ROWS, LedgerState
 
 PATCHES, REJECTS, IMAGES = "patches", "rejects", "images"
-COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
+"""The tables that a shard's rows go to, as the ledger names them."""
+_COMMIT_ORDER = (PATCHES, REJECTS, IMAGES)
 CLEAN_EVERY = 50
-METADATA_CACHE = 1 << 20
+"""Commits to a table between two cleanings of its versions."""
+_METADATA_CACHE = 1 << 20
 """Bytes. Lance would keep every version of every table it has opened, up to a gigabyte."""
 KEPT_VERSIONS = 50
 """Versions of a table that stay for those who just read them."""
@@ -39,23 +41,32 @@ KEPT_VERSIONS = 50
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a worker made of a shard: written, uncommitted fragments and counts.
-
-    retried: for a later attempt the rows that it took; its `inputs` are then 0.
-    """
+    """What a worker made of a shard: written, uncommitted fragments and counts."""
 
     shard: str
+    """The shard's id."""
     source: str
+    """The name of its source."""
     attempt: int
+    """1 for the first attempt at it."""
     inputs: int
+    """How many inputs it has; 0 for a later attempt, which brings none."""
     images: int
+    """Pictures that became rows, held-out ones included."""
     heldout: int
+    """Pictures that were held out."""
     patches: int
+    """Rows for the patches table."""
     rejects: Mapping[str, int]
+    """How many inputs were rejected, by reason."""
     fragments: Mapping[str, Sequence[str]]
+    """The fragments that were written, as JSON, by the table's name."""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each stage took."""
     agreement: float | None = None
+    """The share of tokens that are those of float32, where it was measured."""
     retried: Sequence[int] = ()
+    """The rows that a later attempt took."""
 
     @property
     def open_rejects(self) -> int:
@@ -74,17 +85,22 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Loss:
-    """The pictures that a compaction takes out of a shard, by id, and what they count for."""
+    """What a compaction takes out of a shard."""
 
     shard: str
+    """The shard's id."""
     source: str
+    """The name of its source."""
     images: tuple[int, ...]
+    """The pictures, by id."""
     heldout: int
+    """How many of them were held out."""
     patches: int
+    """How many patches they had."""
 
 
 def table_paths(layout: Layout, keys: KeySpec) -> dict[str, str]:
-    """The tables a shard's rows go to, by the names the ledger uses."""
+    """Where the tables are that a shard's rows go to, by name."""
     return {PATCHES: layout.patches(keys), REJECTS: layout.rejects, IMAGES: layout.images}
 
 
@@ -118,8 +134,8 @@ def unfenced() -> None:
 def clean_versions(paths: Sequence[str]) -> None:
     """Delete the versions of these tables that nobody reads any more; anyone may, at any time.
 
-    It reads the list of fragments of every version, several at once, so that it takes memory and time
-    where there are many.
+    It reads the list of fragments of every version, several at once, so that it takes memory and
+    time where there are many.
     """
     for path in paths:
         lance.dataset(path).cleanup_old_versions(retain_versions=KEPT_VERSIONS)
@@ -141,7 +157,7 @@ class Committer:
     ) -> None:
         self._check, self._clean = check, clean
         # Every version of a table that is opened stays in a cache; ours are read once.
-        session = lance.Session(metadata_cache_size_bytes=METADATA_CACHE)
+        session = lance.Session(metadata_cache_size_bytes=_METADATA_CACHE)
         self._ledger = lance.dataset(layout.ledger, session=session)
         self._session = session
         self._paths = table_paths(layout, keys)
@@ -203,7 +219,7 @@ class Committer:
                 f" but {result.images} images and {sum(result.rejects.values())} rejects; nothing of"
                 " it was committed"
             )
-        for name in COMMIT_ORDER:
+        for name in _COMMIT_ORDER:
             if fragments := result.fragments.get(name):
                 self._append(name, fragments)
         self._append_ledger(
@@ -221,7 +237,7 @@ class Committer:
             self._clean([table.uri for table in (*self._tables.values(), self._ledger)])
 
     def _tidy_ledger(self) -> None:
-        """Bring the ledger's rows together: one file a row would be slow to read when resuming."""
+        """Bring the ledger's rows together: one file per row is slow to read when resuming."""
         self._check()
         self._ledger.optimize.compact_files()
         self._ledger.checkout_latest()
@@ -249,8 +265,8 @@ class Committer:
 
     def _marks(self) -> dict[str, object]:
         """The versions and marks of a ledger row, and its time."""
-        versions = [(name, self._tables[name].version) for name in COMMIT_ORDER]
-        marks = [(name, self._highest[name]) for name in COMMIT_ORDER]
+        versions = [(name, self._tables[name].version) for name in _COMMIT_ORDER]
+        marks = [(name, self._highest[name]) for name in _COMMIT_ORDER]
         return {"versions": versions, "fragments": marks, "time": _now()}
 
     def _append(self, name: str, fragments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A table outside of the ledger, such as a training set's."""
+"""A table that no ledger speaks of, such as a training set's."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from stages.tables.committer import CLEAN_EVERY, clean_versions
 
 
 class RowTable:
-    """A table outside of the ledger, such as a training set's: rows are appended, never changed."""
+    """A table whose rows are appended and never changed, and of which no ledger speaks."""
 
     def __init__(self, dataset: lance.LanceDataset) -> None:
         self._dataset = dataset

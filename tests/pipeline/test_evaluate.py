@@ -16,7 +16,7 @@ from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codeboo
 from arrag_runtime.format.patches import PatchTable
 from pipeline.build import build
 from pipeline.evaluate import EvaluateSettings, evaluate
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.indexing.exact import announce_cost, exact_neighbors, search_on_ray
 from schemas.settings.index import IndexSettings
 from schemas.settings.resources import RayResources
@@ -34,8 +34,8 @@ WEIGHTS = (0.3, 1.2, 0.4, 2.1)
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built database with an exact index and a coarse one."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("indexed") / "db"))
-    index_database(database, IndexSettings(kind="flat"))
-    index_database(database, IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4", nprobe=2))
+    index(database, IndexSettings(kind="flat"))
+    index(database, IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4", nprobe=2))
     return database
 
 
@@ -79,10 +79,10 @@ def test_a_long_search_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     queries = _queries(world, np.arange(4), split_patch_ids(world.ids[:4])[0])
     said: list[str] = []
     assert announce_cost(world.table, CODES, queries, 1, said.append) == 0
-    monkeypatch.setattr("pipeline.indexing.exact.FEW_ROWS", 0)
+    monkeypatch.setattr("pipeline.indexing.exact._FEW_ROWS", 0)
     assert 0 < announce_cost(world.table, CODES, queries, 1, said.append) < 60
     assert said == []
-    monkeypatch.setattr("pipeline.indexing.exact.LONG", 0.0)
+    monkeypatch.setattr("pipeline.indexing.exact._LONG", 0.0)
     announce_cost(world.table, CODES, queries, 2, said.append)
     [line] = said
     assert line.startswith("comparing 4 queries with all 196 entries takes about")
@@ -189,7 +189,7 @@ def test_a_database_without_held_out_pictures_asks_with_its_own(copied: Path) ->
     lance.dataset(Layout(copied).images).delete("split = 'heldout'")
     with pytest.raises(BadInputError, match="no index to evaluate"):
         evaluate(EvaluateSettings(copied))
-    index_database(copied, IndexSettings(kind="flat"))
+    index(copied, IndexSettings(kind="flat"))
     [one] = evaluate(EvaluateSettings(copied, pictures=3, queries=50)).indexes
     assert "pictures of the database, their own excluded" in one.protocol
     assert one.figures.recall["100"].mean == 1
@@ -203,7 +203,7 @@ def test_an_index_is_judged_by_what_it_holds_and_in_its_own_metric(copied: Path)
     rows = table.to_table(columns=["image_id"], filter="split = 'database'").to_pylist()
     same = ", ".join(str(row["image_id"]) for row in rows[:2])
     table.update({"sha256": f"'{'ab' * 32}'"}, where=f"image_id IN ({same})")
-    made = index_database(
+    made = index(
         copied,
         IndexSettings(
             "codebook", lists=4, nprobe=4, weights="0.3,1.2,0.4,2.1", max_copies=1, dedup="images"
@@ -222,7 +222,7 @@ def test_latent_keys_are_asked_with_tokens(
     """Entries are what the encoder gave, queries are codes, all neighbours or zeros; nothing breaks."""
     database = tmp_path / "db"
     build(settings(database, pictures, key_space="latent", border="zero", hold_out=0.3))
-    index_database(database, IndexSettings(kind="flat"))
+    index(database, IndexSettings(kind="flat"))
     [one] = evaluate(EvaluateSettings(database, pictures=3, queries=100, k=300)).indexes
     assert one.keys == "causal-1-zero-latent"
     assert [found.mean for found in one.figures.recall.values()] == [1, 1, 1]

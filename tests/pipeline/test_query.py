@@ -13,7 +13,7 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from arrag_runtime.generation.picture_grid import save_png
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.query import QueryAnswer, QuerySettings, load_database_tokenizer, query
 from pipeline.sheet import GAP, MARGIN, TILE, draw_sheet
 from schemas.settings.index import IndexSettings
@@ -23,8 +23,8 @@ from schemas.settings.index import IndexSettings
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built database with an exact index and, newer, one of codes."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("queried") / "db"))
-    index_database(database, IndexSettings("flat"))
-    index_database(database, IndexSettings())
+    index(database, IndexSettings("flat"))
+    index(database, IndexSettings())
     return database
 
 

@@ -17,7 +17,7 @@ from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codeboo
 from arrag_runtime.format.neighborhood import CAUSAL_1, MISSING
 from arrag_runtime.format.specs import key_vectors
 from arrag_runtime.format.training_set import TrainingSet
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.trainset import make as exporting
 from pipeline.trainset import make as trainset
@@ -118,7 +118,7 @@ def test_without_held_out_pictures_those_of_the_database_are_taken(
 def test_pictures_of_another_source_are_encoded_and_their_copies_excluded(
     copied: Path, tmp_path: Path
 ) -> None:
-    index_database(copied, IndexSettings(kind="flat"))
+    index(copied, IndexSettings(kind="flat"))
     here = [i for i in images_of(copied) if i["split"] == "database"]
     known = next(i for i in here if i["key"].endswith(("1.jpg", "2.jpg", "4.jpg", "5.jpg")))
     seed = int(known["key"].removesuffix(".jpg")[-2:])

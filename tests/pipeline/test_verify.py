@@ -19,7 +19,7 @@ from arrag_runtime.format.manifest import (
     Layout,
     read_codebook,
 )
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.verify import verify
 from schemas.settings.index import IndexSettings
 
@@ -28,8 +28,8 @@ from schemas.settings.index import IndexSettings
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built database with a flat and a codebook index."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("indexed") / "db"))
-    index_database(database, IndexSettings("flat"))
-    index_database(database, IndexSettings(lists=8, max_copies=1))
+    index(database, IndexSettings("flat"))
+    index(database, IndexSettings(lists=8, max_copies=1))
     return database
 
 

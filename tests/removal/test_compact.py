@@ -19,7 +19,7 @@ from arrag_runtime.format.errors import DatabaseBusyError
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import IndexManifest, Layout, read_codebook
 from pipeline.compact import compact
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.info import info
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.resources.lease import lease
@@ -36,7 +36,7 @@ def layout(tmp_path: Path) -> Layout:
     """Four shards of six pictures, two of them copies, with an index and two removals."""
     made = make_database(tmp_path / "db")
     add_shard(made, 3, [3, 100, 101, 102, 103, 104])
-    index_database(made.root, IndexSettings())
+    index(made.root, IndexSettings())
     remove(made, "key = '0/3.jpg'")
     remove(made, "shard LIKE '%2%' OR key LIKE '2/1%'")
     return made
@@ -137,7 +137,7 @@ def test_indexes_hold_nothing_of_them(layout: Layout, settings: IndexSettings) -
     table = lance.dataset(layout.removed)
     listed = table.to_table()
     table.delete("true")
-    index_database(layout.root, settings)
+    index(layout.root, settings)
     everything = held(layout, name)
     lance.write_dataset(listed, layout.removed, mode="append")
     gone = removed_ids(layout)
@@ -175,7 +175,7 @@ def test_small_fragments_are_merged_without_any_removal(tmp_path: Path) -> None:
 
 def test_everything_may_be_removed(tmp_path: Path) -> None:
     layout = make_database(tmp_path / "db")
-    index_database(layout.root, IndexSettings())
+    index(layout.root, IndexSettings())
     remove(layout, "true")
     assert compact(layout.root).images == 18
     assert {name: len(rows) for name, rows in tables(layout).items()} == {"images": 0, "patches": 0}

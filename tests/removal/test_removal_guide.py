@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arrag_runtime.format.manifest import Layout
-from pipeline.index import index_database
+from pipeline.index import index
 from schemas.settings.index import IndexSettings
 from tests.removal.test_remove import run
 from tests.worlds.removal_world import make_database, picture_bytes, sha256
@@ -26,7 +26,7 @@ def test_the_guide_can_be_followed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     layout = make_database(tmp_path / "mydb")
-    index_database(layout.root, IndexSettings())
+    index(layout.root, IndexSettings())
     make_database(tmp_path / "otherdb", shards=2)
     Path("the-picture-i-was-sent.jpg").write_bytes(picture_bytes(8))
     said: list[str] = []

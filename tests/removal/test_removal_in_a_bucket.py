@@ -8,7 +8,7 @@ import pytest
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.compact import compact
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.info import info
 from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
 from pipeline.verify import verify, verify_removed
@@ -28,7 +28,7 @@ def layout(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layo
 def test_a_removal_in_a_bucket(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index_database(layout.root, IndexSettings())
+    index(layout.root, IndexSettings())
     hidden = Tombstones(layout)
     removal = plan_removal(layout.root, RemovalRequest(where="key LIKE '1/%'"))
     receipt = carry_out(layout.root, removal, "why", "cmd")

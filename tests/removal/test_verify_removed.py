@@ -13,7 +13,7 @@ import pytest
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.patch_index import PatchIndex
 from pipeline.compact import compact
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.verify import verify_removed
 from schemas.receipt import Receipt
@@ -27,7 +27,7 @@ search = PatchIndex.search
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     made = make_database(tmp_path / "db")
-    index_database(made.root, IndexSettings())
+    index(made.root, IndexSettings())
     return made
 
 

@@ -11,7 +11,7 @@ from arrag_runtime.format.errors import IncompatibleError
 from arrag_runtime.format.ids import image_id
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.manifest import Layout
-from pipeline.building.plan_shards import open_rejects, plan_retry
+from pipeline.building.plan_shards import next_attempts, open_rejects
 from schemas.records import Attempt, RecordedShard, Shard
 from schemas.tables import REJECTS_SCHEMA, images_schema, patches_schema
 from stages.tables.committer import (
@@ -65,9 +65,15 @@ def result(
     for reason in rejects.values():
         counts[reason] = counts.get(reason, 0) + 1
     return ShardResult(
-        *(shard.id, "links", attempt, 0 if retried else len(images) + len(rejects)),
-        *(len(images), 0, len(images), counts),
-        {name: write_fragments(paths[name], tables[name]) for name in tables},
+        shard=shard.id,
+        source="links",
+        attempt=attempt,
+        inputs=0 if retried else len(images) + len(rejects),
+        images=len(images),
+        heldout=0,
+        patches=len(images),
+        rejects=counts,
+        fragments={name: write_fragments(paths[name], tables[name]) for name in tables},
         retried=retried,
     )
 
@@ -103,10 +109,12 @@ def assert_adds_up(layout: Layout, inputs: int) -> LedgerState:
 
 def test_a_retry_takes_just_the_rejects_with_these_reasons(layout: Layout) -> None:
     state = assert_adds_up(layout, 7)
-    assert plan_retry(layout, state, "links", ["dns"]) == (Attempt(ONE, 2, (1, 4)),)
-    assert plan_retry(layout, state, "links", ["timeout", "dns"]) == (Attempt(ONE, 2, (1, 2, 4)),)
-    assert plan_retry(layout, state, "links", ["too-large"]) == ()
-    assert plan_retry(layout, state, "other", ["dns"]) == ()
+    assert next_attempts(layout, state, "links", ["dns"]) == (Attempt(ONE, 2, (1, 4)),)
+    assert next_attempts(layout, state, "links", ["timeout", "dns"]) == (
+        Attempt(ONE, 2, (1, 2, 4)),
+    )
+    assert next_attempts(layout, state, "links", ["too-large"]) == ()
+    assert next_attempts(layout, state, "other", ["dns"]) == ()
 
 
 def test_sums_hold_and_closed_rejects_stay_closed(layout: Layout) -> None:
@@ -117,8 +125,8 @@ def test_sums_hold_and_closed_rejects_stay_closed(layout: Layout) -> None:
     state = assert_adds_up(layout, 7)
     assert rejected(layout, state) == {1: "http-404", 2: "timeout"}
     assert RecordedShard(ONE, 5) in state.recorded
-    assert plan_retry(layout, state, "links", ["dns"]) == ()
-    (again,) = plan_retry(layout, state, "links", ["http-404"])
+    assert next_attempts(layout, state, "links", ["dns"]) == ()
+    (again,) = next_attempts(layout, state, "links", ["http-404"])
     assert again == Attempt(ONE, 3, (1,))
     committer.plan_again([again])
     committer.commit(result(layout, ONE, 3, [1], {}))
@@ -152,7 +160,7 @@ def test_what_a_killed_retry_committed_is_dropped(layout: Layout, reached: tuple
     assert_adds_up(layout, 7)
     assert Committer(layout, KEYS).recover(state) == 0
     committer = Committer(layout, KEYS)
-    (again,) = plan_retry(layout, read_ledger(layout), "links", ["dns"])
+    (again,) = next_attempts(layout, read_ledger(layout), "links", ["dns"])
     assert again == Attempt(ONE, 2, (1, 4))
     committer.plan_again([again])
     committer.commit(result(layout, ONE, 2, [1, 4], {}))

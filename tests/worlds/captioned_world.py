@@ -8,7 +8,7 @@ import numpy as np
 
 from arrag_runtime.format.manifest import DatabaseManifest, EncoderSettings, Layout, write_codebook
 from arrag_runtime.format.specs import TokenizerSpec, key_spec, normalised
-from pipeline.index import index_database
+from pipeline.index import index
 from schemas.records import ImageRecord, Shard
 from schemas.settings.index import IndexSettings
 from schemas.tables import REJECTS_SCHEMA
@@ -68,5 +68,5 @@ def make_captioned(root: Path, *, held_out: bool = True, spec: TokenizerSpec = S
     committer.commit(ShardResult(SHARD.id, SHARD.source, 1, 26, 26, held, patches, {}, fragments))
     encoder = EncoderSettings("cpu", "float32", 1)
     DatabaseManifest(spec, None, encoder, KEYS, 0.3 if held_out else 0.0).write(layout)
-    index_database(root, IndexSettings(kind="flat"))
+    index(root, IndexSettings(kind="flat"))
     return root

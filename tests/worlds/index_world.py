@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import pipeline.index
+import pipeline.indexing.growth
 import pipeline.indexing.steps
 import stages.index.codebook_index
 import stages.index.fill_lists
@@ -29,9 +30,9 @@ STEPS_OF = "100"
 
 def small_steps(patch: pytest.MonkeyPatch) -> None:
     """Make every shard a part, merge in slices of lists, and parts of an index as soon as three."""
-    patch.setattr(pipeline.index, "QUERIES", 60)
-    patch.setattr(pipeline.index, "MOST_PARTS", 2)
-    patch.setattr(pipeline.indexing.steps, "MERGED_BY_A_STEP", 150)
+    patch.setattr(pipeline.index, "_QUERIES", 60)
+    patch.setattr(pipeline.indexing.growth, "_MOST_PARTS", 2)
+    patch.setattr(pipeline.indexing.steps, "_MERGED_BY_A_STEP", 150)
     patch.setattr(stages.index.fill_lists, "MERGE_ENTRIES", 90)
     patch.setattr(stages.index.codebook_index, "MERGE_ENTRIES", 2)
     patch.setattr(stages.index.codebook_index, "FIXED_BYTES", 0)

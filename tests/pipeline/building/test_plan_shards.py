@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.building.plan_shards import plan_again
+from pipeline.building.plan_shards import plan_attempts
 from schemas.records import Attempt, RecordedShard, Reject
 from stages.sources import Source
 from stages.tables.ledger import LedgerState
@@ -28,7 +28,7 @@ def test_rejects_are_tried_again_where_their_list_is_now(tmp_path: Path) -> None
     path.unlink()
     (tmp_path / "grown.tsv").write_bytes(lines + b"http://new/1.jpg\tnew\n")
     source = open_at("cc12m", tmp_path / "grown.tsv", shard_size=4)
-    again = plan_again(source, state, attempts(state))
+    again = plan_attempts(source, state, attempts(state))
     assert [a.shard.id for a in again.todo] == [known.shard.id for known in state.recorded]
     assert [(a.number, a.rows) for a in again.todo] == [(2, (0,)), (2, (0,))]
     urls = [next(iter(source.read(a.shard))).url for a in again.todo]
@@ -44,7 +44,7 @@ def test_what_is_elsewhere_is_left_as_it_is(tmp_path: Path) -> None:
         path.rename(path.with_name(f"other-{path.name}"))
     source = open_folder(here, shard_size=5)
     state = recorded(source, open_folder(there, shard_size=3))
-    again = plan_again(source, state, attempts(state))
+    again = plan_attempts(source, state, attempts(state))
     assert [a.shard for a in again.todo] == [state.recorded[0].shard]
     assert not any(isinstance(item, Reject) for item in source.read(again.todo[0].shard))
     assert again.notes == ("3 shards with such rejects are not in this --input",)

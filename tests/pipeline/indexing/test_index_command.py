@@ -9,8 +9,8 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.patch_index import PatchIndex, index_folders
 from pipeline.build import build
-from pipeline.index import index_database
-from pipeline.indexing.growth import stale_index
+from pipeline.index import index
+from pipeline.indexing.growth import index_to_build
 from pipeline.query import QuerySettings, query
 from schemas.settings.index import IndexSettings
 from tests.pipeline.conftest import settings, write_picture
@@ -19,34 +19,34 @@ from tests.pipeline.conftest import settings, write_picture
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Certify with few queries; how well is not asked here."""
-    monkeypatch.setattr("pipeline.index.QUERIES", 60)
+    monkeypatch.setattr("pipeline.index._QUERIES", 60)
 
 
 def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
     ray_session: None, copied: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    first = stale_index(copied)
+    first = index_to_build(copied)
     assert first is not None
     assert (first.name, first.settings) == (None, IndexSettings())
-    made = index_database(copied, IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4"), name="mine")
+    made = index(copied, IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4"), name="mine")
     assert (made.name, made.kind, made.index_key) == ("mine", "ivfpq", "IVF4,PQ4x4")
-    assert stale_index(copied) is None
+    assert index_to_build(copied) is None
     grown = Path(shutil.copytree(pictures, tmp_path / "grown"))
     write_picture(grown / "new.jpg", 77)
     build(settings(copied, grown))
-    stale = stale_index(copied)
+    stale = index_to_build(copied)
     assert stale is not None
     assert (stale.name, stale.settings.index_key) == ("mine", "IVF4,PQ4x4")
 
 
 def test_what_a_killed_indexing_leaves_is_no_index_and_goes_away(copied: Path) -> None:
     layout = Layout(copied)
-    index_database(copied, IndexSettings("flat"))
+    index(copied, IndexSettings("flat"))
     flat = Path(layout.index("flat"))
     shutil.copytree(flat, flat.with_name(".building-other"))
     flat.rename(flat.with_name(".old-flat"))
     assert index_folders(layout) == []
-    index_database(copied, IndexSettings("flat"), name="other")
+    index(copied, IndexSettings("flat"), name="other")
     assert sorted(p.name for p in flat.parent.iterdir()) == ["flat", "other"]
     assert PatchIndex.open(copied, "flat").count == PatchIndex.open(copied, "other").count
 
@@ -54,12 +54,12 @@ def test_what_a_killed_indexing_leaves_is_no_index_and_goes_away(copied: Path) -
 @pytest.mark.parametrize("name", ["../up", ".hidden", "", "a/b"])
 def test_names_that_are_no_folders_are_refused(built: Path, name: str) -> None:
     with pytest.raises(BadInputError, match="no name for a folder"):
-        index_database(built, IndexSettings(), name=name)
+        index(built, IndexSettings(), name=name)
 
 
 @pytest.mark.slow
 def test_any_faiss_key_can_be_indexed(copied: Path) -> None:
-    made = index_database(copied, IndexSettings(kind="ivfpq", index_key="HNSW16"))
+    made = index(copied, IndexSettings(kind="ivfpq", index_key="HNSW16"))
     assert made.nprobe is None
     assert made.code_bytes_per_key > 0
     assert made.recall_at_10 > 0.5
@@ -75,7 +75,7 @@ def test_copies_of_a_picture_are_left_out_with_it(
         shutil.copy(pictures / "01.jpg", folder / name)
     shutil.copy(pictures / "02.jpg", folder / "c.jpg")
     build(settings(tmp_path / "db", folder))
-    index_database(tmp_path / "db", IndexSettings())
+    index(tmp_path / "db", IndexSettings())
     asked = QuerySettings(tmp_path / "db", folder / "a.jpg", row=3, col=3, k=5, exclude_self=True)
     [result] = query(asked).results
     assert {neighbor.key for neighbor in result.neighbors} == {"c.jpg"}

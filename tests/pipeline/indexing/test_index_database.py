@@ -17,8 +17,8 @@ from arrag_runtime.format.ids import image_id
 from arrag_runtime.format.inverted_lists import CENTROIDS, ListPart
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from arrag_runtime.format.patches import PatchBlock, PatchTable
-from pipeline.index import index_database, index_queries
-from pipeline.indexing.growth import stale_index
+from pipeline.index import index, index_queries
+from pipeline.indexing.growth import index_to_build
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.verify import verify
 from schemas.settings.index import IndexSettings
@@ -82,7 +82,7 @@ def canonical(layout: Layout, name: str, tmp_path: Path) -> dict[str, bytes]:
     shutil.rmtree(tmp_path / "canonical", ignore_errors=True)
     filled = tmp_path / "canonical" / "fill"
     table, finder = table_of(layout), ListFinder(centroids)
-    fill_part(*(filled, table.blocks(), finder, coded), lists=len(centroids), keys=table.count)
+    fill_part(filled, table.blocks(), finder, coded, lists=len(centroids), keys=table.count)
     part = ListPart.open(filled, coded.size)
     merge_parts(filled.with_name("part"), [part], coded, max_copies=CODES.max_copies)
     return {path.name: path.read_bytes() for path in filled.with_name("part").iterdir()}
@@ -91,7 +91,7 @@ def canonical(layout: Layout, name: str, tmp_path: Path) -> dict[str, bytes]:
 def test_a_build_in_parts_makes_the_bytes_of_the_whole(layout: Layout, tmp_path: Path) -> None:
     """Several fills, several slices: one part; and nothing else is left in its folder."""
     add_shard(layout, 3, [0, 1, 2, 3, 4, 5])
-    made = index_database(layout.root, CODES)
+    made = index(layout.root, CODES)
     assert made.parts == ("part-0000",)
     assert made.entries < made.count == table_of(layout).count
     files = index_files(layout, "codebook")
@@ -110,7 +110,7 @@ def test_the_order_of_commits_changes_no_byte(tmp_path: Path, weights: str) -> N
         layout = make_database(tmp_path / f"db {order}", shards=0)
         for number in order:
             add_shard(layout, number, range(PER_SHARD * number, PER_SHARD * (number + 1)))
-        manifest = index_database(layout.root, replace(CODES, weights=weights, lists=7))
+        manifest = index(layout.root, replace(CODES, weights=weights, lists=7))
         tried = [{**one, "ms_batch": None} for one in manifest.certificate["tried"]]
         first = next(table_of(layout).blocks()).patch_ids[0]
         made.append((index_files(layout, "codebook"), manifest.nprobe, tried, first))
@@ -120,20 +120,20 @@ def test_the_order_of_commits_changes_no_byte(tmp_path: Path, weights: str) -> N
 
 def test_a_grown_index_finds_what_a_new_one_finds(layout: Layout) -> None:
     """It adds a part with what is new and leaves the older files as they are."""
-    first = index_database(layout.root, CODES)
+    first = index(layout.root, CODES)
     before = index_files(layout, "codebook")
     inode = (Path(layout.index("codebook")) / "part-0000" / "codes.bin").stat().st_ino
-    assert stale_index(layout.root) is None
+    assert index_to_build(layout.root) is None
     add_shard(layout, 3, MORE[0])
-    stale = stale_index(layout.root)
+    stale = index_to_build(layout.root)
     assert stale is not None
     assert (stale.name, stale.settings.max_copies) == ("codebook", 1)
-    grown = index_database(layout.root, CODES)
+    grown = index(layout.root, CODES)
     assert (first.parts, grown.parts) == (("part-0000",), ("part-0000", "part-0001"))
     after = index_files(layout, "codebook")
     assert {name: after[name] for name in before} == before
     assert (Path(layout.index("codebook")) / "part-0000" / "codes.bin").stat().st_ino == inode
-    new = index_database(layout.root, CODES, name="new")
+    new = index(layout.root, CODES, name="new")
     assert (new.parts, new.count) == (("part-0000",), grown.count)
     keys = rows_of(layout).keys[::50]
     one, other = (PatchIndex.open(layout.root, name) for name in ("codebook", "new"))
@@ -143,10 +143,10 @@ def test_a_grown_index_finds_what_a_new_one_finds(layout: Layout) -> None:
 
 def test_many_parts_become_one_again_and_again(layout: Layout, tmp_path: Path) -> None:
     """With two parts at most: at every third growth all are merged, into the bytes of a whole."""
-    parts = [index_database(layout.root, CODES).parts]
+    parts = [index(layout.root, CODES).parts]
     for number, contents in enumerate(MORE, start=3):
         add_shard(layout, number, contents)
-        made = index_database(layout.root, CODES)
+        made = index(layout.root, CODES)
         parts.append(made.parts)
         held = held_patches(layout, "codebook").tolist()
         assert held == sorted(p for b in table_of(layout).blocks() for p in b.patch_ids.tolist())
@@ -163,10 +163,10 @@ def test_many_parts_become_one_again_and_again(layout: Layout, tmp_path: Path) -
 
 def test_an_outgrown_index_is_built_anew(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists that were trained for far fewer keys are too long."""
-    first = index_database(layout.root, CODES)
-    monkeypatch.setattr(pipeline.indexing.growth, "OUTGROWN", 1.2)
+    first = index(layout.root, CODES)
+    monkeypatch.setattr(pipeline.indexing.growth, "_OUTGROWN", 1.2)
     add_shard(layout, 3, MORE[0])
-    second = index_database(layout.root, CODES)
+    second = index(layout.root, CODES)
     assert second.parts == ("part-0000",)
     assert second.settings["trained_for"] == second.count > 1.2 * first.settings["trained_for"]
     assert sound(layout)
@@ -174,7 +174,7 @@ def test_an_outgrown_index_is_built_anew(layout: Layout, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("change", ["rows written anew", "another setting"])
 def test_an_index_that_cannot_grow_is_built_anew(layout: Layout, change: str) -> None:
-    index_database(layout.root, CODES)
+    index(layout.root, CODES)
     add_shard(layout, 3, MORE[0])
     settings = CODES
     if change == "another setting":
@@ -183,11 +183,24 @@ def test_an_index_that_cannot_grow_is_built_anew(layout: Layout, change: str) ->
         table = lance.dataset(layout.patches(KEYS))
         first = table.to_table(limit=1)["patch_id"][0].as_py()
         table.update({"next_token": "next_token"}, f"patch_id = {first}")
-    made = index_database(layout.root, settings)
+    made = index(layout.root, settings)
     assert made.parts == ("part-0000",)
     assert made.count == table_of(layout).count
     held = {c.name: c.ok for c in verify(layout.root)}
     assert held["index codebook matches its table"]
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_compacted_table_that_has_grown_is_indexed_anew(layout: Layout, more: bool) -> None:
+    """Rows that came between the compaction and the indexing are not taken for moved ones."""
+    index(layout.root, CODES)
+    lance.dataset(layout.patches(KEYS)).optimize.compact_files()
+    if more:
+        add_shard(layout, 3, MORE[0])
+    made = index(layout.root, CODES, compacted=True)
+    assert made.parts == (("part-0000",) if more else ("part-0001",))
+    assert made.count == table_of(layout).count
+    assert sound(layout)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivfpq", "codebook"])
@@ -198,7 +211,7 @@ def test_removed_pictures_are_in_no_index(layout: Layout, kind: str) -> None:
         "ivfpq": IndexSettings(index_key="IVF4,Flat"),
         "codebook": CODES,
     }[kind]
-    index_database(layout.root, settings)
+    index(layout.root, settings)
     opened = PatchIndex.open(layout.root, kind)
     gone = set(
         carry_out(
@@ -214,7 +227,7 @@ def test_removed_pictures_are_in_no_index(layout: Layout, kind: str) -> None:
     assert not set((found.patch_ids >> 10).ravel().tolist()) & gone
     assert sound(layout)
     add_shard(layout, 3, MORE[0])
-    made = index_database(layout.root, settings)
+    made = index(layout.root, settings)
     assert not held_pictures(layout, kind) & gone
     assert made.left_out == len(gone)
     assert made.count == table_of(layout).count_without(np.array(sorted(gone)))
@@ -230,7 +243,7 @@ def test_removed_pictures_are_neither_asked_about_nor_learned_from(
         add_shard(never, number, range(PER_SHARD * number, PER_SHARD * (number + 1)))
     removal = plan_removal(layout.root, RemovalRequest(where="key LIKE '1/%'"))
     assert carry_out(layout.root, removal, "w", "c").image_ids
-    made = [index_database(one.root, replace(CODES, weights="learned")) for one in (layout, never)]
+    made = [index(one.root, replace(CODES, weights="learned")) for one in (layout, never)]
     assert made[0].weights == made[1].weights
     manifest = DatabaseManifest.read(layout)
     asked = [index_queries(one, manifest).images.tolist() for one in (layout, never)]
@@ -252,14 +265,14 @@ def test_copies_of_pictures_are_left_out(layout: Layout) -> None:
     """One of each stays, also when the copy that stays comes later or the first one is removed."""
     settings = IndexSettings("codebook", lists=6, worker_memory=STEPS_OF, dedup="images")
     add_shard(layout, 5, [0, 1, 2, 2, 50, 51])
-    index_database(layout.root, settings)
+    index(layout.root, settings)
     groups = database_copies(layout)
     assert any(len(ids) > 1 for ids in groups.values())
     assert held_pictures(layout, "codebook") == {ids[0] for ids in groups.values()}
     assert sound(layout)
     # Its pictures come before those of shard 5 in the order of ids, after those of the first three.
     add_shard(layout, 4, [50, 51, 3, 60, 61, 62])
-    index_database(layout.root, settings)
+    index(layout.root, settings)
     groups = database_copies(layout)
     kept = {ids[0] for ids in groups.values()}
     assert any(ids[0] < image_id(shard_of(5).id, 0) <= ids[-1] for ids in groups.values())
@@ -268,7 +281,7 @@ def test_copies_of_pictures_are_left_out(layout: Layout) -> None:
     first = next(ids[0] for ids in groups.values() if len(ids) > 1)
     removal = plan_removal(layout.root, RemovalRequest(image_ids=(first,), only_these=True))
     gone = set(carry_out(layout.root, removal, "w", "c").image_ids)
-    index_database(layout.root, settings)
+    index(layout.root, settings)
     left = [[i for i in ids if i not in gone] for ids in groups.values()]
     assert held_pictures(layout, "codebook") == {ids[0] for ids in left if ids}
     assert sound(layout)
@@ -277,25 +290,25 @@ def test_copies_of_pictures_are_left_out(layout: Layout) -> None:
 def test_a_picture_that_was_removed_by_mistake_comes_back(layout: Layout) -> None:
     removal = plan_removal(layout.root, RemovalRequest(where="key = '1/0.jpg'"))
     [gone] = carry_out(layout.root, removal, "w", "c").image_ids
-    index_database(layout.root, CODES)
+    index(layout.root, CODES)
     assert gone not in held_pictures(layout, "codebook")
     lance.dataset(layout.removed).delete(f"image_id = {gone}")
-    index_database(layout.root, CODES)
+    index(layout.root, CODES)
     assert gone in held_pictures(layout, "codebook")
     assert sound(layout)
 
 
 def test_an_index_below_the_bound_is_not_put_in_place(layout: Layout) -> None:
     """What was there stays as it was, and nothing is left of the one that failed."""
-    index_database(layout.root, CODES)
+    index(layout.root, CODES)
     folder = Path(layout.index("codebook"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     one_list = IndexSettings("codebook", lists=12, nprobe=1, worker_memory=STEPS_OF)
     with pytest.raises(BadInputError, match=r"recall of 0\.\d+, below --min-recall 1"):
-        index_database(layout.root, one_list, min_recall=1.0)
+        index(layout.root, one_list, min_recall=1.0)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["codebook"]
-    made = index_database(layout.root, one_list, min_recall=0.1)
+    made = index(layout.root, one_list, min_recall=0.1)
     assert (made.nprobe, made.certificate["reached"]) == (1, False)
     assert PatchIndex.open(layout.root).nprobe == 1
 
@@ -315,7 +328,7 @@ def test_what_cannot_be_built_leaves_nothing(
 ) -> None:
     wanted = {"kind": "codebook", "worker_memory": STEPS_OF} | settings
     with pytest.raises(BadInputError, match=message):
-        index_database(layout.root, IndexSettings(**wanted))
+        index(layout.root, IndexSettings(**wanted))
     indexes = Path(layout.indexes)
     assert not indexes.exists() or list(indexes.iterdir()) == []
 
@@ -349,9 +362,9 @@ def test_the_smallest_nprobe_that_reaches_the_target(
 def test_weights_are_kept_and_searched_with(layout: Layout) -> None:
     """Typed ones are scaled to a mean of 1; distances are in their units; a grown index keeps them."""
     settings = IndexSettings("codebook", lists=4, weights="1,3,0,4", worker_memory=STEPS_OF)
-    index_database(layout.root, settings)
+    index(layout.root, settings)
     add_shard(layout, 3, MORE[0])
-    made = index_database(layout.root, settings)
+    made = index(layout.root, settings)
     assert (made.weights, len(made.parts)) == ((0.5, 1.5, 0.0, 2.0), 2)
     opened = PatchIndex.open(layout.root)
     opened.nprobe = 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from arrag_runtime.format.manifest import Layout
-from pipeline.index import index_database
+from pipeline.index import index
 from schemas.settings.index import IndexSettings
 from schemas.settings.resources import RayResources
 from tests.worlds.index_world import STEPS_OF, index_files, small_steps
@@ -24,8 +24,8 @@ def test_tasks_make_the_same_bytes(
     told: list[tuple[str, int, int]] = []
     for number in range(4, 7):
         told.clear()
-        one = index_database(alone.root, settings)
-        other = index_database(
+        one = index(alone.root, settings)
+        other = index(
             together.root,
             settings,
             resources=RayResources(),
@@ -33,7 +33,9 @@ def test_tasks_make_the_same_bytes(
         )
         assert index_files(alone, "codebook") == index_files(together, "codebook")
         assert (one.parts, one.count, one.recall_at_10) == (
-            *(other.parts, other.count, other.recall_at_10),
+            other.parts,
+            other.count,
+            other.recall_at_10,
         )
         for step in ("filling the lists", "merging the lists"):
             counted = [(done, total) for name, done, total in told if name == step]

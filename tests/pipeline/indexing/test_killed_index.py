@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from arrag_runtime.format.manifest import IndexManifest, Layout
-from pipeline.index import index_database
+from pipeline.index import index
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.verify import verify
 from schemas.settings.index import IndexSettings
@@ -38,13 +38,13 @@ def killed_at(moment: int, layout: Layout, settings: IndexSettings) -> None:
             raise Killed
 
     with WATCH.changes(react), pytest.raises(Killed):
-        index_database(layout.root, settings)
+        index(layout.root, settings)
 
 
 def changes_of(layout: Layout, settings: IndexSettings) -> int:
     """How many changes an undisturbed indexing makes."""
     with WATCH.changes(lambda _count: None):
-        index_database(layout.root, settings)
+        index(layout.root, settings)
     return WATCH.count
 
 
@@ -55,7 +55,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     with pytest.MonkeyPatch.context() as patch:
         small_steps(patch)
         for number, contents in ((3, MORE[0]), (4, MORE[1])):
-            index_database(layout.root, CODES)
+            index(layout.root, CODES)
             add_shard(layout, number, contents)
     return layout
 
@@ -74,7 +74,7 @@ def test_a_build_goes_on_where_it_ended(
     total = changes_of(undisturbed, CODES)
     assert total > 20
     killed_at(max(1, round(share * total)), disturbed, CODES)
-    made = index_database(disturbed.root, CODES)
+    made = index(disturbed.root, CODES)
     assert index_files(disturbed, "codebook") == index_files(undisturbed, "codebook")
     assert made.parts == IndexManifest.read(undisturbed.index("codebook")).parts
     assert [path.name for path in Path(disturbed.indexes).iterdir()] == ["codebook"]
@@ -100,10 +100,10 @@ def test_what_a_killed_build_left_is_not_mixed_with_another(
         add_shard(layout, 6, [40, 41, 42, 43])
     else:
         settings = IndexSettings("codebook", lists=5, worker_memory=STEPS_OF, max_copies=1)
-    made = index_database(layout.root, settings)
+    made = index(layout.root, settings)
     other = Layout(shutil.copytree(layout.root, tmp_path / "other"))
     shutil.rmtree(other.indexes)
-    index_database(other.root, settings)
+    index(other.root, settings)
     assert made.parts == ("part-0000",)
     assert index_files(layout, "codebook") == index_files(other, "codebook")
     assert sound(layout)

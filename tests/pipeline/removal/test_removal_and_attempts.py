@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from arrag_runtime.format.manifest import Layout
-from pipeline.building.plan_shards import plan_retry
+from pipeline.building.plan_shards import next_attempts
 from pipeline.building.shard_worker import read_shard, shard_rows
 from pipeline.compact import compact
 from pipeline.info import info
@@ -96,7 +96,7 @@ def test_rejects_are_tried_again_after_a_compaction(tmp_path: Path) -> None:
     assert remove(layout, "key IN ('0/1.jpg', '1/2.jpg')") == 2
     compact(layout.root)
     assert_sound(layout, 16, 3, 2)
-    attempt, *_ = plan_retry(layout, read_ledger(layout), "toy", ["empty"])
+    attempt, *_ = next_attempts(layout, read_ledger(layout), "toy", ["empty"])
     assert (attempt.shard.id, attempt.number, attempt.rows) == (shard_of(0).id, 2, (6,))
     committer = Committer(layout, KEYS)
     committer.plan_again([attempt])
@@ -112,4 +112,6 @@ def test_rejects_are_tried_again_after_a_compaction(tmp_path: Path) -> None:
     compact(layout.root)
     assert_sound(layout, 16, 2, 3)
     assert lance.dataset(layout.images).count_rows() == 16
-    assert plan_retry(layout, read_ledger(layout), "toy", ["empty"])[0].shard.id == shard_of(1).id
+    assert (
+        next_attempts(layout, read_ledger(layout), "toy", ["empty"])[0].shard.id == shard_of(1).id
+    )
