@@ -144,7 +144,7 @@ def building_folder(parent: str, name: str) -> Path:
     """
     if not in_store(parent):
         return Path(parent) / f".building-{name}"
-    return _cache() / f"building-{_digest(parent.encode())}-{name}"
+    return cache_folder() / f"building-{_digest(parent.encode())}-{name}"
 
 
 def put_folder(draft: Path, place: str) -> None:
@@ -183,13 +183,12 @@ def finish_replacements(parent: str) -> None:
 def local_folder(place: str) -> Path:
     """A folder with a `manifest.json` as one on this machine, to be mapped into memory.
 
-    One of a store is copied once into a cache ($ARRAG_CACHE, else ~/.cache/arrag) by the contents
-    of its manifest; copies of its older versions go. Raises BadInputError when it is being replaced.
+    One of a store is copied once into the cache (`cache_folder`) by the contents of its manifest; copies of its older versions go. Raises BadInputError when it is being replaced.
     """
     if not in_store(place):
         return Path(place)
     manifest = read_bytes(join(place, "manifest.json"))
-    cached = _cache()
+    cached = cache_folder()
     kept = cached / f"{_digest(place.encode())}-{_digest(manifest)}"
     if kept.is_dir():
         return kept
@@ -315,8 +314,9 @@ STORE_ERRORS = (
 """What Arrow and Lance say of a store, without the places in their sources."""
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser()
+def cache_folder(given: str | None = None) -> Path:
+    """Where copies of what is elsewhere are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
+    return Path(given or os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser().absolute()
 
 
 def _digest(data: bytes) -> str:

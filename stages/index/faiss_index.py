@@ -22,11 +22,13 @@ from autofaiss.external.build import estimate_memory_required_for_index_creation
 from autofaiss.external.metadata import IndexMetadata
 from autofaiss.utils.cast import cast_bytes_to_memory_string
 
+from arrag_runtime.device import available_memory
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import Floats, key_vectors
+from arrag_runtime.search.faiss_search import has_gpu, inner_ivf
 from schemas.settings.index import FEWEST_POINTS, IndexSettings, choose_ivfpq_lists, size_in_bytes
 
 TRAINING_POINTS_PER_LIST = 100
@@ -92,7 +94,8 @@ def _train(
             f"{key} wants at least {needed} keys to train on and the table has {table.count};"
             " use --kind flat, or an --index-key with fewer lists"
         )
-    memory = _available_bytes()
+    # Where the system does not say what is free, as much as the index may take.
+    memory = available_memory("cpu") or size_in_bytes("--memory", settings.memory)
     empty = _make(key, dimension, table.count)
     _require_nprobe(empty, settings)
     _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
@@ -148,7 +151,7 @@ def _fill(
     tokens: list[npt.NDArray[np.uint16]] = []
     done = 0
     filled, resources = index, None
-    if has_gpu() and _inner_ivf(index) is not None:
+    if has_gpu() and inner_ivf(index) is not None:
         resources = faiss.StandardGpuResources()
         filled = faiss.index_cpu_to_gpu(resources, 0, index)
     for block in table.blocks():
@@ -161,11 +164,6 @@ def _fill(
     np.save(folder / IDS_FILE, np.concatenate(ids))
     np.save(folder / TOKENS_FILE, np.concatenate(tokens))
     return index if resources is None else faiss.index_gpu_to_cpu(filled)
-
-
-def has_gpu() -> bool:
-    """Whether the faiss installed here can use a GPU and sees one."""
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
 def _make(key: str, dimension: int, keys: int) -> Any:
@@ -188,18 +186,10 @@ def _estimated_size(key: str, keys: int, dimension: int, empty: Any) -> int:
 
 
 def _require_nprobe(index: Any, settings: IndexSettings) -> None:
-    ivf = _inner_ivf(index)
+    ivf = inner_ivf(index)
     lists = 0 if ivf is None else ivf.nlist
     if settings.nprobe is not None and not 1 <= settings.nprobe <= lists:
         raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{lists} lists")
-
-
-def _inner_ivf(index: Any) -> Any:
-    """The IVF inside an index and its pre-transforms, where nprobe takes effect; or None."""
-    try:
-        return faiss.extract_index_ivf(index)
-    except RuntimeError:
-        return None
 
 
 def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
@@ -209,12 +199,6 @@ def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
             f"an index {key} takes about {cast_bytes_to_memory_string(size)} of memory, more than"
             f" --memory {settings.memory}; allow more, or choose --kind ivfpq"
         )
-
-
-def _available_bytes() -> int:
-    """Memory that can be taken without swapping, in bytes."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 class _ErrorLines(logging.Handler):
