@@ -145,6 +145,16 @@ def key_vectors(
     return _weighted(vectors.reshape(len(keys), keys.shape[1] * dimension), weights, dimension)
 
 
+def squared_distances(one: Floats, other: Floats) -> Floats:
+    """‖x − y‖² over the last axis of vectors float32 [.., D], value by value, so that it is exact.
+
+    Other axes are broadcast. Between `key_vectors` it is the distance that every index stands for.
+    """
+    apart = one - other
+    squares: Floats = np.einsum("...d,...d->...", apart, apart)
+    return squares
+
+
 def _weighted(vectors: Floats, weights: tuple[float, ...] | None, dimension: int) -> Floats:
     """Vectors [N, n · d] with each neighbour's d values scaled by the root of its weight."""
     if weights is None:

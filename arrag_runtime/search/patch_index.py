@@ -21,7 +21,7 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.specs import Floats, key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch, require_faiss
 from arrag_runtime.search.faiss_search import FaissSearch, open_entries
-from arrag_runtime.search.neighbors import EntryPart, EntryTable, Neighbors, SearchEngine, neighbors
+from arrag_runtime.search.neighbors import EntryPart, EntryTable, Neighbors, SearchEngine
 from arrag_runtime.search.tombstones import Tombstones
 
 SPARE, GROWTH = 64, 4
@@ -151,17 +151,17 @@ class PatchIndex:
         """`search` for search vectors float32 [N, n · d], already in the index's units."""
         if k < 1:
             raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
-        count = len(vectors)
+        queries = len(vectors)
         if exclude is not None:
-            exclude = exclude.reshape(count, -1)
+            exclude = exclude.reshape(queries, -1)
         if self._tombstones is not None:
             self._tombstones.refresh()
         hidden = Hidden(exclude, self._tombstones, keep)
         wide = np.ascontiguousarray(vectors, np.float32)
         fetched = k if hidden.nothing else k + SPARE
-        places, distances = np.full((count, k), -1), np.full((count, k), np.inf, np.float32)
-        ids, copies = np.full((count, k), -1), np.zeros((count, k), np.int64)
-        waiting = np.arange(count)
+        places, distances = np.full((queries, k), -1), np.full((queries, k), np.inf, np.float32)
+        ids, copies = np.full((queries, k), -1), np.zeros((queries, k), np.int64)
+        waiting = np.arange(queries)
         while len(waiting):
             fetched = min(fetched, max(self._engine.entries, 1))
             near, at = self._engine.search(wide[waiting], fetched)
@@ -182,7 +182,8 @@ class PatchIndex:
         real = copies > 0
         tokens = np.zeros(places.shape, np.uint16)
         tokens[real] = self._entries.tokens(places[real])
-        return neighbors(tokens, distances, ids, real.sum(axis=1), copies)
+        count = real.sum(axis=1)
+        return Neighbors.of(tokens, distances, ids, count, copies=copies, places=places)
 
     def _visible(self, places: Ids, hidden: Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
         """The patch ids [N, K] at these places, and how many visible keys each stands for."""

@@ -16,9 +16,10 @@ import ray
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.patches import PatchTable, TablePart
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.neighbors import Neighbors
 from pipeline.resources.ray_session import ray_cluster
 from schemas.settings.resources import RayResources
-from stages.measure.exact_search import Nearest, Queries, exact_search, merge_nearest
+from stages.measure.exact_search import Queries, exact_search, merge_nearest
 
 LONG = 60.0
 """Seconds from which a search is announced."""
@@ -44,7 +45,7 @@ def exact_neighbors(
     resources: RayResources | None = None,
     announce: Announce = lambda _cost: None,
     progress: Progress = lambda _done, _total: None,
-) -> Nearest:
+) -> Neighbors:
     """The k nearest entries of every query, by the means that suit the table's size.
 
     See `exact_search` for weights, skip and left_out. resources: where tasks run; None keeps all in here,
@@ -110,7 +111,7 @@ def search_on_ray(
     left_out: Ids | None = None,
     rows_a_task: int = ROWS_A_TASK,
     progress: Progress = lambda _done, _total: None,
-) -> Nearest:
+) -> Neighbors:
     """`exact_search` over the whole table by tasks of a Ray session that runs."""
     parts = table.parts(rows_a_task)
     if not parts:
@@ -122,7 +123,7 @@ def search_on_ray(
     in_flight = 2 * max(1, int(cluster.get("CPU", 1)))
     coming = iter(parts)
     waiting = {task.remote(shared, part): part for part in islice(coming, in_flight)}
-    best: Nearest | None = None
+    best: Neighbors | None = None
     done = 0
     while waiting:
         [ready], _ = ray.wait(list(waiting), num_returns=1)
@@ -137,7 +138,7 @@ def search_on_ray(
     return best
 
 
-def _search_part(shared: tuple[Any, ...], part: TablePart) -> Nearest:
+def _search_part(shared: tuple[Any, ...], part: TablePart) -> Neighbors:
     """One task: the nearest entries among one part's rows."""
     path, version, codes, queries, k, weights, skip, left_out = shared
     table = PatchTable(path, version)

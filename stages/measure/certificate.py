@@ -14,20 +14,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from arrag_runtime.daid import TAU, Merge
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.specs import Floats
-from stages.measure.exact_search import NO_IMAGE, Nearest, Queries
-from stages.measure.retrieved_distribution import Answer, Merge, total_variation
+from arrag_runtime.search.neighbors import Neighbors
+from stages.measure.exact_search import NO_IMAGE, Queries
+from stages.measure.retrieved_distribution import total_variation
 
 DEPTHS = (1, 10, 100, 2048)
 """recall@k is measured at these k; DAiD retrieves 2,048 (AR-RAG, section 3.2), FAiD 10."""
-TOLERANCE = 1e-5
+_TOLERANCE = 1e-5
 """Distances of unit vectors that are computed in two ways differ by less, relative to their size."""
-PLATEAU = 0.005
-SINGLE_QUERIES = 100
+_PLATEAU = 0.005
+_SINGLE_QUERIES = 100
+_MERGE: Merge = "nearest"
+"""How the distributions compared are merged; their temperature is the paper's."""
 
 Depths = dict[str, float]
+"""A figure at each k as text."""
 
 
 class Index(Protocol):
@@ -38,7 +43,9 @@ class Index(Protocol):
     @property
     def lists(self) -> int | None: ...
 
-    def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Answer: ...
+    def search(
+        self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None
+    ) -> Neighbors: ...
 
 
 @dataclass(frozen=True)
@@ -70,37 +77,44 @@ class Target:
 
 @dataclass(frozen=True)
 class Certified:
-    """An index at one nprobe. Keys of the mappings are k as text, since they are stored as JSON.
-
-    recall: the share of answers as near as the k-th exact one, so ties there are hits; lowest_tenth:
-    the 10 % quantile over queries; total_variation: mean over queries, of DAiD's distributions
-    (0 the same, 1 disjoint); distance_ratio: total distance of the first k answers by that of the
-    same number of exact ones; ms_batch: a query of all at once, at the largest k.
-    """
+    """An index at one nprobe. Keys of the mappings are k as text, since they are stored as JSON."""
 
     nprobe: int | None
+    """None for an index without lists."""
     recall: Depths
+    """The share of answers as near as the k-th exact one, so ties there are hits."""
     lowest_tenth: Depths
+    """The 10 % quantile of recall over queries."""
     total_variation: float
+    """Between DAiD's distributions, mean over queries: 0 the same, 1 disjoint."""
     distance_ratio: Depths
+    """Total distance of the first k answers by that of the same number of exact ones."""
     ms_batch: float
+    """Milliseconds per query, all asked at once at the largest k."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured, how, and which nprobe follows. `tried` ascends in nprobe."""
+    """What was measured, how, and which nprobe follows."""
 
     target: Target
     reached: bool
+    """Whether the chosen nprobe reaches the target."""
     chosen: Certified
     tried: tuple[Certified, ...]
+    """Ascending in nprobe."""
     queries: int
+    """How many were asked."""
     protocol: str
+    """What the queries are, in words."""
     temperature: float
+    """Of the distributions compared, in squared L2."""
     merge: Merge
+    """Of the distributions compared."""
     ms_per_query: dict[str, dict[str, float]]
     """k as text → "batch" and "single", at the chosen nprobe."""
     threads: int
+    """With which the times were measured."""
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
@@ -147,7 +161,7 @@ class Certificate:
             best = max(tried.recall[at] for tried in self.tried)
             lines.append(
                 f"  no nprobe reaches it: the best found is {best:.3f}, and nprobe {chosen.nprobe} is"
-                f" the first within {PLATEAU} of that"
+                f" the first within {_PLATEAU} of that"
             )
         return "\n".join(lines)
 
@@ -155,12 +169,10 @@ class Certificate:
 def certify(
     index: Index,
     queries: Queries,
-    exact: Nearest,
+    exact: Neighbors,
     target: Target,
     *,
     distances_of: Callable[[Ids], Floats] | None = None,
-    temperature: float = 0.6,
-    merge: Merge = "nearest",
     threads: int = 1,
     nprobe: int | None = None,
     progress: Callable[[int | None], None] = lambda _nprobe: None,
@@ -169,12 +181,11 @@ def certify(
 
     exact: the nearest entries in the index's own metric, at least as many as the largest k that the
     table allows; distances_of: for an index whose distances are approximations, the true distances
-    float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone; temperature, merge: of
-    the distributions compared.
+    float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone.
     progress is called with each nprobe before it is tried.
     """
     depths = tuple(sorted({*DEPTHS, target.k}))
-    deepest = min(depths[-1], exact.rows.shape[1])
+    deepest = min(depths[-1], exact.tokens.shape[1])
     if deepest < target.k:
         raise BadInputError(f"{target} needs exact neighbours up to k {target.k}, not {deepest}")
     exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
@@ -189,12 +200,12 @@ def certify(
         true = answer.distances if distances_of is None else distances_of(answer.patch_ids)
         hits = {k: recall_at(true, answer.count, exact, k) for k in depths if k <= deepest}
         return Certified(
-            nprobe,
-            {str(k): float(found.mean()) for k, found in hits.items()},
-            {str(k): float(np.quantile(found, 0.1)) for k, found in hits.items()},
-            float(total_variation(answer, exact, temperature, merge).mean()),
-            {str(k): _distance_ratio(true, answer.count, exact, k) for k in hits},
-            1000 * spent / len(queries.keys),
+            nprobe=nprobe,
+            recall={str(k): float(found.mean()) for k, found in hits.items()},
+            lowest_tenth={str(k): float(np.quantile(found, 0.1)) for k, found in hits.items()},
+            total_variation=float(total_variation(answer, exact, TAU, _MERGE).mean()),
+            distance_ratio={str(k): _distance_ratio(true, answer.count, exact, k) for k in hits},
+            ms_batch=1000 * spent / len(queries.keys),
         )
 
     if nprobe is not None:
@@ -207,13 +218,21 @@ def certify(
         index.nprobe = chosen.nprobe
     times = {str(k): _time(index, queries, k, exclude) for k in sorted({min(10, deepest), deepest})}
     return Certificate(
-        *(target, reached, chosen, tuple(tried), len(queries.keys), queries.protocol),
-        *(temperature, merge, times, threads),
+        target=target,
+        reached=reached,
+        chosen=chosen,
+        tried=tuple(tried),
+        queries=len(queries.keys),
+        protocol=queries.protocol,
+        temperature=TAU,
+        merge=_MERGE,
+        ms_per_query=times,
+        threads=threads,
     )
 
 
 def recall_at(
-    distances: Floats, count: npt.NDArray[np.int64], exact: Nearest, k: int
+    distances: Floats, count: npt.NDArray[np.int64], exact: Neighbors, k: int
 ) -> npt.NDArray[np.float64]:
     """recall@k of each query, float64 [Q].
 
@@ -224,7 +243,7 @@ def recall_at(
     reachable = np.minimum(exact.count, k)
     last = exact.distances[np.arange(len(count)), np.maximum(reachable - 1, 0)]
     limit = np.where(reachable > 0, last, -np.inf)
-    limit = limit + TOLERANCE * np.maximum(1, np.abs(np.where(reachable > 0, last, 0)))
+    limit = limit + _TOLERANCE * np.maximum(1, np.abs(np.where(reachable > 0, last, 0)))
     real = np.arange(min(k, distances.shape[1])) < count[:, None]
     hits = (real & (distances[:, :k] <= limit[:, None])).sum(axis=1)
     recall: npt.NDArray[np.float64] = np.where(
@@ -234,13 +253,13 @@ def recall_at(
 
 
 def _distance_ratio(
-    distances: Floats, count: npt.NDArray[np.int64], exact: Nearest, k: int
+    distances: Floats, count: npt.NDArray[np.int64], exact: Neighbors, k: int
 ) -> float:
     """Sum of the first k answers' distances by that of as many exact ones; 1 where both are 0."""
     width = min(k, distances.shape[1])
     both = np.arange(width) < np.minimum(count, exact.count)[:, None]
     # What rounding leaves of a distance of 0 must not count as far beyond 0.
-    rounding = TOLERANCE * max(int(both.sum()), 1)
+    rounding = _TOLERANCE * max(int(both.sum()), 1)
     mine = np.where(both, distances[:, :width], 0).sum(dtype=np.float64)
     best = np.where(both, exact.distances[:, :width], 0).sum(dtype=np.float64)
     return float((mine + rounding) / (best + rounding))
@@ -289,16 +308,16 @@ def _try(
 def _choose(tried: list[Certified], target: Target, reached: bool) -> int:
     """The place of the first that reaches the target, or else comes close to the best."""
     recalls = [one.recall[str(target.k)] for one in tried]
-    enough = target.recall if reached else max(recalls) - PLATEAU
+    enough = target.recall if reached else max(recalls) - _PLATEAU
     return next(at for at, recall in enumerate(recalls) if recall >= enough)
 
 
 def _time(index: Index, queries: Queries, k: int, exclude: Ids | None) -> dict[str, float]:
-    """Milliseconds a query, all in one call and one a call."""
+    """Milliseconds per query, all in one call and one a call."""
     started = time.perf_counter()
     index.search(queries.keys, k, exclude=exclude)
     batch = time.perf_counter() - started
-    alone = min(SINGLE_QUERIES, len(queries.keys))
+    alone = min(_SINGLE_QUERIES, len(queries.keys))
     started = time.perf_counter()
     for at in range(alone):
         own = None if exclude is None else exclude[at : at + 1]

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arrag_runtime.daid import MERGES, Merge
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.certificate import recall_at
 from stages.measure.confidence import mean_interval
-from stages.measure.exact_search import Nearest, Queries
+from stages.measure.exact_search import Queries
 from stages.measure.retrieved_distribution import (
-    MERGES,
-    Answer,
-    Merge,
     Probabilities,
     negative_log_likelihood,
     true_token_probability,
@@ -108,13 +107,12 @@ class TokenFigures:
 
 def evaluate_tokens(
     queries: Queries,
-    answer: Answer,
-    exact: Nearest,
+    answer: Neighbors,
+    exact: Neighbors,
     distances: Floats,
     codes: Floats,
     prior: Probabilities,
     *,
-    copies: npt.NDArray[Any] | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
     seed: int = 0,
 ) -> TokenFigures:
@@ -122,12 +120,11 @@ def evaluate_tokens(
 
     exact: the nearest entries in the index's metric, at least 100 deep; distances: the true distances
     of the answers' first entries, float32 [Q, ≥ 100 where there are as many]; codes: the normalised
-    codebook [V, d]; prior: float64 [V], a share for every token; copies: int64 [Q, K], see
-    `entry_shares`.
+    codebook [V, d]; prior: float64 [V], a share for every token.
     """
     truth, images = queries.next_tokens, queries.images
     ranks = min(RANKS, answer.tokens.shape[1])
-    real = np.arange(ranks) < answer.count[:, None]
+    real = answer.real[:, :ranks]
     tokens = answer.tokens[:, :ranks]
     apart = np.linalg.norm(codes[tokens] - codes[truth][:, None], axis=2)
     hits = np.logical_or.accumulate(real & (tokens == truth[:, None]), axis=1)
@@ -135,8 +132,7 @@ def evaluate_tokens(
     alone = -np.log(prior[truth])
     fold = halves(images, seed)
     chances = {
-        merge: true_token_probability(answer, truth, temperatures, merge, copies)
-        for merge in MERGES
+        merge: true_token_probability(answer, truth, temperatures, merge) for merge in MERGES
     }
     curves = {
         merge: np.stack([_cross_fitted(row[None], prior[truth], fold) for row in found], axis=1)
@@ -148,7 +144,7 @@ def evaluate_tokens(
     recall = {
         str(k): recall_at(distances, answer.count, exact, k)[:, None]
         for k in RECALL_DEPTHS
-        if k <= exact.rows.shape[1]
+        if k <= exact.tokens.shape[1]
     }
     rows = [
         *recall.values(),

@@ -12,8 +12,13 @@ from arrag_runtime.format.ids import patch_ids
 from arrag_runtime.format.patches import PatchBlock
 from arrag_runtime.format.specs import key_vectors
 from stages.measure.exact_search import Queries
-from stages.measure.fit_weights import WeightSettings, corpus_prior, fit_weights
-from stages.measure.offset_rates import Candidates, likelihood_loss
+from stages.measure.fit_weights import (
+    OffsetDistances,
+    WeightSettings,
+    corpus_prior,
+    fit_weights,
+    likelihood_loss,
+)
 from tests.worlds.patch_world import CODES, KEYS
 
 SETTINGS = WeightSettings(k=64, rounds=3)
@@ -97,7 +102,7 @@ def test_slopes_equal_differences(latent: bool) -> None:
     else:
         queries = queries_of(entries, range(6), 5)
     prior = corpus_prior(entries.next_tokens, 24)
-    made = Candidates.search(entries, CODES, queries, prior, (1.0,) * 4, 260)
+    made = OffsetDistances.search(entries, CODES, queries, prior, (1.0,) * 4, 260)
     assert not made.real.all()
     rates, logit = np.array([0.7, 1.4, 0.2, 3.0]), -1.3
     # float32 distances, so the steps are wide and the comparison is of the third digit.
