@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import lance
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -41,6 +40,8 @@ class ImageTable:
     def __init__(self, path: str, hidden: Ids | None = None) -> None:
         if not exists(path):
             raise BadInputError(f"no images at {path}; build them with `arrag-db build`")
+        import lance
+
         self._dataset = lance.dataset(path)
         self._hidden = np.empty(0, np.int64) if hidden is None else hidden
         self.version: int = self._dataset.version

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lance
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -58,6 +57,8 @@ class PatchTable:
     def __init__(self, path: str, version: int | None = None) -> None:
         if not exists(path):
             raise BadInputError(f"no patches at {path}; build them with `arrag-db build`")
+        import lance
+
         try:
             self._dataset = lance.dataset(
                 path,

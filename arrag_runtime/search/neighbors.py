@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.specs import Floats
 
 
@@ -120,7 +121,7 @@ class SearchEngine(Protocol):
 
 @dataclass(frozen=True)
 class EntryPart:
-    """What is known of the entries of one part, in its order; see `arrag_runtime.format.inverted_lists`."""
+    """What is known of the entries of one part, in its order, as `ListPart` names it."""
 
     next_tokens: npt.NDArray[np.uint16]
     patch_ids: Ids
@@ -132,7 +133,7 @@ class EntryPart:
 class EntryTable:
     """The entries of an index by place: next token, patch id, and the ids of identical ones."""
 
-    def __init__(self, parts: Sequence[EntryPart]) -> None:
+    def __init__(self, parts: Sequence[EntryPart | ListPart]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part.next_tokens) for part in parts])
         self.has_copies = any(len(part.copies_at) for part in parts)

@@ -21,7 +21,7 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.specs import Floats, key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch, require_faiss
 from arrag_runtime.search.faiss_search import FaissSearch, open_entries
-from arrag_runtime.search.neighbors import EntryPart, EntryTable, Neighbors, SearchEngine
+from arrag_runtime.search.neighbors import EntryTable, Neighbors, SearchEngine
 from arrag_runtime.search.tombstones import Tombstones
 
 SPARE, GROWTH = 64, 4
@@ -214,12 +214,7 @@ def open_engine(
         return FaissSearch.open(folder), EntryTable([open_entries(folder)])
     layout = CodeLayout(manifest.keys, codes, manifest.weights)
     engine = CodebookSearch(folder, layout, manifest.parts)
-    return engine, EntryTable(
-        [
-            EntryPart(p.next_tokens, p.patch_ids, p.copies_at, p.copies_start, p.copies_ids)
-            for p in engine.parts
-        ]
-    )
+    return engine, EntryTable(engine.parts)
 
 
 def newest_index(layout: Layout) -> str:
