@@ -13,8 +13,8 @@ from arrag_runtime.format.ids import Ids, contains
 from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.location import exists
 
-GRIDS = ("tokens", "latents")
-COLUMNS = ("image_id", "key", "source", "caption", "url", "licence", "split", "sha256")
+_GRIDS = ("tokens", "latents")
+_COLUMNS = ("image_id", "key", "source", "caption", "url", "licence", "split", "sha256")
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class ImageRow:
 class ImageTable:
     """The images table of a database, at its newest version.
 
-    hidden: ids, ascending, of removed pictures; `sample` and `captioned` leave them out.
+    `sample` and `captioned` leave out pictures that were removed.
     """
 
     def __init__(self, path: str, hidden: Ids | None = None) -> None:
+        """hidden: the ids of removed pictures, ascending."""
         if not exists(path):
             raise BadInputError(f"no images at {path}; build them with `arrag-db build`")
         import lance
@@ -49,7 +50,7 @@ class ImageTable:
 
     def rows(self, image_ids: Iterable[int]) -> dict[int, ImageRow]:
         """The rows of these pictures by id; unknown ids are left out."""
-        table = self._select(image_ids, COLUMNS)
+        table = self._select(image_ids, _COLUMNS)
         return {row["image_id"]: ImageRow(**row) for row in table.to_pylist()}
 
     def grids(self, image_ids: Iterable[int], height: int) -> dict[int, npt.NDArray[np.uint16]]:
@@ -116,7 +117,7 @@ class ImageTable:
         except ValueError as error:
             if where is None:
                 raise
-            known = [name for name in self._dataset.schema.names if name not in GRIDS]
+            known = [name for name in self._dataset.schema.names if name not in _GRIDS]
             raise BadInputError(
                 f"--where '{where}' cannot be used: {_reason(error)}; the columns are"
                 f" {', '.join(known)}"
@@ -139,7 +140,7 @@ def duplicate_images(images: ImageTable, hidden: Ids | None = None) -> Ids:
     """The ids of pictures that are a copy of one with a lower id, sorted.
 
     Copies have the same original bytes by their sha256. Pictures among `hidden` (sorted ids) count
-    as absent. The hashes are streamed twice: first the beginnings of all, 8 bytes a picture, then
+    as absent. The hashes are streamed twice: first the beginnings of all, 8 bytes per picture, then
     in full those of the few pictures whose beginnings meet.
     """
     gone = np.empty(0, np.int64) if hidden is None else hidden

@@ -36,12 +36,16 @@ COPIES_AT, COPIES_START, COPIES_IDS = "copies_at.npy", "copies_start.npy", "copi
 
 @dataclass(frozen=True)
 class Entries:
-    """Some entries. lists: integers [E]; codes: uint8 [E, size]."""
+    """Some entries of some lists."""
 
     lists: npt.NDArray[Any]
+    """Integers [E]."""
     codes: npt.NDArray[np.uint8]
+    """uint8 [E, size]."""
     next_tokens: npt.NDArray[np.uint16]
+    """uint16 [E]."""
     patch_ids: Ids
+    """int64 [E]."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,7 @@ class ListPart:
 
     @staticmethod
     def open(folder: Path, code_size: int) -> "ListPart":
-        """Map the part in this folder. Raises IncompatibleError where files lack or disagree."""
-
+        """Map the part in this folder. Raises IncompatibleError where files are missing or disagree."""
         try:
             starts: Ids = np.load(folder / STARTS, mmap_mode="r")
             at: Ids = np.load(folder / COPIES_AT, mmap_mode="r")

@@ -19,7 +19,7 @@ from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.specs import KeySpec, key_spec
 
 BLOCK = 131_072
-CACHE_BYTES = 16 << 20
+_CACHE_BYTES = 16 << 20
 """What Lance may keep of a table's pages between reads, which otherwise grows with the table."""
 
 
@@ -31,11 +31,14 @@ def patch_tables(layout: Layout) -> list[KeySpec]:
 
 @dataclass(frozen=True)
 class PatchBlock:
-    """patch_ids: int64 [N]; keys: uint16 [N, n] or float16 [N, n · d]; next_tokens: uint16 [N]."""
+    """Some patches."""
 
     patch_ids: Ids
+    """int64 [N]."""
     keys: npt.NDArray[Any]
+    """uint16 [N, n] tokens, or float16 [N, n · d] latents."""
     next_tokens: npt.NDArray[np.uint16]
+    """uint16 [N]."""
 
     def take(self, rows: npt.NDArray[Any] | slice) -> "PatchBlock":
         """Some of the rows, by ordinals, a mask or a slice."""
@@ -44,11 +47,14 @@ class PatchBlock:
 
 @dataclass(frozen=True)
 class TablePart:
-    """Some neighbouring fragments of a table, by id; its rows are `start` to `start + count`."""
+    """Some neighbouring fragments of a table."""
 
     fragments: tuple[int, ...]
+    """Their ids."""
     start: int
+    """The first row."""
     count: int
+    """How many rows from there on."""
 
 
 class PatchTable:
@@ -63,8 +69,8 @@ class PatchTable:
             self._dataset = lance.dataset(
                 path,
                 version=version,
-                index_cache_size_bytes=CACHE_BYTES,
-                metadata_cache_size_bytes=CACHE_BYTES,
+                index_cache_size_bytes=_CACHE_BYTES,
+                metadata_cache_size_bytes=_CACHE_BYTES,
             )
         except (OSError, ValueError) as error:
             raise BadInputError(

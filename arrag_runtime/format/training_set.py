@@ -21,7 +21,7 @@ from arrag_runtime.format.location import exists, in_store, join, normalised, re
 from arrag_runtime.format.manifest import Layout, read_codebook
 from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
-FORMAT = 1
+_FORMAT = 1
 
 ROWS, MANIFEST, CODEBOOK = "rows.lance", "manifest.json", "codebook.npy"
 """The parts of the folder; the last two are also the metadata keys of an exported file."""
@@ -32,23 +32,24 @@ SETTINGS = b"trainset"
 
 @dataclass(frozen=True)
 class TrainsetManifest:
-    """What a training set was made with. Rows of different settings are not mixed.
-
-    k: retrieved tokens a position; index, table_version: what was searched; pictures: where they
-    come from ("heldout", "database", or a source and its inputs); images: rows, 0 while it is made.
-    """
+    """What a training set was made with. Rows of different settings are not mixed."""
 
     tokenizer: TokenizerSpec
     keys: KeySpec
     k: int
+    """Retrieved tokens per position."""
     index: str
+    """The index that was searched."""
     table_version: int
+    """The version of the table that it was made from."""
     pictures: str
+    """Where they come from: "heldout", "database", or a source and its inputs."""
     images: int = 0
+    """Rows; 0 while it is made."""
 
     def to_json(self) -> str:
         """As metadata and `manifest.json` hold it."""
-        fields = asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()}
+        fields = asdict(self) | {"format": _FORMAT, "keys": self.keys.to_json()}
         return json.dumps(fields, sort_keys=True)
 
     @staticmethod
@@ -56,9 +57,9 @@ class TrainsetManifest:
         """What `to_json` wrote. Raises BadInputError for another object found at `where`."""
         try:
             fields: dict[str, Any] = json.loads(text)
-            if fields.pop("format", None) != FORMAT:
+            if fields.pop("format", None) != _FORMAT:
                 raise IncompatibleError(
-                    f"training set {where} is of another format than {FORMAT}; make it anew with"
+                    f"training set {where} is of another format than {_FORMAT}; make it anew with"
                     " `arrag-db trainset`"
                 )
             fields["tokenizer"] = TokenizerSpec(**fields["tokenizer"])
@@ -70,9 +71,10 @@ class TrainsetManifest:
 
 
 def trainset_schema(manifest: TrainsetManifest) -> pa.Schema:
-    """A row a picture. tokens: the grid in raster order; neighbors: for each position its k retrieved
+    """A row per picture.
 
-    tokens, nearest first, `MISSING` (65535) where there are fewer.
+    tokens: the grid in raster order; neighbors: for each position its k retrieved tokens, nearest
+    first, `MISSING` (65535) where there are fewer.
     """
     positions = manifest.tokenizer.positions
     return pa.schema(
@@ -87,23 +89,26 @@ def trainset_schema(manifest: TrainsetManifest) -> pa.Schema:
     )
 
 
-Take = Callable[[list[int]], pa.Table]
+_Take = Callable[[list[int]], pa.Table]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """captions: B; tokens: uint16 [B, P]; neighbors: uint16 [B, P, K], `MISSING` for none."""
+    """Some rows of a training set."""
 
     captions: list[str]
+    """B texts."""
     tokens: npt.NDArray[np.uint16]
+    """uint16 [B, P]."""
     neighbors: npt.NDArray[np.uint16]
+    """uint16 [B, P, K], `MISSING` for none."""
 
 
 class TrainingSet:
     """An opened training set; `TrainingSet.open` finds out which kind a path is."""
 
     def __init__(
-        self, manifest: TrainsetManifest, codebook: Floats, ids: pa.ChunkedArray, take: Take
+        self, manifest: TrainsetManifest, codebook: Floats, ids: pa.ChunkedArray, take: _Take
     ) -> None:
         self.manifest, self.codebook = manifest, codebook
         self._order = np.argsort(ids.to_numpy(), kind="stable")

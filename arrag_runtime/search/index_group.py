@@ -27,7 +27,7 @@ class IndexGroup:
     def __init__(
         self, indexes: Sequence[PatchIndex], weights: Sequence[float] | None = None
     ) -> None:
-        """weights: one an index, not negative; all 1 by default.
+        """weights: one per index, not negative; all 1 by default.
 
         Raises IncompatibleError, naming both, for indexes that do not belong together.
         """

@@ -1,6 +1,6 @@
 """An index on disk, opened and searched.
 
-In: search vectors or keys, one a row. Out: `Neighbors`: for each query its nearest entries, nearest
+In: search vectors or keys, one per row. Out: `Neighbors`: for each query its nearest entries, nearest
 first, with their next tokens, distances and patch ids. Padding is never returned as a result, nor is
 what was removed from the database, whichever process removed it.
 """
@@ -24,18 +24,20 @@ from arrag_runtime.search.faiss_search import FaissSearch, open_entries
 from arrag_runtime.search.neighbors import EntryTable, Neighbors, SearchEngine
 from arrag_runtime.search.tombstones import Tombstones
 
-SPARE, GROWTH = 64, 4
+_SPARE, _GROWTH = 64, 4
 """Where results may be hidden, so many more are fetched at first, and so many times as many again."""
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What a search must not return. Pictures: `exclude` int64 [N, M] a query's own, -1 for none;
-    those that `tombstones` hide; and, where `keep` (int64, ascending) is given, all others."""
+class _Hidden:
+    """The pictures that a search must not return."""
 
     exclude: Ids | None
+    """int64 [N, M], those of each query, -1 for none."""
     tombstones: Tombstones | None
+    """Those that were removed."""
     keep: Ids | None
+    """int64, ascending: all others than these; None for no others."""
 
     @property
     def nothing(self) -> bool:
@@ -43,10 +45,10 @@ class Hidden:
         removed = self.tombstones is not None and len(self.tombstones.ids) > 0
         return self.exclude is None and self.keep is None and not removed
 
-    def rows(self, rows: Ids) -> "Hidden":
+    def rows(self, rows: Ids) -> "_Hidden":
         """The same for some of the queries."""
         exclude = None if self.exclude is None else self.exclude[rows]
-        return Hidden(exclude, self.tombstones, self.keep)
+        return _Hidden(exclude, self.tombstones, self.keep)
 
     def shows(self, query: int | slice, patch_ids: Ids) -> npt.NDArray[np.bool_]:
         """Which of these patches [N, K] (or [K] of one query) may be returned."""
@@ -156,9 +158,9 @@ class PatchIndex:
             exclude = exclude.reshape(queries, -1)
         if self._tombstones is not None:
             self._tombstones.refresh()
-        hidden = Hidden(exclude, self._tombstones, keep)
+        hidden = _Hidden(exclude, self._tombstones, keep)
         wide = np.ascontiguousarray(vectors, np.float32)
-        fetched = k if hidden.nothing else k + SPARE
+        fetched = k if hidden.nothing else k + _SPARE
         places, distances = np.full((queries, k), -1), np.full((queries, k), np.inf, np.float32)
         ids, copies = np.full((queries, k), -1), np.zeros((queries, k), np.int64)
         waiting = np.arange(queries)
@@ -178,14 +180,14 @@ class PatchIndex:
             enough = np.count_nonzero(stands_for, axis=1) >= k
             exhausted = (at[:, -1] < 0) | (fetched >= self._engine.entries)
             waiting = waiting[~(enough | exhausted)]
-            fetched *= GROWTH
+            fetched *= _GROWTH
         real = copies > 0
         tokens = np.zeros(places.shape, np.uint16)
         tokens[real] = self._entries.tokens(places[real])
         count = real.sum(axis=1)
         return Neighbors.of(tokens, distances, ids, count, copies=copies, places=places)
 
-    def _visible(self, places: Ids, hidden: Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
+    def _visible(self, places: Ids, hidden: _Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
         """The patch ids [N, K] at these places, and how many visible keys each stands for."""
         real = places >= 0
         safe = np.where(real, places, 0)

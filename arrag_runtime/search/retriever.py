@@ -41,7 +41,7 @@ class Retriever:
     def at(
         self, grids: npt.NDArray[Any], row: int, col: int, *, exclude: Ids | None = None
     ) -> Neighbors | None:
-        """The neighbours for (row, col) of grids uint16 [B, h, w], one query a grid.
+        """The neighbours for (row, col) of grids uint16 [B, h, w], one query per grid.
 
         With a causal neighbourhood only tokens before the position are read. exclude: see
         `PatchIndex.search`. None where the position has no full neighbourhood (`border = skip`).

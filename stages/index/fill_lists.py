@@ -27,7 +27,7 @@ Finder = Callable[[Floats], Ids]
 MERGE_ENTRIES = 1 << 20
 """Entries merged at a time: about 50 MB with everything that sorting them takes."""
 HELD_A_KEY = 48
-"""Bytes that filling takes a key of a part: list, code, next token, id, and the order of the lists."""
+"""Bytes that filling takes per key of a part: list, code, next token, id and the lists' order."""
 
 
 def fill_part(
@@ -41,8 +41,8 @@ def fill_part(
 ) -> None:
     """Write the keys of these blocks as a part, grouped by list, in the order they came within each.
 
-    keys: how many there are (or more); packed they are held in memory, at `HELD_A_KEY` bytes each. The part
-    appears complete or not at all.
+    keys: how many there are (or more); packed they are held in memory, at `HELD_A_KEY` bytes each.
+    The part appears complete or not at all.
     """
     held = Entries(
         np.empty(keys, np.uint16 if lists <= 1 << 16 else np.int32),

@@ -20,7 +20,7 @@ from arrag_runtime.format.patches import BLOCK, PatchBlock
 from arrag_runtime.format.specs import Floats
 from stages.index.fill_lists import expanded, list_groups
 
-Hashes = npt.NDArray[np.uint64]
+_Hashes = npt.NDArray[np.uint64]
 
 
 def left_out(folder: Path) -> Ids:
@@ -78,7 +78,7 @@ def checksum(blocks: Iterable[PatchBlock], hidden: Ids, *, keys: bool) -> tuple[
     return count, total
 
 
-def _mixed(values: Hashes) -> Hashes:
+def _mixed(values: _Hashes) -> _Hashes:
     """splitmix64, by which every bit of a value moves half of the result's."""
     mixed = values + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

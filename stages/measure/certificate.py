@@ -22,7 +22,7 @@ from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.exact_search import NO_IMAGE, Queries
 from stages.measure.retrieved_distribution import total_variation
 
-DEPTHS = (1, 10, 100, 2048)
+_DEPTHS = (1, 10, 100, 2048)
 """recall@k is measured at these k; DAiD retrieves 2,048 (AR-RAG, section 3.2), FAiD 10."""
 _TOLERANCE = 1e-5
 """Distances of unit vectors that are computed in two ways differ by less, relative to their size."""
@@ -53,11 +53,12 @@ class Target:
     """Recall@k that is wanted."""
 
     recall: float = 0.95
+    """Above 0, up to 1."""
     k: int = 10
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError."""
+        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError for anything else."""
         recall, _, k = text.partition("@")
         try:
             target = Target(float(recall), int(k) if k else 10)
@@ -65,9 +66,9 @@ class Target:
             raise BadInputError(
                 f"target recall '{text}' is no recall; write it like 0.95 or 0.9@2048"
             ) from error
-        if not 0 < target.recall <= 1 or not 1 <= target.k <= DEPTHS[-1]:
+        if not 0 < target.recall <= 1 or not 1 <= target.k <= _DEPTHS[-1]:
             raise BadInputError(
-                f"target recall '{text}' is out of range; recall is 0..1 and k 1..{DEPTHS[-1]}"
+                f"target recall '{text}' is out of range; recall is 0..1 and k 1..{_DEPTHS[-1]}"
             )
         return target
 
@@ -134,7 +135,7 @@ class Certificate:
         )
 
     def to_text(self) -> str:
-        """For people: what was chosen and why, and a line a try."""
+        """For people: what was chosen and why, and a line per try."""
         chosen = self.chosen
         probe = f"nprobe {chosen.nprobe}" if chosen.nprobe else "exhaustive"
         verdict = "reaches" if self.reached else "does not reach"
@@ -184,7 +185,7 @@ def certify(
     float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone.
     progress is called with each nprobe before it is tried.
     """
-    depths = tuple(sorted({*DEPTHS, target.k}))
+    depths = tuple(sorted({*_DEPTHS, target.k}))
     deepest = min(depths[-1], exact.tokens.shape[1])
     if deepest < target.k:
         raise BadInputError(f"{target} needs exact neighbours up to k {target.k}, not {deepest}")

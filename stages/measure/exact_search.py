@@ -76,7 +76,7 @@ def exact_search(
     """The k nearest entries of every query, `places` being rows; of equal ones the earlier row first.
 
     blocks: the table's, in order, from `first_row` on; codes: the normalised codebook [V, d];
-    weights: one an offset; skip: sorted patch ids that are no entries of their own;
+    weights: one per offset; skip: sorted patch ids that are no entries of their own;
     left_out: sorted ids of pictures whose entries are none;
     progress: called with the rows done.
     """
@@ -166,7 +166,8 @@ class _Entries:
     tokens: npt.NDArray[np.uint16]
 
     def cut(self, start: int, stop: int) -> "_Entries":
-        return _Entries(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+        cut = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)}
+        return _Entries(**cut)
 
 
 class _Best:

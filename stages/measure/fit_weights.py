@@ -207,19 +207,19 @@ def fit_weights(
     equal = weights = (1.0,) * neighbors
     progress("equal weights")
     candidates = OffsetDistances.search(entries, codes, fit, prior, equal, settings.k)
-    plain = fit_temperature(candidates)
+    plain = _fit_temperature(candidates)
     fitted = RateFit(np.full(neighbors, 1 / plain.temperature), plain.backoff)
     done = 0
     for done in range(1, settings.rounds + 1):
         progress(f"round {done}")
-        fitted = fit_rates(candidates, fitted)
+        fitted = _fit_rates(candidates, fitted)
         moved = np.abs(np.array(fitted.weights) - np.array(weights)).max()
         weights = fitted.weights
         candidates = OffsetDistances.search(entries, codes, fit, prior, weights, settings.k)
         if moved < _SETTLED:
             break
     # The last candidates are those of the final weights, so τ and ε are fitted to them once more.
-    scale = fit_temperature(candidates, weights)
+    scale = _fit_temperature(candidates, weights)
     progress("judging")
     before = _judge(entries, codes, judge, prior, equal, plain, settings.k)
     after = _judge(entries, codes, judge, prior, weights, scale, settings.k)
@@ -308,7 +308,7 @@ def _offset_distances(
     return distances
 
 
-def fit_rates(candidates: OffsetDistances, start: RateFit) -> RateFit:
+def _fit_rates(candidates: OffsetDistances, start: RateFit) -> RateFit:
     """Rates and back-off that minimise the negative log likelihood, from `start`."""
     neighbors = len(start.rates)
     low, high = np.log(_SMALLEST), np.log(_LARGEST)
@@ -323,7 +323,7 @@ def fit_rates(candidates: OffsetDistances, start: RateFit) -> RateFit:
     return RateFit(np.exp(found.x[:neighbors]), float(1 / (1 + np.exp(-found.x[neighbors]))))
 
 
-def fit_temperature(
+def _fit_temperature(
     candidates: OffsetDistances, weights: tuple[float, ...] | None = None
 ) -> RateFit:
     """The temperature and back-off that suit fixed weights, by default equal ones."""

@@ -145,7 +145,7 @@ def test_a_store_that_does_not_answer_is_one_line(
     scheme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Within seconds, with what to look at."""
-    monkeypatch.setattr("arrag_runtime.format.location.PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr("arrag_runtime.format.location._PATIENCE", timedelta(seconds=1))
     for store, server in (("AWS", "ENDPOINT_URL"), ("GOOGLE", "BASE_URL")):
         monkeypatch.setenv(f"{store}_{server}", f"http://127.0.0.1:{free_port()}")
         monkeypatch.setenv(f"{store}_ALLOW_HTTP", "true")

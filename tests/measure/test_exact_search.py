@@ -122,7 +122,10 @@ def test_parts_searched_apart_give_what_one_search_gives(
     assert [part.start for part in parts] == [0, 294]
     apart = [
         exact_search(
-            *(world.table.blocks(30, part), CODES, queries, k),
+            world.table.blocks(30, part),
+            CODES,
+            queries,
+            k,
             weights=weights,
             first_row=part.start,
         )

@@ -109,8 +109,20 @@ def opened(
         index.train(twins.vectors)
         index.add(twins.vectors)
         manifest = IndexManifest(
-            *(name, "ivfpq", key, twins.layout.keys, 1, 1, 300, 300),
-            *(4 if name == "lists" else None, 0.0, 0.0, 0.0, 0.0, {}),
+            name=name,
+            kind="ivfpq",
+            index_key=key,
+            keys=twins.layout.keys,
+            table_version=1,
+            mark=1,
+            count=300,
+            entries=300,
+            nprobe=4 if name == "lists" else None,
+            code_bytes_per_key=0.0,
+            resident_bytes_per_key=0.0,
+            ms_per_query=0.0,
+            recall_at_10=0.0,
+            certificate={},
         )
         part = EntryPart(twins.tokens, twins.ids, none, np.zeros(1, np.int64), none)
         hidden = Tombstones(Layout(root / "none"))
@@ -118,7 +130,7 @@ def opened(
         found = PatchIndex(manifest, engine, EntryTable([part]), twins.layout.codes, hidden)
         made[name] = found, 10**6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrag_runtime.search.patch_index, "SPARE", 2)
+        patch.setattr(arrag_runtime.search.patch_index, "_SPARE", 2)
         yield made
 
 
@@ -269,7 +281,7 @@ def test_a_graph_over_the_centroids_finds_nearly_the_same(
     centroids = np.load(tmp_path / CENTROIDS)
     write_graph(centroids, tmp_path / GRAPH)
     assert not (tmp_path / GRAPH).exists()
-    monkeypatch.setattr(stages.index.coarse_lists, "GRAPH_FROM", 300)
+    monkeypatch.setattr(stages.index.coarse_lists, "_GRAPH_FROM", 300)
     write_graph(centroids, tmp_path / GRAPH)
     graph = open_codes(tmp_path, world, names, nprobe=16)
     asked = world.keys[::40]
