@@ -88,8 +88,8 @@ def distribution(
 ) -> "Tensor":
     """p_retrieved [B, V], in p_model's dtype and on its device; uniform in rows without neighbours.
 
-    An entry counts for its database's weight times exp(-d / τ); where entries of a token are summed,
-    times the number of identical ones that it stands for.
+    An entry counts for its database's weight times exp(-d / τ); where entries of a token are
+    summed, times the number of identical ones that it stands for.
     """
     if neighbors.tokens.shape[0] != p_model.shape[0]:
         raise BadInputError(

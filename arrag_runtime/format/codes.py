@@ -1,8 +1,8 @@
 """Keys as packed bits: the codes of the codebook index.
 
-A key of n tokens becomes n · bits bits, the first neighbour's in the lowest, little-endian, in whole
-bytes: the layout in which faiss' product quantiser reads its codes. Where a neighbourhood can miss
-neighbours, "missing" is one code more than the codebook has.
+A key of n tokens becomes n · bits bits, the first neighbour's in the lowest, little-endian, in
+whole bytes: the layout in which faiss' product quantiser reads its codes. Where a neighbourhood can
+miss neighbours, "missing" is one code more than the codebook has.
 """
 
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ class ImageTable:
         return found
 
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
-        """Up to `count` pictures of a split: their ids [N], ascending, and flat grids [N, h · w]."""
+        """The ids [N], ascending, and flat grids [N, h · w] of up to `count` pictures of a split."""
         ids = self._dataset.to_table(columns=["image_id"], filter=f"split = '{split}'")
         every = np.setdiff1d(ids["image_id"].to_numpy(), self._hidden)
         rng = np.random.default_rng(seed)
@@ -88,7 +88,7 @@ class ImageTable:
         return chosen, list_values(table["tokens"])[order]
 
     def captioned(self, split: str) -> tuple[Ids, int]:
-        """The ids int64 [N] of the pictures of a split that have a caption, and how many have none."""
+        """The ids int64 [N] of a split's pictures with a caption, and how many have none."""
         told, untold = (
             np.setdiff1d(
                 self._dataset.to_table(

@@ -150,8 +150,9 @@ def building_folder(parent: str, name: str) -> Path:
 def put_folder(draft: Path, place: str) -> None:
     """Put a finished draft, which has a `manifest.json`, where an older folder may be.
 
-    The draft is gone afterwards. On a disk it is renamed. On a store its files are uploaded with the
-    manifest last and the old one gone before: where a manifest stands, what it describes is whole.
+    The draft is gone afterwards. On a disk it is renamed. On a store its files are uploaded with
+    the manifest last and the old one gone before: where a manifest stands, what it describes is
+    whole.
     """
     if in_store(place):
         _upload(draft, place)
@@ -183,7 +184,8 @@ def finish_replacements(parent: str) -> None:
 def local_folder(place: str) -> Path:
     """A folder with a `manifest.json` as one on this machine, to be mapped into memory.
 
-    One of a store is copied once into the cache (`cache_folder`) by the contents of its manifest; copies of its older versions go. Raises BadInputError when it is being replaced.
+    One of a store is copied once into the cache (`cache_folder`) by the contents of its manifest;
+    copies of its older versions go. Raises BadInputError when it is being replaced.
     """
     if not in_store(place):
         return Path(place)
@@ -315,7 +317,7 @@ _STORE_ERRORS = (
 
 
 def cache_folder(given: str | None = None) -> Path:
-    """Where copies of what is elsewhere are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
+    """Where copies of remote files are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
     return Path(given or os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser().absolute()
 
 

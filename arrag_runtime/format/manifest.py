@@ -168,7 +168,8 @@ class IndexManifest:
     certificate: dict[str, Any]
     """What was measured against exact search, at every nprobe that was tried."""
     left_out: int = 0
-    """Pictures whose keys were in the table and were not taken; their ids are in `LEFT_OUT_FILE`."""
+    """Pictures whose keys were in the table and were not taken; their ids are in
+    `LEFT_OUT_FILE`."""
     parts: tuple[str, ...] = ()
     """The folders of a codebook index."""
     weights: tuple[float, ...] | None = None

@@ -32,8 +32,8 @@ class Neighborhood:
     offsets: tuple[tuple[int, int], ...]
     """(row, column) of each neighbour, in the order of a key."""
     border: Border = "skip"
-    """Where a neighbour falls outside the grid, "skip" gives the position no key, and "zero" a key in
-    which that neighbour is missing (a zero vector)."""
+    """Where a neighbour falls outside the grid, "skip" gives the position no key, and "zero" a key
+    in which that neighbour is missing (a zero vector)."""
 
     @property
     def size(self) -> int:

@@ -81,8 +81,8 @@ class KeySpec:
 
     neighborhood: Neighborhood
     space: KeySpace = "codebook"
-    """Codebook keys are the neighbours' tokens, which stand for their codebook rows; latent keys are
-    the encoder's normalised outputs before quantisation."""
+    """Codebook keys are the neighbours' tokens, which stand for their codebook rows; latent keys
+    are the encoder's normalised outputs before quantisation."""
 
     @property
     def name(self) -> str:

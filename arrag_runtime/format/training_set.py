@@ -1,7 +1,7 @@
 """A training set: captions, token grids, and the tokens retrieved for every position.
 
-It is a folder: `rows.lance`, `codebook.npy` and `manifest.json`, which is written last. Exported, it
-is one Arrow file with both in its metadata, which can be read where Lance is not installed.
+It is a folder: `rows.lance`, `codebook.npy` and `manifest.json`, which is written last. Exported,
+it is one Arrow file with both in its metadata, which can be read where Lance is not installed.
 """
 
 import io

@@ -1,8 +1,9 @@
 """Searching a codebook index: faiss' IVF whose product quantiser is the tokenizer's codebook.
 
-A key in codebook space already is a product-quantiser code: sub-quantiser o holds the codebook's rows
-(scaled by the root of the offset's weight), a code holds the neighbours' tokens, and nothing is lost.
-Distances are therefore exact squared L2, Σ_o w_o · ‖q_o − k_o‖². Only the coarse lists are learned.
+A key in codebook space already is a product-quantiser code: sub-quantiser o holds the codebook's
+rows (scaled by the root of the offset's weight), a code holds the neighbours' tokens, and nothing
+is lost. Distances are therefore exact squared L2, Σ_o w_o · ‖q_o − k_o‖². Only the coarse lists are
+learned.
 
 In: search vectors float32 [N, n · d]. Out: distances and the places of entries, counted through the
 base part and then each delta part. The coarse search is done once for all parts.

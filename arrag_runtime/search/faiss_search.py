@@ -1,7 +1,7 @@
 """Searching an index that faiss holds whole: `flat` and `ivfpq`. Entries stand as they were added.
 
-Where faiss-gpu is installed and sees a GPU, an ivfpq index is searched there, but for what its kernels
-cannot do. (Written after faiss' documentation; it has not run on a GPU yet.)
+Where faiss-gpu is installed and sees a GPU, an ivfpq index is searched there, but for what its
+kernels cannot do. (Written after faiss' documentation; it has not run on a GPU yet.)
 """
 
 import logging
@@ -117,7 +117,7 @@ def inner_ivf(index: Any) -> Any:
 
 
 def open_entries(folder: Path) -> EntryPart:
-    """The next tokens and patch ids of such an index, mapped. Raises IncompatibleError if damaged."""
+    """The next tokens and patch ids of such an index. Raises IncompatibleError if damaged."""
     try:
         tokens, ids = (
             np.asarray(np.load(folder / name, mmap_mode="r")) for name in (TOKENS_FILE, IDS_FILE)

@@ -1,7 +1,7 @@
 """Several databases searched as one, each with a weight.
 
-In: opened indexes whose keys mean the same. Out: `Neighbors` with the nearest of all, `origin` saying
-which index a result came from and `weights` what it counts for in a retrieved distribution.
+In: opened indexes whose keys mean the same. Out: `Neighbors` with the nearest of all, `origin`
+saying which index a result came from and `weights` what it counts for in a retrieved distribution.
 """
 
 from collections.abc import Sequence

@@ -29,10 +29,11 @@ class Neighbors:
     count: npt.NDArray[np.int64]
     """int64 [N], how many of the K are real."""
     copies: npt.NDArray[np.int64]
-    """int64 [N, K], how many identical entries (key and next token) a result stands for; padding is 0."""
+    """int64 [N, K], how many entries of the same key and next token a result stands for; padding is
+    0."""
     places: Ids
-    """int64 [N, K], the row in the table or the place in the index that was searched; padding is -1,
-    and so is a place that is not known."""
+    """int64 [N, K], the row in the table or the place in the index that was searched; padding is
+    -1, and so is a place that is not known."""
     weights: Floats
     """float32 [N, K], the weight of the database that a result is from; padding is 0."""
     origin: npt.NDArray[np.uint8]

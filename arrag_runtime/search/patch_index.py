@@ -1,8 +1,8 @@
 """An index on disk, opened and searched.
 
-In: search vectors or keys, one per row. Out: `Neighbors`: for each query its nearest entries, nearest
-first, with their next tokens, distances and patch ids. Padding is never returned as a result, nor is
-what was removed from the database, whichever process removed it.
+In: search vectors or keys, one per row. Out: `Neighbors`: for each query its nearest entries,
+nearest first, with their next tokens, distances and patch ids. Padding is never returned as a
+result, nor is what was removed from the database, whichever process removed it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from arrag_runtime.search.neighbors import EntryTable, Neighbors, SearchEngine
 from arrag_runtime.search.tombstones import Tombstones
 
 _SPARE, _GROWTH = 64, 4
-"""Where results may be hidden, so many more are fetched at first, and so many times as many again."""
+"""Where results may be hidden, so many more are fetched at first, then so many times as many."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def open_engine(
 
 
 def newest_index(layout: Layout) -> str:
-    """The folder of the index built last. Raises BadInputError where there is none, or no database."""
+    """The folder of the index built last. Raises BadInputError where there is none."""
     folders = index_folders(layout)
     if not folders:
         if not exists(layout.root):

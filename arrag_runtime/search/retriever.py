@@ -32,8 +32,8 @@ class Retriever:
     ) -> "Retriever":
         """A retriever over the indexes of one or several databases, searched as one.
 
-        K = 2,048 is DAiD's (AR-RAG, section 3.2). index: by default each database's newest; weights:
-        what a database's entries count for, 1 each by default.
+        K = 2,048 is DAiD's (AR-RAG, section 3.2). index: by default each database's newest;
+        weights: what a database's entries count for, 1 each by default.
         """
         opened = [PatchIndex.open(database, index) for database in databases]
         return Retriever(IndexGroup(opened, weights), k)

@@ -1,9 +1,9 @@
 """The coarse lists of a codebook index: how many, where their centroids lie, which one a key is in.
 
-k-means is the only thing that a codebook index has to learn. With many lists it is done in two levels
-(clusters of the sample, then lists within each cluster), and a key finds its list through a small
-index over the centroids, so that both cost about keys · √lists instead of keys · lists. A search looks
-at the centroids exactly, or through a graph when they are very many.
+k-means is the only thing that a codebook index has to learn. With many lists it is done in two
+levels (clusters of the sample, then lists within each cluster), and a key finds its list through a
+small index over the centroids, so that both cost about keys · √lists instead of keys · lists. A
+search looks at the centroids exactly, or through a graph when they are very many.
 """
 
 import math

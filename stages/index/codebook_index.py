@@ -1,7 +1,8 @@
 """The steps of building a codebook index: train the lists, fill parts, merge them.
 
 Each step writes one file or folder that appears complete or not at all, so a killed build goes on
-with the first that is missing. Steps of one kind are independent of each other and may run anywhere.
+with the first that is missing. Steps of one kind are independent of each other and may run
+anywhere.
 """
 
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def train_lists(
 
 
 def part_rows(settings: IndexSettings) -> int:
-    """Rows that one worker may hold within its memory. Raises BadInputError when that is too little."""
+    """Rows that one worker may hold in its memory. Raises BadInputError if it is too little."""
     memory = size_in_bytes("--worker-memory", settings.worker_memory)
     rows = (memory - _FIXED_BYTES) // HELD_A_KEY
     if rows < MERGE_ENTRIES // 2:
@@ -139,7 +140,7 @@ def merge_steps(
     left_out: Path | None,
     entries: int,
 ) -> list[MergeStep]:
-    """The steps that merge parts: one for them all, or, where these are large, one a range of lists."""
+    """The steps that merge parts: one, or where these are large, one for each range of lists."""
     sizes = sum(np.diff(ListPart.open(Path(part), layout.size).starts) for part in parts)
     ends = np.cumsum(sizes)
     total = int(ends[-1])

@@ -1,7 +1,8 @@
 """What an index holds, streamed, and a checksum by which it is compared with its table.
 
-In: the folder of an index. Out: blocks of (patch ids, next tokens, keys), copies written out; keys only
-where the index keeps them whole. The checksum of a set of entries does not depend on their order.
+In: the folder of an index. Out: blocks of (patch ids, next tokens, keys), copies written out; keys
+only where the index keeps them whole. The checksum of a set of entries does not depend on their
+order.
 """
 
 from collections.abc import Iterable, Iterator

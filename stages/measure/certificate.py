@@ -1,9 +1,9 @@
 """How good an index is, against exact search over the same table, and how many lists that takes.
 
-In: an opened index, queries and their exact nearest entries. Out: a certificate for the manifest: at
-each nprobe that was tried recall@k, how far the retrieved distribution is from the exact one, how much
-farther the results lie, and the time of a query. nprobe is the smallest that reaches the target; where
-none does, the certificate says so.
+In: an opened index, queries and their exact nearest entries. Out: a certificate for the manifest:
+at each nprobe that was tried recall@k, how far the retrieved distribution is from the exact one,
+how much farther the results lie, and the time of a query. nprobe is the smallest that reaches the
+target; where none does, the certificate says so.
 """
 
 import time
@@ -25,7 +25,7 @@ from stages.measure.retrieved_distribution import total_variation
 _DEPTHS = (1, 10, 100, 2048)
 """recall@k is measured at these k; DAiD retrieves 2,048 (AR-RAG, section 3.2), FAiD 10."""
 _TOLERANCE = 1e-5
-"""Distances of unit vectors that are computed in two ways differ by less, relative to their size."""
+"""Distances of unit vectors computed in two ways differ by less, relative to their size."""
 _PLATEAU = 0.005
 _SINGLE_QUERIES = 100
 _MERGE: Merge = "nearest"
@@ -58,7 +58,7 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError for anything else."""
+        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError for others."""
         recall, _, k = text.partition("@")
         try:
             target = Target(float(recall), int(k) if k else 10)
@@ -238,8 +238,8 @@ def recall_at(
     """recall@k of each query, float64 [Q].
 
     distances: true ones of the answers [Q, K], in the order returned, of which `count` are real. An
-    answer is a hit when it is as near as the k-th exact entry; where the table has fewer than k that
-    may be found, all of those count as the k.
+    answer is a hit when it is as near as the k-th exact entry; where the table has fewer than k
+    that may be found, all of those count as the k.
     """
     reachable = np.minimum(exact.count, k)
     last = exact.distances[np.arange(len(count)), np.maximum(reachable - 1, 0)]
@@ -275,8 +275,8 @@ def _try(
 ) -> tuple[list[Certified], bool]:
     """Powers of two until the target is reached, then halving the gap below; ascending in nprobe.
 
-    More lists can only find more. Where distances are approximations they soon find nothing more, so
-    for those two doublings without gain are the end; otherwise all lists are.
+    More lists can only find more. Where distances are approximations they soon find nothing more,
+    so for those two doublings without gain are the end; otherwise all lists are.
     """
     at = str(target.k)
     if lists is None:

@@ -123,9 +123,9 @@ def evaluate_tokens(
 ) -> TokenFigures:
     """The figures of one answer.
 
-    exact: the nearest entries in the index's metric, at least 100 deep; distances: the true distances
-    of the answers' first entries, float32 [Q, ≥ 100 where there are as many]; codes: the normalised
-    codebook [V, d]; prior: float64 [V], a share for every token.
+    exact: the nearest entries in the index's metric, at least 100 deep; distances: the true
+    distances of the answers' first entries, float32 [Q, ≥ 100 where there are as many]; codes: the
+    normalised codebook [V, d]; prior: float64 [V], a share for every token.
     """
     truth, images = queries.next_tokens, queries.images
     ranks = min(RANKS, answer.tokens.shape[1])

@@ -2,13 +2,13 @@
 
 In: token keys as generation asks them, and blocks of patches. Out: for each query its K nearest
 entries with distance, next token, patch id and row. The queries' own pictures are left out, and so
-are entries that an index keeps only as copies of another. Memory is bounded by queries × K, whatever
-the table's size.
+are entries that an index keeps only as copies of another. Memory is bounded by queries × K,
+whatever the table's size.
 
 How: a matrix product of queries and a tile of entries says which can be nearer than the K-th found
-so far. Few can, once some blocks have been seen, and only for those the distance is computed value by
-value. It therefore does not depend on how the table is cut, and parts searched apart and merged give
-what one search gives.
+so far. Few can, once some blocks have been seen, and only for those the distance is computed value
+by value. It therefore does not depend on how the table is cut, and parts searched apart and merged
+give what one search gives.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -73,7 +73,9 @@ def exact_search(
     first_row: int = 0,
     progress: Callable[[int], None] = lambda _rows: None,
 ) -> Neighbors:
-    """The k nearest entries of every query, `places` being rows; of equal ones the earlier row first.
+    """The k nearest entries of every query, of equal ones the earlier row first.
+
+    Their `places` are rows of the table.
 
     blocks: the table's, in order, from `first_row` on; codes: the normalised codebook [V, d];
     weights: one per offset; skip: sorted patch ids that are no entries of their own;

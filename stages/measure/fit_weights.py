@@ -1,17 +1,17 @@
 """Which neighbours tell most of the next token: weights of the offsets, learned from a database.
 
-In: entries and queries sampled from the database itself. Out: weights w_o of mean 1, a temperature τ
-and a share ε of the corpus prior, which together make the true next tokens likeliest: the mean of
-−ln((1 − ε) · p_ret + ε · p_prior) is minimised, where the query's own picture and its copies are left
-out and p_ret merges by sum,
+In: entries and queries sampled from the database itself. Out: weights w_o of mean 1, a temperature
+τ and a share ε of the corpus prior, which together make the true next tokens likeliest: the mean of
+−ln((1 − ε) · p_ret + ε · p_prior) is minimised, where the query's own picture and its copies are
+left out and p_ret merges by sum,
 
     p_ret(v) ∝ Σ_{k: token v} exp(−Σ_o (w_o / τ) · ‖q_o − k_o‖²).
 
-How: the candidates of each query are searched exactly under the current weights, then the rates
-w_o / τ and ε are fitted to them by L-BFGS with the analytic gradient, in the logarithms of the rates
-and the logit of ε; then the candidates are searched again, and so on for a few rounds, since weights
-change who the candidates are. Equal weights get their own τ and ε. What is reported comes from
-pictures that were used for neither fit.
+How: the candidates of each query are searched exactly under the current weights, then the rates w_o
+/ τ and ε are fitted to them by L-BFGS with the analytic gradient, in the logarithms of the rates
+and the logit of ε; then the candidates are searched again, and so on for a few rounds, since
+weights change who the candidates are. Equal weights get their own τ and ε. What is reported comes
+from pictures that were used for neither fit.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Draw what evaluation found: distance by rank (AR-RAG, Figure 6) beside likelihood by temperature."""
+"""Draw an evaluation: distance by rank (AR-RAG, Figure 6) beside likelihood by temperature."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -22,9 +22,9 @@ def sample_queries(
     """Up to `queries` positions, drawn uniformly from up to `pictures` pictures.
 
     split: "heldout" or "database"; by default held-out pictures where there are any. A query may
-    find neither its own picture nor a copy of it (known by the hash of its bytes), which matters for
-    held-out pictures too: a copy may have stayed in the database. Keys are tokens also where the
-    table holds latents, since tokens are all that a generator has.
+    find neither its own picture nor a copy of it (known by the hash of its bytes), which matters
+    for held-out pictures too: a copy may have stayed in the database. Keys are tokens also where
+    the table holds latents, since tokens are all that a generator has.
     """
     chosen = split or "heldout"
     ids, grids = images.sample(chosen, pictures, seed=seed)
@@ -63,7 +63,7 @@ def sample_queries(
 
 
 def _own_and_copies(images: ImageTable, ids: Ids) -> Ids:
-    """The pictures with patches that are one of these or a copy of it: int64 [N, M], filled with -1."""
+    """Of each picture itself and its copies those with patches: int64 [N, M], filled with -1."""
     rows = images.rows(ids.tolist())
     copies = images.copies(row.sha256 for row in rows.values())
     rows |= images.rows(copy for group in copies.values() for copy in group)
@@ -76,7 +76,7 @@ def _own_and_copies(images: ImageTable, ids: Ids) -> Ids:
 
 
 def halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:
-    """Which queries are in the first half, bool [Q]: of the pictures, or of a single one's queries."""
+    """Which queries are in the first half of the pictures (or of a single one's), bool [Q]."""
     names, group = np.unique(images, return_inverse=True)
     rng = np.random.default_rng(seed)
     if len(names) < 2:
