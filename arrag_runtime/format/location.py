@@ -28,7 +28,7 @@ from arrag_runtime.format.errors import BadInputError
 _STORES = ("s3", "gs")
 
 
-def normalised(place: str | Path) -> str:
+def resolved_place(place: str | Path) -> str:
     """The one spelling of a place: an absolute path, or a URI without a slash at its end.
 
     Raises BadInputError for a scheme that is no known store, or a URI without a bucket.

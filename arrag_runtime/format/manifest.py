@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
-from arrag_runtime.format.location import exists, join, normalised, read_bytes, write_bytes
+from arrag_runtime.format.location import exists, join, read_bytes, resolved_place, write_bytes
 from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
 _FORMAT = 1
@@ -36,7 +36,7 @@ class Layout:
     @cached_property
     def root(self) -> str:
         """The absolute path, or the URI. Raises BadInputError for a store that is not known."""
-        return normalised(self.database)
+        return resolved_place(self.database)
 
     @property
     def manifest(self) -> str:

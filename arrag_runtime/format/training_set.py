@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.list_columns import list_values
-from arrag_runtime.format.location import exists, in_store, join, normalised, read_bytes
+from arrag_runtime.format.location import exists, in_store, join, read_bytes, resolved_place
 from arrag_runtime.format.manifest import Layout, read_codebook
 from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
@@ -117,7 +117,7 @@ class TrainingSet:
     @staticmethod
     def open(path: Path | str) -> "TrainingSet":
         """A training set. Raises BadInputError where there is none, or an unfinished one."""
-        place = normalised(path)
+        place = resolved_place(path)
         if not in_store(place) and Path(place).is_file():
             return _open_file(Path(place))
         if not exists(place):

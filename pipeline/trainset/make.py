@@ -23,9 +23,9 @@ from arrag_runtime.format.location import (
     join,
     make_folder,
     names,
-    normalised,
     read_bytes,
     remove,
+    resolved_place,
     write_bytes,
 )
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook, write_codebook
@@ -124,7 +124,7 @@ def make_trainset(
     """
     layout = Layout(settings.database)
     database = DatabaseManifest.read(layout)
-    folder = normalised(settings.out or join(layout.root, "trainset"))
+    folder = resolved_place(settings.out or join(layout.root, "trainset"))
     with lease(layout, "arrag-db trainset") as held:
         index = PatchIndex.open(layout.root, settings.index)
         removed = Tombstones(layout).ids
@@ -303,7 +303,7 @@ EXPORT_ROWS = 512
 
 def export_trainset(folder: str | Path, path: Path) -> None:
     """Write a training set as one Arrow file, rows by image id, to train where Lance is not."""
-    place = normalised(folder)
+    place = resolved_place(folder)
     rows = RowTable.open(join(place, ROWS))
     if rows is None or not exists(join(place, MANIFEST)):
         raise BadInputError(f"{folder} holds no complete training set; make it first")

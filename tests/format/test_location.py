@@ -15,10 +15,10 @@ from arrag_runtime.format.location import (
     local_folder,
     make_folder,
     names,
-    normalised,
     put_folder,
     read_bytes,
     remove,
+    resolved_place,
     size,
     write_bytes,
 )
@@ -32,20 +32,20 @@ from tests.worlds.servers.s3_server import free_port
     [("s3://b//x/y/", "s3://b/x/y"), ("gs://b", "gs://b"), ("/tmp/a/../b/", "/tmp/b")],
 )
 def test_a_place_has_one_spelling(given: str, known: str) -> None:
-    assert normalised(given) == known
+    assert resolved_place(given) == known
     assert Layout(given).root == known
     assert in_store(known) == ("://" in given)
 
 
 def test_a_relative_path_is_of_the_working_folder() -> None:
-    assert normalised("db") == str(Path.cwd() / "db")
-    assert normalised("~/db") == str(Path.home() / "db")
+    assert resolved_place("db") == str(Path.cwd() / "db")
+    assert resolved_place("~/db") == str(Path.home() / "db")
 
 
 @pytest.mark.parametrize("given", ["ftp://host/x", "s3://", "gs:///", "file:///tmp/x"])
 def test_a_place_that_cannot_be_is_refused(given: str) -> None:
     with pytest.raises(BadInputError, match="BUCKET"):
-        normalised(given)
+        resolved_place(given)
 
 
 def test_files_are_written_listed_and_taken_away(place: str) -> None:
