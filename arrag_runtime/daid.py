@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Merge = Literal["nearest", "sum"]
 MERGES: tuple[Merge, ...] = ("nearest", "sum")
-K, LAMBDA, TAU = 2048, 0.05, 0.6
+LAMBDA, TAU = 0.05, 0.6
 """The paper's constants. τ was tuned on distances of a lossy index, so it is a starting value."""
 
 

@@ -66,7 +66,7 @@ def exists(place: str) -> bool:
     return bool(store.get_file_info(path).type.value)
 
 
-def names(place: str) -> list[str]:
+def names_in(place: str) -> list[str]:
     """The names of what is in a folder, sorted; none where there is no folder."""
     if not in_store(place):
         return sorted(p.name for p in Path(place).iterdir()) if Path(place).is_dir() else []
@@ -76,7 +76,7 @@ def names(place: str) -> list[str]:
     return sorted({info.path.removeprefix(prefix).partition("/")[0] for info in below})
 
 
-def size(place: str) -> int:
+def stored_bytes(place: str) -> int:
     """The bytes of all files below a folder."""
     if not in_store(place):
         return sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
@@ -119,7 +119,7 @@ def make_folder(place: str) -> None:
         Path(place).mkdir(parents=True, exist_ok=True)
 
 
-def remove(place: str) -> None:
+def delete_place(place: str) -> None:
     """Take away a file, or a folder with all that is in it; nothing where there is neither."""
     if not in_store(place):
         if Path(place).is_dir():
@@ -218,8 +218,8 @@ def local_folder(place: str) -> Path:
 def _upload(folder: Path, place: str) -> None:
     """Copy a folder's files to a store, its manifest last; the older one's goes before all else."""
     last = folder / "manifest.json"
-    remove(join(place, last.name))
-    remove(place)
+    delete_place(join(place, last.name))
+    delete_place(place)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != last]
     for path in (*files, last):
         store, target = _store(join(place, path.relative_to(folder).as_posix()))

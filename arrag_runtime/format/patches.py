@@ -14,18 +14,18 @@ import pyarrow as pa
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.list_columns import list_values
-from arrag_runtime.format.location import exists, join, names
+from arrag_runtime.format.location import exists, join, names_in
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.specs import KeySpec, key_spec
 
-BLOCK = 131_072
+BLOCK_ROWS = 131_072
 _CACHE_BYTES = 16 << 20
 """What Lance may keep of a table's pages between reads, which otherwise grows with the table."""
 
 
 def patch_tables(layout: Layout) -> list[KeySpec]:
     """The key specs that a database has a patches table for, by name."""
-    tables = names(join(layout.root, "patches"))
+    tables = names_in(join(layout.root, "patches"))
     return [key_spec(*table.removesuffix(".lance").rsplit("-", 2)) for table in tables]
 
 
@@ -80,7 +80,7 @@ class PatchTable:
         self.version: int = self._dataset.version
         self.count: int = self._dataset.count_rows()
 
-    def blocks(self, size: int = BLOCK, part: TablePart | None = None) -> Iterator[PatchBlock]:
+    def blocks(self, size: int = BLOCK_ROWS, part: TablePart | None = None) -> Iterator[PatchBlock]:
         """All rows, or those of one part, in order, at most `size` at a time."""
         fragments = None
         if part is not None:
@@ -152,8 +152,8 @@ class PatchTable:
         """The keys of `sample`, read a block at a time, so that little else is held."""
         rows = self._drawn(count, seed)
         blocks = (
-            self._dataset.take(rows[start : start + BLOCK].tolist(), columns=["key"])
-            for start in range(0, max(len(rows), 1), BLOCK)
+            self._dataset.take(rows[start : start + BLOCK_ROWS].tolist(), columns=["key"])
+            for start in range(0, max(len(rows), 1), BLOCK_ROWS)
         )
         return np.concatenate([list_values(block["key"]) for block in blocks])
 

@@ -23,7 +23,7 @@ from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
 _FORMAT = 1
 
-ROWS, MANIFEST, CODEBOOK = "rows.lance", "manifest.json", "codebook.npy"
+TRAINSET_ROWS, TRAINSET_MANIFEST, TRAINSET_CODEBOOK = "rows.lance", "manifest.json", "codebook.npy"
 """The parts of the folder; the last two are also the metadata keys of an exported file."""
 
 SETTINGS = b"trainset"
@@ -125,7 +125,7 @@ class TrainingSet:
                 f"no training set at '{path}'; make one with `arrag-db trainset`, or give the file"
                 " that it exported"
             )
-        if not exists(join(place, MANIFEST)):
+        if not exists(join(place, TRAINSET_MANIFEST)):
             raise BadInputError(
                 f"no complete training set at '{path}'; give `arrag-db trainset` again to finish it"
             )
@@ -153,8 +153,8 @@ def _open_folder(folder: str) -> TrainingSet:
             f"reading the folder '{folder}' needs Lance, which is not installed; export it with"
             " `arrag-db trainset --export FILE.arrow`, and give that file"
         ) from error
-    manifest = TrainsetManifest.from_json(read_bytes(join(folder, MANIFEST)), folder)
-    dataset = lance.dataset(join(folder, ROWS))
+    manifest = TrainsetManifest.from_json(read_bytes(join(folder, TRAINSET_MANIFEST)), folder)
+    dataset = lance.dataset(join(folder, TRAINSET_ROWS))
     ids = dataset.to_table(columns=["image_id"])["image_id"]
     return TrainingSet(manifest, read_codebook(Layout(folder)), ids, dataset.take)
 
@@ -168,6 +168,8 @@ def _open_file(path: Path) -> TrainingSet:
             " `arrag-db trainset --export` wrote"
         ) from error
     metadata = table.schema.metadata or {}
-    manifest = TrainsetManifest.from_json(metadata.get(MANIFEST.encode(), b""), f"'{path}'")
-    codebook: Floats = np.load(io.BytesIO(metadata[CODEBOOK.encode()]))
+    manifest = TrainsetManifest.from_json(
+        metadata.get(TRAINSET_MANIFEST.encode(), b""), f"'{path}'"
+    )
+    codebook: Floats = np.load(io.BytesIO(metadata[TRAINSET_CODEBOOK.encode()]))
     return TrainingSet(manifest, codebook, table["image_id"], table.take)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
-from arrag_runtime.format.location import exists, join, local_folder, modified, names
+from arrag_runtime.format.location import exists, join, local_folder, modified, names_in
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from arrag_runtime.format.specs import Floats, key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch, require_faiss
@@ -234,5 +234,5 @@ def newest_index(layout: Layout) -> str:
 
 def index_folders(layout: Layout) -> Sequence[str]:
     """The folders of complete indexes, by name."""
-    folders = (layout.index(name) for name in names(layout.indexes) if name[0] != ".")
+    folders = (layout.index(name) for name in names_in(layout.indexes) if name[0] != ".")
     return [folder for folder in folders if exists(join(folder, "manifest.json"))]

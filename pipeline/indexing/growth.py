@@ -17,7 +17,7 @@ import numpy as np
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.images import ImageTable, duplicate_images
-from arrag_runtime.format.location import building_folder, local_folder, put_folder, remove
+from arrag_runtime.format.location import building_folder, delete_place, local_folder, put_folder
 from arrag_runtime.format.manifest import LEFT_OUT_FILE, DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.search.patch_index import index_folders, newest_index
@@ -139,5 +139,5 @@ STEPS = ("plan-*", "weights.json", "fill-*", "slice-*", ".*.writing")
 def put_index(place: str, work: Path) -> None:
     """Put a finished index in place of an older one of its name."""
     for left in (path for pattern in STEPS for path in work.glob(pattern)):
-        remove(str(left))
+        delete_place(str(left))
     put_folder(work, place)

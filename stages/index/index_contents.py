@@ -17,7 +17,7 @@ from arrag_runtime.format.errors import IncompatibleError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.manifest import IDS_FILE, LEFT_OUT_FILE, TOKENS_FILE, IndexManifest
-from arrag_runtime.format.patches import BLOCK, PatchBlock
+from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock
 from arrag_runtime.format.specs import Floats
 from stages.index.fill_lists import expanded, list_groups
 
@@ -45,10 +45,10 @@ def index_contents(folder: Path, manifest: IndexManifest, codes: Floats) -> Iter
             raise IncompatibleError(
                 f"index {folder} is damaged or incomplete; index again"
             ) from error
-        for start in range(0, len(ids), BLOCK):
-            here = ids[start : start + BLOCK]
+        for start in range(0, len(ids), BLOCK_ROWS):
+            here = ids[start : start + BLOCK_ROWS]
             none = np.empty((len(here), 0), np.uint16)
-            yield PatchBlock(np.asarray(here), none, np.asarray(tokens[start : start + BLOCK]))
+            yield PatchBlock(np.asarray(here), none, np.asarray(tokens[start : start + BLOCK_ROWS]))
         return
     layout = CodeLayout(manifest.keys, codes, manifest.weights)
     for name in manifest.parts:

@@ -25,7 +25,7 @@ from scipy.optimize import minimize
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.images import ImageTable
-from arrag_runtime.format.patches import BLOCK, PatchBlock, PatchTable
+from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock, PatchTable
 from arrag_runtime.format.specs import (
     Floats,
     KeySpec,
@@ -372,8 +372,8 @@ def likelihood_loss(
 
 def _entry_blocks(entries: PatchBlock) -> Iterator[PatchBlock]:
     """Entries in memory as a table gives them."""
-    for start in range(0, len(entries.keys), BLOCK):
-        cut = slice(start, start + BLOCK)
+    for start in range(0, len(entries.keys), BLOCK_ROWS):
+        cut = slice(start, start + BLOCK_ROWS)
         yield entries.take(cut)
 
 
