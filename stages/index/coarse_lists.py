@@ -83,9 +83,7 @@ def _kmeans(vectors: Floats, count: int, seed: int) -> Floats:
 
 def nearest(centroids: Floats, vectors: Floats) -> Ids:
     """The exactly nearest centroid of each vector, int64 [N]."""
-    flat = faiss.IndexFlatL2(centroids.shape[1])
-    flat.add(np.ascontiguousarray(centroids))
-    lists: Ids = flat.search(np.ascontiguousarray(vectors), 1)[1][:, 0]
+    lists: Ids = faiss.knn(vectors, centroids, 1)[1][:, 0]
     return lists
 
 

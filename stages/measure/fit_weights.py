@@ -123,11 +123,6 @@ class FittedWeights:
     judged_on: str
     """What the likelihoods are of, in words."""
 
-    @property
-    def helps(self) -> bool:
-        """Whether the interval of the gain lies above zero."""
-        return self.gain_interval[0] > 0
-
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
         return asdict(self)

@@ -1,9 +1,9 @@
 """From neighbours to a distribution of next tokens, and what it says of the true one.
 
 Merging entries of the same token: "nearest" lets the nearest stand for all (AR-RAG's DAiD as
-released), "sum" adds them up, each as often as it has copies (kNN-LM). Then p_ret(v) ∝ Σ exp(−d /
-τ), zero for tokens that were not retrieved (AR-RAG, section 3.2). A share ε of the probability goes
-to the corpus prior where a likelihood is asked for, or it would be infinite.
+released), "sum" adds them up, each as often as it has copies (kNN-LM). Then
+p_ret(v) ∝ Σ exp(−d / τ), zero for tokens that were not retrieved (AR-RAG, section 3.2). A share ε
+of the probability goes to the corpus prior where a likelihood is asked for, or it would be infinite.
 
 `arrag_runtime.daid` makes the same distribution for a decode loop: a few rows, whole, as tensors.
 Here thousands of queries are asked of a few tokens at many temperatures, so most is never made.
