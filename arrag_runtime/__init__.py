@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from arrag_runtime import daid
     from arrag_runtime.faid.attach import attach_faid
     from arrag_runtime.generation.generate import Generated, generate
-    from arrag_runtime.search.neighbors import Neighbors, neighbors
+    from arrag_runtime.search.neighbors import Neighbors
     from arrag_runtime.search.patch_index import PatchIndex
     from arrag_runtime.search.retriever import Retriever
 
@@ -31,7 +31,6 @@ __all__ = [
     "attach_faid",
     "daid",
     "generate",
-    "neighbors",
 ]
 
 _HOMES = {
@@ -41,7 +40,6 @@ _HOMES = {
     "Retriever": "arrag_runtime.search.retriever",
     "attach_faid": "arrag_runtime.faid.attach",
     "generate": "arrag_runtime.generation.generate",
-    "neighbors": "arrag_runtime.search.neighbors",
 }
 
 

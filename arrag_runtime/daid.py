@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Merge = Literal["nearest", "sum"]
 MERGES: tuple[Merge, ...] = ("nearest", "sum")
-K, LAMBDA, TAU = 2048, 0.05, 0.6
+LAMBDA, TAU = 0.05, 0.6
 """The paper's constants. τ was tuned on distances of a lossy index, so it is a starting value."""
 
 
@@ -88,16 +88,16 @@ def distribution(
 ) -> "Tensor":
     """p_retrieved [B, V], in p_model's dtype and on its device; uniform in rows without neighbours.
 
-    An entry counts for its database's weight times exp(-d / τ); where entries of a token are summed,
-    times the number of identical ones that it stands for.
+    An entry counts for its database's weight times exp(-d / τ); where entries of a token are
+    summed, times the number of identical ones that it stands for.
     """
     if neighbors.tokens.shape[0] != p_model.shape[0]:
         raise BadInputError(
             f"neighbours of {neighbors.tokens.shape[0]} positions for probabilities of"
             f" {p_model.shape[0]}; retrieve one row a picture"
         )
-    found = counting(neighbors)
-    weights = neighbors.weights * neighbors.copies if merge == "sum" else neighbors.weights
+    weights = entry_weights(neighbors, merge)
+    found = weights > 0
     # What does not count scores -inf, so token 0, which padding carries, gains nothing by it.
     scores = np.full(found.shape, -np.inf, np.float32)
     scores[found] = np.log(weights[found]) - neighbors.distances[found] / np.float32(tau)
@@ -116,11 +116,18 @@ def distribution(
     return retrieved.where(_tensor(some[:, None], p_model), uniform)
 
 
+def entry_weights(neighbors: Neighbors, merge: Merge) -> npt.NDArray[Any]:
+    """What each result counts for besides its distance, float [B, K]; 0 for padding.
+
+    The weight of its database, and where entries of a token are summed, as often as it has copies.
+    """
+    weights = neighbors.weights * neighbors.copies if merge == "sum" else neighbors.weights
+    return np.where(neighbors.real, weights, 0)
+
+
 def counting(neighbors: Neighbors) -> npt.NDArray[np.bool_]:
     """Which results count, bool [B, K]: those within `count`, of a database with a weight."""
-    real = np.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
-    counted: npt.NDArray[np.bool_] = real & (neighbors.weights > 0)
-    return counted
+    return neighbors.real & (neighbors.weights > 0)
 
 
 def entropy(probabilities: "Tensor") -> "Tensor":

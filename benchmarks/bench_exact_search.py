@@ -24,7 +24,7 @@ from figures import cores, finish, machine
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
-from arrag_runtime.format.patches import BLOCK, PatchBlock, PatchTable
+from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock, PatchTable
 from arrag_runtime.format.specs import Floats, key_vectors, normalised
 from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
 from stages.measure.sample_queries import sample_queries
@@ -44,8 +44,8 @@ def made_up(rows: int, queries: int, seed: int = 0) -> tuple[Blocks, Floats, Que
 
     def blocks() -> Iterator[PatchBlock]:
         ids = np.arange(rows)
-        for start in range(0, rows, BLOCK):
-            cut = slice(start, start + BLOCK)
+        for start in range(0, rows, BLOCK_ROWS):
+            cut = slice(start, start + BLOCK_ROWS)
             yield PatchBlock(ids[cut], keys[cut], keys[cut, 0])
 
     return blocks, codes, asked

@@ -49,13 +49,14 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.patches import PatchBlock, PatchTable
 from arrag_runtime.format.specs import key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch
+from arrag_runtime.search.neighbors import Neighbors
 from schemas.records import Shard
 from schemas.settings.index import IndexSettings, choose_lists
 from schemas.tables import images_schema
 from stages.encode.extract_patches import extract_patches
 from stages.index.coarse_lists import ListFinder, train_centroids
 from stages.index.fill_lists import fill_part, merge_parts
-from stages.measure.exact_search import Nearest, Queries, exact_search
+from stages.measure.exact_search import Queries, exact_search
 from stages.measure.sample_queries import sample_queries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ class Bench:
     codes: Any
     blocks: list[PatchBlock]
     queries: Queries
-    exact: Nearest
+    exact: Neighbors
 
     @property
     def count(self) -> int:
@@ -126,7 +127,7 @@ def open_bench(database: Path, queries: int) -> Bench:
     return Bench(layout, manifest, codes, blocks, asked, exact_search(blocks, codes, asked, 10))
 
 
-def recall(distances: Any, exact: Nearest) -> float:
+def recall(distances: Any, exact: Neighbors) -> float:
     """The share of the first ten that are as near as the tenth exact one."""
     return float((distances[:, :10] <= exact.distances[:, 9:10] + 1e-5).mean())
 

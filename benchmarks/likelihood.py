@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arrag_runtime import Neighbors, daid, neighbors
+from arrag_runtime import Neighbors, daid
 from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
 from arrag_runtime.format.neighborhood import MISSING
@@ -82,7 +82,7 @@ class ExactNeighbors:
         vectors = key_vectors(self._hood.keys(grid[None])[0], self._codes)
         distances, rows = self._index.search(vectors, min(k, self._index.ntotal))
         count = np.full(len(rows), rows.shape[1], np.int64)
-        return neighbors(self._tokens[rows], distances, rows, count)
+        return Neighbors.of(self._tokens[rows], distances, rows, count)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import numpy as np
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.ids import Ids, contains
 from arrag_runtime.format.images import ImageTable
-from arrag_runtime.format.location import exists, remove, size
+from arrag_runtime.format.location import delete_place, exists, stored_bytes
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable, patch_tables
 from arrag_runtime.search.patch_index import index_folders
@@ -146,11 +146,11 @@ def _build_again(layout: Layout, folder: str, *, compacted: bool) -> None:
     """Build an index again, the way it was made; without any patches there is none."""
     made = IndexManifest.read(folder)
     if not PatchTable(layout.patches(made.keys)).count:
-        remove(folder)
+        delete_place(folder)
         return
     settings = IndexSettings.from_json(made.settings)
     index(layout.root, settings, name=Path(folder).name, compacted=compacted)
 
 
 def _bytes(layout: Layout) -> int:
-    return size(layout.root)
+    return stored_bytes(layout.root)

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from arrag_runtime.device import available_memory
 from arrag_runtime.format.location import in_store
 from pipeline.plan import Forecast, size
 
@@ -47,7 +48,7 @@ class Machine:
     nvidia: bool
     hub_token: bool
     free_disk: int | None
-    memory: int
+    memory: int | None
     open_files: int
     shared_memory: int | None
     ray_auth: str
@@ -68,7 +69,7 @@ def examine(database: str | Path) -> Machine:
         free_disk=None
         if in_store(str(database))
         else shutil.disk_usage(_existing(Path(database))).free,
-        memory=_available_memory(),
+        memory=available_memory("cpu"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         shared_memory=shutil.disk_usage(shm).total if shm.exists() else None,
         ray_auth=os.environ.get("RAY_AUTH_MODE", ""),
@@ -177,6 +178,9 @@ def _disk(machine: Machine, plan: Forecast | None) -> Finding:
 
 
 def _memory(machine: Machine, plan: Forecast | None) -> Finding:
+    if machine.memory is None:
+        step = "see that 4 GB are free"
+        return Finding("memory", "warn", "the system does not say what is available", step)
     free = f"{size(machine.memory)} available"
     if plan is None:
         low = machine.memory < 4 << 30
@@ -266,8 +270,3 @@ def _existing(path: Path) -> Path:
     """The path or the nearest folder above it that exists."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def _available_memory() -> int:
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -21,6 +21,7 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.codebook_search import CodebookSearch
+from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.patch_index import PatchIndex, index_folders, open_engine
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.indexing.exact import copies_left_aside, exact_neighbors
@@ -33,7 +34,7 @@ from stages.measure.evaluate_tokens import (
     evaluate_tokens,
     likelihood_gain,
 )
-from stages.measure.exact_search import NO_IMAGE, Nearest, Queries, true_distances
+from stages.measure.exact_search import NO_IMAGE, Queries, true_distances
 from stages.measure.fit_weights import corpus_prior
 from stages.measure.retrieved_distribution import Probabilities
 from stages.measure.sample_queries import sample_queries
@@ -165,7 +166,7 @@ def evaluate(
         )
     images = ImageTable(layout.images, Tombstones(layout).ids)
     asked: dict[str, Queries] = {}
-    exact: dict[tuple[Any, ...], Nearest] = {}
+    exact: dict[tuple[Any, ...], Neighbors] = {}
     priors: dict[tuple[str, int], Probabilities] = {}
     found: list[EvaluatedIndex] = []
     for name in names:
@@ -205,7 +206,6 @@ def evaluate(
             distances = true_distances(table.blocks(), codes, queries, ids, weights=made.weights)
         figures = evaluate_tokens(
             *(queries, answer, exact[metric], distances, codes, priors[corpus]),
-            copies=answer.copies,
             seed=settings.seed,
         )
         gain = None

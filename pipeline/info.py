@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from arrag_runtime.format.ids import contains
 from arrag_runtime.format.images import ImageTable, duplicate_images
-from arrag_runtime.format.location import exists, join, names, size
+from arrag_runtime.format.location import exists, join, names_in, stored_bytes
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.search.patch_index import index_folders
 from arrag_runtime.search.tombstones import Tombstones
@@ -104,8 +104,8 @@ def _sizes(layout: Layout) -> dict[str, int]:
     """The bytes of the database's tables and indexes, by the names of their folders."""
     folders = {"patches", layout.indexes.rpartition("/")[2]}
     return {
-        name: size(join(layout.root, name))
-        for name in names(layout.root)
+        name: stored_bytes(join(layout.root, name))
+        for name in names_in(layout.root)
         if name in folders or name.endswith(".lance")
     }
 

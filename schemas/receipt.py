@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.location import exists, join, make_folder, names, normalised
+from arrag_runtime.format.location import exists, join, make_folder, names_in, resolved_place
 from arrag_runtime.format.manifest import Layout, read_json, write_json
 
 
@@ -54,9 +54,9 @@ class Receipt:
         """The receipt of this id, or in this file. Raises BadInputError where there is none."""
         place = join(layout.receipts, f"{name.removesuffix('.json')}.json")
         if not exists(place):
-            place = normalised(name)
+            place = resolved_place(name)
         if not exists(place):
-            listed = [file.removesuffix(".json") for file in names(layout.receipts)]
+            listed = [file.removesuffix(".json") for file in names_in(layout.receipts)]
             raise BadInputError(
                 f"no receipt '{name}' in {layout.receipts}; it has"
                 f" {', '.join(listed[-3:]) or 'none'}"

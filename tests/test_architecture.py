@@ -134,7 +134,17 @@ def test_nothing_prints_but_the_command_line() -> None:
             "schemas.tables, arrag_runtime.format.manifest, schemas.records",
             "torch ray faiss lance pandas PIL",
         ),
-        ("arrag_runtime", "torch ray autofaiss stages pipeline"),
+        (
+            "arrag_runtime, arrag_runtime.daid, arrag_runtime.device, arrag_runtime.search.retriever",
+            "torch transformers ray lance faiss autofaiss schemas stages pipeline",
+        ),
+        (
+            ", ".join(
+                f"arrag_runtime.format.{path.stem}"
+                for path in sorted((ROOT / "arrag_runtime" / "format").glob("[a-z]*.py"))
+            ),
+            "torch transformers ray lance faiss pandas PIL",
+        ),
         (
             "arrag_runtime.tokenizers, stages.sources, stages.encode.decode",
             "torch transformers ray",

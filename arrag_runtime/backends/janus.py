@@ -17,7 +17,7 @@ import torch
 
 from arrag_runtime.backends import Pixels
 from arrag_runtime.backends.checkpoint import GUIDANCE, Checkpoint, read_checkpoint
-from arrag_runtime.backends.device_memory import out_of_memory, require_memory
+from arrag_runtime.device import out_of_memory, require_device, require_memory
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.specs import Floats, normalised
 
@@ -181,11 +181,7 @@ def load_janus(reference: str, device: str = "cpu", precision: str | None = None
     chosen = precision or ("float32" if device == "cpu" else "bfloat16")
     if chosen not in PRECISIONS:
         raise BadInputError(f"unknown precision '{chosen}'; choose one of {', '.join(PRECISIONS)}")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise BadInputError(
-            f"device '{device}' is not available (torch {torch.__version__} sees no GPU);"
-            " use --device cpu, or install a CUDA build of torch"
-        )
+    require_device(device, "--device cpu")
     checkpoint = read_checkpoint(reference)
     size = PRECISIONS[chosen].itemsize
     require_memory(checkpoint.parameters * size, device, f"{reference} in {chosen}")

@@ -1,4 +1,4 @@
-"""What a patch retrieval database is on disk: neighbourhoods, ids, manifests, lists, tables to read.
+"""What a database is on disk: neighbourhoods, ids, manifests, inverted lists, tables to read.
 
 Needs numpy and pyarrow; Lance is loaded by the first table that is read. Everything else of this
 project builds on it. Read `neighborhood` first, then `specs` and `manifest`.

@@ -1,8 +1,8 @@
 """Keys as packed bits: the codes of the codebook index.
 
-A key of n tokens becomes n · bits bits, the first neighbour's in the lowest, little-endian, in whole
-bytes: the layout in which faiss' product quantiser reads its codes. Where a neighbourhood can miss
-neighbours, "missing" is one code more than the codebook has.
+A key of n tokens becomes n · bits bits, the first neighbour's in the lowest, little-endian, in
+whole bytes: the layout in which faiss' product quantiser reads its codes. Where a neighbourhood can
+miss neighbours, "missing" is one code more than the codebook has.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,12 @@ from arrag_runtime.format.errors import IncompatibleError
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.specs import Floats, KeySpec
 
-MAX_BITS = 24
-"""faiss' product quantiser takes no longer sub-codes."""
-
-Tokens = npt.NDArray[np.uint16]
-Codes = npt.NDArray[np.uint8]
+_TokenKeys = npt.NDArray[np.uint16]
+_Codes = npt.NDArray[np.uint8]
 
 
 def code_bits(keys: KeySpec, vocabulary: int) -> int:
-    """Bits a neighbour: enough for every token and, with border = zero, for "missing".
+    """Bits per neighbour: enough for every token and, with border = zero, for "missing".
 
     Raises IncompatibleError for latent keys, which are no tokens.
     """
@@ -36,26 +33,28 @@ def code_bits(keys: KeySpec, vocabulary: int) -> int:
 
 
 def code_size(neighbors: int, bits: int) -> int:
-    """Bytes a key takes."""
+    """Bytes that a key takes."""
     return (neighbors * bits + 7) // 8
 
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """How keys become codes: the spec, the normalised codebook [V, d], a weight an offset or None."""
+    """How keys become codes."""
 
     keys: KeySpec
     codes: Floats
+    """The normalised codebook, float32 [V, d]."""
     weights: tuple[float, ...] | None = None
+    """One per offset, None for equal ones."""
 
     @property
     def bits(self) -> int:
-        """Bits a neighbour."""
+        """Bits per neighbour."""
         return code_bits(self.keys, len(self.codes))
 
     @property
     def size(self) -> int:
-        """Bytes a key."""
+        """Bytes per key."""
         return code_size(self.keys.neighborhood.size, self.bits)
 
     @property
@@ -76,7 +75,7 @@ class CodeLayout:
         return table
 
 
-def pack_keys(keys: Tokens, bits: int, vocabulary: int) -> Codes:
+def pack_keys(keys: _TokenKeys, bits: int, vocabulary: int) -> _Codes:
     """Token keys uint16 [N, n] as codes uint8 [N, code_size]. `MISSING` becomes `vocabulary`."""
     count, neighbors = keys.shape
     words = np.zeros((count, -(-neighbors * bits // 64)), "<u8")
@@ -90,7 +89,7 @@ def pack_keys(keys: Tokens, bits: int, vocabulary: int) -> Codes:
     return np.ascontiguousarray(words.view(np.uint8)[:, : code_size(neighbors, bits)])
 
 
-def unpack_keys(codes: Codes, neighbors: int, bits: int, vocabulary: int) -> Tokens:
+def unpack_keys(codes: _Codes, neighbors: int, bits: int, vocabulary: int) -> _TokenKeys:
     """The token keys uint16 [N, n] that `pack_keys` packed."""
     count = len(codes)
     whole = np.zeros((count, 8 * -(-neighbors * bits // 64)), np.uint8)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import lance
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -14,8 +13,8 @@ from arrag_runtime.format.ids import Ids, contains
 from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.location import exists
 
-GRIDS = ("tokens", "latents")
-COLUMNS = ("image_id", "key", "source", "caption", "url", "licence", "split", "sha256")
+_GRIDS = ("tokens", "latents")
+_COLUMNS = ("image_id", "key", "source", "caption", "url", "licence", "split", "sha256")
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,15 @@ class ImageRow:
 class ImageTable:
     """The images table of a database, at its newest version.
 
-    hidden: ids, ascending, of removed pictures; `sample` and `captioned` leave them out.
+    `sample` and `captioned` leave out pictures that were removed.
     """
 
     def __init__(self, path: str, hidden: Ids | None = None) -> None:
+        """hidden: the ids of removed pictures, ascending."""
         if not exists(path):
             raise BadInputError(f"no images at {path}; build them with `arrag-db build`")
+        import lance
+
         self._dataset = lance.dataset(path)
         self._hidden = np.empty(0, np.int64) if hidden is None else hidden
         self.version: int = self._dataset.version
@@ -48,7 +50,7 @@ class ImageTable:
 
     def rows(self, image_ids: Iterable[int]) -> dict[int, ImageRow]:
         """The rows of these pictures by id; unknown ids are left out."""
-        table = self._select(image_ids, COLUMNS)
+        table = self._select(image_ids, _COLUMNS)
         return {row["image_id"]: ImageRow(**row) for row in table.to_pylist()}
 
     def grids(self, image_ids: Iterable[int], height: int) -> dict[int, npt.NDArray[np.uint16]]:
@@ -74,7 +76,7 @@ class ImageTable:
         return found
 
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
-        """Up to `count` pictures of a split: their ids [N], ascending, and flat grids [N, h · w]."""
+        """The ids [N], ascending, and flat grids [N, h · w] of up to `count` pictures of a split."""
         ids = self._dataset.to_table(columns=["image_id"], filter=f"split = '{split}'")
         every = np.setdiff1d(ids["image_id"].to_numpy(), self._hidden)
         rng = np.random.default_rng(seed)
@@ -86,7 +88,7 @@ class ImageTable:
         return chosen, list_values(table["tokens"])[order]
 
     def captioned(self, split: str) -> tuple[Ids, int]:
-        """The ids int64 [N] of the pictures of a split that have a caption, and how many have none."""
+        """The ids int64 [N] of a split's pictures with a caption, and how many have none."""
         told, untold = (
             np.setdiff1d(
                 self._dataset.to_table(
@@ -115,7 +117,7 @@ class ImageTable:
         except ValueError as error:
             if where is None:
                 raise
-            known = [name for name in self._dataset.schema.names if name not in GRIDS]
+            known = [name for name in self._dataset.schema.names if name not in _GRIDS]
             raise BadInputError(
                 f"--where '{where}' cannot be used: {_reason(error)}; the columns are"
                 f" {', '.join(known)}"
@@ -138,7 +140,7 @@ def duplicate_images(images: ImageTable, hidden: Ids | None = None) -> Ids:
     """The ids of pictures that are a copy of one with a lower id, sorted.
 
     Copies have the same original bytes by their sha256. Pictures among `hidden` (sorted ids) count
-    as absent. The hashes are streamed twice: first the beginnings of all, 8 bytes a picture, then
+    as absent. The hashes are streamed twice: first the beginnings of all, 8 bytes per picture, then
     in full those of the few pictures whose beginnings meet.
     """
     gone = np.empty(0, np.int64) if hidden is None else hidden

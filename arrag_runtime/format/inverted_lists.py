@@ -1,7 +1,8 @@
 """One part of a codebook index: its inverted lists in files that are mapped, never read in.
 
-A part is a folder. Its entries stand list by list; within a list they follow their codes, next tokens
-and patch ids, so the same entries make the same bytes whoever wrote them and in whatever order:
+A part is a folder. Its entries stand list by list; within a list they follow their codes, next
+tokens and patch ids, so the same entries make the same bytes whoever wrote them and in whatever
+order:
 
     list_starts.npy   int64 [L + 1]   where each list begins
     codes.bin         uint8 [E, size] the packed keys (arrag_runtime/format/codes.py)
@@ -11,9 +12,9 @@ and patch ids, so the same entries make the same bytes whoever wrote them and in
     copies_start.npy  int64 [C + 1]   where their ids begin in
     copies_ids.bin    int64 [M]       the patch ids of all of those, ascending within an entry
 
-Identical entries are those of the same key and next token. faiss scans the mapped codes in place; next
-tokens and ids are read for the results alone. An index has one part, and a few
-more where it has grown; its manifest names them.
+Identical entries are those of the same key and next token. faiss scans the mapped codes in place;
+next tokens and ids are read for the results alone. An index has one part, and a few more where it
+has grown; its manifest names them.
 """
 
 import shutil
@@ -36,12 +37,16 @@ COPIES_AT, COPIES_START, COPIES_IDS = "copies_at.npy", "copies_start.npy", "copi
 
 @dataclass(frozen=True)
 class Entries:
-    """Some entries. lists: integers [E]; codes: uint8 [E, size]."""
+    """Some entries of some lists."""
 
     lists: npt.NDArray[Any]
+    """Integers [E]."""
     codes: npt.NDArray[np.uint8]
+    """uint8 [E, size]."""
     next_tokens: npt.NDArray[np.uint16]
+    """uint16 [E]."""
     patch_ids: Ids
+    """int64 [E]."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ class ListPart:
 
     @staticmethod
     def open(folder: Path, code_size: int) -> "ListPart":
-        """Map the part in this folder. Raises IncompatibleError where files lack or disagree."""
-
+        """Map the part in this folder. Raises IncompatibleError where its files are damaged."""
         try:
             starts: Ids = np.load(folder / STARTS, mmap_mode="r")
             at: Ids = np.load(folder / COPIES_AT, mmap_mode="r")
@@ -130,8 +134,8 @@ class PartWriter:
     def add(self, entries: Entries, copies: Ids, copies_ids: Ids) -> None:
         """Append entries, list by list, of lists at or after those so far.
 
-        copies: int64 [E], how many keys each entry stands for; copies_ids: the patch ids of all that
-        stand for more than one, in order.
+        copies: int64 [E], how many keys each entry stands for; copies_ids: the patch ids of all
+        that stand for more than one, in order.
         """
         at = np.flatnonzero(copies > 1)
         self._at.append(at + self._entries)

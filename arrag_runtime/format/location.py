@@ -25,10 +25,10 @@ from urllib.parse import SplitResult, urlsplit
 
 from arrag_runtime.format.errors import BadInputError
 
-STORES = ("s3", "gs")
+_STORES = ("s3", "gs")
 
 
-def normalised(place: str | Path) -> str:
+def resolved_place(place: str | Path) -> str:
     """The one spelling of a place: an absolute path, or a URI without a slash at its end.
 
     Raises BadInputError for a scheme that is no known store, or a URI without a bucket.
@@ -37,10 +37,10 @@ def normalised(place: str | Path) -> str:
     scheme, found, rest = text.partition("://")
     if not found:
         return str(Path(text).expanduser().resolve())
-    if scheme not in STORES:
+    if scheme not in _STORES:
         raise BadInputError(
             f"'{text}' is in no known store; give a folder, or one of"
-            f" {', '.join(f'{name}://BUCKET/PREFIX' for name in STORES)}"
+            f" {', '.join(f'{name}://BUCKET/PREFIX' for name in _STORES)}"
         )
     parts = [part for part in rest.split("/") if part]
     if not parts:
@@ -66,7 +66,7 @@ def exists(place: str) -> bool:
     return bool(store.get_file_info(path).type.value)
 
 
-def names(place: str) -> list[str]:
+def names_in(place: str) -> list[str]:
     """The names of what is in a folder, sorted; none where there is no folder."""
     if not in_store(place):
         return sorted(p.name for p in Path(place).iterdir()) if Path(place).is_dir() else []
@@ -76,7 +76,7 @@ def names(place: str) -> list[str]:
     return sorted({info.path.removeprefix(prefix).partition("/")[0] for info in below})
 
 
-def size(place: str) -> int:
+def stored_bytes(place: str) -> int:
     """The bytes of all files below a folder."""
     if not in_store(place):
         return sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
@@ -119,7 +119,7 @@ def make_folder(place: str) -> None:
         Path(place).mkdir(parents=True, exist_ok=True)
 
 
-def remove(place: str) -> None:
+def delete_place(place: str) -> None:
     """Take away a file, or a folder with all that is in it; nothing where there is neither."""
     if not in_store(place):
         if Path(place).is_dir():
@@ -144,36 +144,37 @@ def building_folder(parent: str, name: str) -> Path:
     """
     if not in_store(parent):
         return Path(parent) / f".building-{name}"
-    return _cache() / f"building-{_digest(parent.encode())}-{name}"
+    return cache_folder() / f"building-{_digest(parent.encode())}-{name}"
 
 
 def put_folder(draft: Path, place: str) -> None:
     """Put a finished draft, which has a `manifest.json`, where an older folder may be.
 
-    The draft is gone afterwards. On a disk it is renamed. On a store its files are uploaded with the manifest last and the old
-    one gone before: where a manifest stands, what it describes is whole.
+    The draft is gone afterwards. On a disk it is renamed. On a store its files are uploaded with
+    the manifest last and the old one gone before: where a manifest stands, what it describes is
+    whole.
     """
     if in_store(place):
         _upload(draft, place)
         shutil.rmtree(draft)
         return
     final = Path(place)
-    old = final.with_name(f"{OLD}{final.name}")
+    old = final.with_name(f"{_OLD}{final.name}")
     if final.exists():
         final.rename(old)
     draft.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
-OLD = ".old-"
+_OLD = ".old-"
 
 
 def finish_replacements(parent: str) -> None:
     """Finish the replacements below this folder that a killed process left half done."""
     if in_store(parent):
         return
-    for old in Path(parent).glob(f"{OLD}*"):
-        final = old.with_name(old.name.removeprefix(OLD))
+    for old in Path(parent).glob(f"{_OLD}*"):
+        final = old.with_name(old.name.removeprefix(_OLD))
         if final.exists():
             shutil.rmtree(old)
         else:
@@ -183,13 +184,13 @@ def finish_replacements(parent: str) -> None:
 def local_folder(place: str) -> Path:
     """A folder with a `manifest.json` as one on this machine, to be mapped into memory.
 
-    One of a store is copied once into a cache ($ARRAG_CACHE, else ~/.cache/arrag) by the contents
-    of its manifest; copies of its older versions go. Raises BadInputError when it is being replaced.
+    One of a store is copied once into the cache (`cache_folder`) by the contents of its manifest;
+    copies of its older versions go. Raises BadInputError when it is being replaced.
     """
     if not in_store(place):
         return Path(place)
     manifest = read_bytes(join(place, "manifest.json"))
-    cached = _cache()
+    cached = cache_folder()
     kept = cached / f"{_digest(place.encode())}-{_digest(manifest)}"
     if kept.is_dir():
         return kept
@@ -217,13 +218,13 @@ def local_folder(place: str) -> Path:
 def _upload(folder: Path, place: str) -> None:
     """Copy a folder's files to a store, its manifest last; the older one's goes before all else."""
     last = folder / "manifest.json"
-    remove(join(place, last.name))
-    remove(place)
+    delete_place(join(place, last.name))
+    delete_place(place)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != last]
     for path in (*files, last):
         store, target = _store(join(place, path.relative_to(folder).as_posix()))
         with path.open("rb") as source, store.open_output_stream(target) as stream:
-            shutil.copyfileobj(source, stream, COPIED_AT_ONCE)
+            shutil.copyfileobj(source, stream, _COPIED_AT_ONCE)
 
 
 def _download(place: str, folder: Path) -> None:
@@ -233,10 +234,10 @@ def _download(place: str, folder: Path) -> None:
             target = folder / info.path[len(prefix) + 1 :]
             target.parent.mkdir(parents=True, exist_ok=True)
             with store.open_input_stream(info.path) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, COPIED_AT_ONCE)
+                shutil.copyfileobj(source, file, _COPIED_AT_ONCE)
 
 
-COPIED_AT_ONCE = 8 << 20
+_COPIED_AT_ONCE = 8 << 20
 
 
 def _below(place: str, *, recursive: bool) -> list[Any]:
@@ -263,10 +264,10 @@ def _filesystem(scheme: str, bucket: str) -> Any:
     if scheme == "gs":
         server = _server("GOOGLE_BASE_URL", "GOOGLE_ALLOW_HTTP")
         return fs.GcsFileSystem(
-            anonymous=os.environ.get("GOOGLE_SKIP_SIGNATURE", "").lower() in YES,
+            anonymous=os.environ.get("GOOGLE_SKIP_SIGNATURE", "").lower() in _YES,
             scheme=server.scheme or "https",
             endpoint_override=server.netloc or None,
-            retry_time_limit=PATIENCE,
+            retry_time_limit=_PATIENCE,
         )
     own = "AWS_ENDPOINT_URL_S3"
     server = _server(own if os.environ.get(own) else "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP")
@@ -285,29 +286,29 @@ def _filesystem(scheme: str, bucket: str) -> Any:
 def _server(variable: str, allow: str) -> SplitResult:
     """The server that a variable names, empty for the store's own; plain http must be allowed."""
     server = urlsplit(os.environ.get(variable, ""))
-    if server.scheme == "http" and os.environ.get(allow, "").lower() not in YES:
+    if server.scheme == "http" and os.environ.get(allow, "").lower() not in _YES:
         raise BadInputError(
             f"{variable} {server.geturl()} speaks plain http; set {allow}=true to allow it"
         )
     return server
 
 
-YES = ("1", "true", "yes")
-PATIENCE = timedelta(seconds=20)
+_YES = ("1", "true", "yes")
+_PATIENCE = timedelta(seconds=20)
 """For a request to Google; Arrow would try for a quarter of an hour, also to find credentials."""
 
 
 def explain(error: OSError) -> str:
     """One line for people about a disk or a store that failed, with what to look at."""
     text = str(error)
-    for pattern in STORE_ERRORS:
+    for pattern in _STORE_ERRORS:
         if said := re.search(pattern, text):
             check = "check the bucket's name, the network and the credentials (docs/cluster.md)"
             return f"{said[1]}; {check}"
     return f"{text}; check the path, its rights and the space left"
 
 
-STORE_ERRORS = (
+_STORE_ERRORS = (
     r"google::cloud::.*with a last message of (.*?)(?=\. | error_info)",
     r"(Generic (?:GCS|S3) error: .*?)(?= - Server returned|, /|$)",
     r"(.*AWS Error.*)",
@@ -315,8 +316,9 @@ STORE_ERRORS = (
 """What Arrow and Lance say of a store, without the places in their sources."""
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser()
+def cache_folder(given: str | None = None) -> Path:
+    """Where copies of remote files are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
+    return Path(given or os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser().absolute()
 
 
 def _digest(data: bytes) -> str:

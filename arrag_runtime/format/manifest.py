@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
-from arrag_runtime.format.location import exists, join, normalised, read_bytes, write_bytes
+from arrag_runtime.format.location import exists, join, read_bytes, resolved_place, write_bytes
 from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
-FORMAT = 1
+_FORMAT = 1
 PRECISIONS = ("float32", "bfloat16")
 INDEX_FILE, IDS_FILE, TOKENS_FILE = "index.faiss", "patch_ids.npy", "next_tokens.npy"
 """The files of a flat or ivfpq index; ids and next tokens in the order of its entries."""
@@ -36,7 +36,7 @@ class Layout:
     @cached_property
     def root(self) -> str:
         """The absolute path, or the URI. Raises BadInputError for a store that is not known."""
-        return normalised(self.database)
+        return resolved_place(self.database)
 
     @property
     def manifest(self) -> str:
@@ -95,19 +95,23 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class DatabaseManifest:
-    """A database's own description. `runs` holds what each build used and took."""
+    """A database's own description."""
 
     tokenizer: TokenizerSpec
     tokenizer_weights: str | None
+    """The file that they were read from, None for the tokenizer's own."""
     encoder: EncoderSettings
     keys: KeySpec
     hold_out: float
+    """The share of pictures that is kept for measuring, without patches."""
     sources: tuple[str, ...] = ()
+    """By name, those that it was built from."""
     runs: tuple[dict[str, Any], ...] = ()
+    """What each build used and took."""
 
     def write(self, layout: Layout) -> None:
         """Write `manifest.json`, whole or not at all."""
-        fields = asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()}
+        fields = asdict(self) | {"format": _FORMAT, "keys": self.keys.to_json()}
         write_json(layout.manifest, fields)
 
     @staticmethod
@@ -119,9 +123,9 @@ class DatabaseManifest:
                 f" `arrag-db build --db {layout.database}`, or name another with --db"
             )
         fields = read_json(layout.manifest)
-        if fields.pop("format", None) != FORMAT:
+        if fields.pop("format", None) != _FORMAT:
             raise IncompatibleError(
-                f"{layout.manifest} is of another format than {FORMAT}; use the version of"
+                f"{layout.manifest} is of another format than {_FORMAT}; use the version of"
                 " arrag-db that wrote it"
             )
         with _complete(layout.manifest):
@@ -139,41 +143,49 @@ class DatabaseManifest:
 
 @dataclass(frozen=True)
 class IndexManifest:
-    """An index's own description: what it was made from, how, and how good it is.
-
-    count: keys, identical ones included; entries: what is stored of them; mark: the highest fragment
-    of the table that is in it, so that a later one is new; left_out: pictures whose keys were in the
-    table and were not taken, their ids in `LEFT_OUT_FILE`; parts: the folders of a codebook index;
-    weights: one an offset, None for equal ones; temperature: the one that was fitted with them;
-    certificate: what was measured against exact search, at every nprobe that was tried.
-    """
+    """An index's own description: what it was made from, how, and how good it is."""
 
     name: str
     kind: str
+    """One of "codebook", "ivfpq" and "flat"."""
     index_key: str
+    """faiss' factory string, empty for a codebook index."""
     keys: KeySpec
     table_version: int
+    """The version of the patches table that it was made from."""
     mark: int
+    """The highest fragment of the table that is in it, so that a later one is new."""
     count: int
+    """Keys, identical ones included."""
     entries: int
+    """What is stored of the keys."""
     nprobe: int | None
+    """The lists that a search visits; None without lists."""
     code_bytes_per_key: float
     resident_bytes_per_key: float
     ms_per_query: float
     recall_at_10: float
     certificate: dict[str, Any]
+    """What was measured against exact search, at every nprobe that was tried."""
     left_out: int = 0
+    """Pictures whose keys were in the table and were not taken; their ids are in
+    `LEFT_OUT_FILE`."""
     parts: tuple[str, ...] = ()
+    """The folders of a codebook index."""
     weights: tuple[float, ...] | None = None
+    """One per offset, None for equal ones."""
     temperature: float | None = None
+    """The one that was fitted with the weights."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """What it was asked to be, so that a grown table is indexed likewise."""
     metrics: dict[str, Any] = field(default_factory=dict)
+    """autofaiss' own scores."""
 
     def write(self, folder: str | Path) -> None:
         """Write `manifest.json` into the index's folder, whole or not at all."""
         write_json(
             join(str(folder), "manifest.json"),
-            asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()},
+            asdict(self) | {"format": _FORMAT, "keys": self.keys.to_json()},
         )
 
     @staticmethod
@@ -186,8 +198,8 @@ class IndexManifest:
                 f" --db {str(folder).rpartition('/index/')[0] or 'DB'}`"
             )
         fields = read_json(path)
-        if fields.pop("format", None) != FORMAT:
-            raise IncompatibleError(f"{path} is of another format than {FORMAT}; index again")
+        if fields.pop("format", None) != _FORMAT:
+            raise IncompatibleError(f"{path} is of another format than {_FORMAT}; index again")
         with _complete(path):
             weights = fields["weights"]
             return IndexManifest(

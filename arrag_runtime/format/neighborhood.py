@@ -26,15 +26,14 @@ BORDERS: tuple[Border, ...] = ("skip", "zero")
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """A named set of offsets (row, column) relative to the position whose token comes next.
-
-    `border` says what happens where a neighbour falls outside the grid: "skip" gives such
-    positions no key, "zero" gives them a key in which that neighbour is missing (a zero vector).
-    """
+    """A named set of offsets relative to the position whose token comes next."""
 
     name: str
     offsets: tuple[tuple[int, int], ...]
+    """(row, column) of each neighbour, in the order of a key."""
     border: Border = "skip"
+    """Where a neighbour falls outside the grid, "skip" gives the position no key, and "zero" a key
+    in which that neighbour is missing (a zero vector)."""
 
     @property
     def size(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lance
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,28 +14,31 @@ import pyarrow as pa
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.list_columns import list_values
-from arrag_runtime.format.location import exists, join, names
+from arrag_runtime.format.location import exists, join, names_in
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.specs import KeySpec, key_spec
 
-BLOCK = 131_072
-CACHE_BYTES = 16 << 20
+BLOCK_ROWS = 131_072
+_CACHE_BYTES = 16 << 20
 """What Lance may keep of a table's pages between reads, which otherwise grows with the table."""
 
 
 def patch_tables(layout: Layout) -> list[KeySpec]:
     """The key specs that a database has a patches table for, by name."""
-    tables = names(join(layout.root, "patches"))
+    tables = names_in(join(layout.root, "patches"))
     return [key_spec(*table.removesuffix(".lance").rsplit("-", 2)) for table in tables]
 
 
 @dataclass(frozen=True)
 class PatchBlock:
-    """patch_ids: int64 [N]; keys: uint16 [N, n] or float16 [N, n · d]; next_tokens: uint16 [N]."""
+    """Some patches."""
 
     patch_ids: Ids
+    """int64 [N]."""
     keys: npt.NDArray[Any]
+    """uint16 [N, n] tokens, or float16 [N, n · d] latents."""
     next_tokens: npt.NDArray[np.uint16]
+    """uint16 [N]."""
 
     def take(self, rows: npt.NDArray[Any] | slice) -> "PatchBlock":
         """Some of the rows, by ordinals, a mask or a slice."""
@@ -45,11 +47,14 @@ class PatchBlock:
 
 @dataclass(frozen=True)
 class TablePart:
-    """Some neighbouring fragments of a table, by id; its rows are `start` to `start + count`."""
+    """Some neighbouring fragments of a table."""
 
     fragments: tuple[int, ...]
+    """Their ids."""
     start: int
+    """The first row."""
     count: int
+    """How many rows from there on."""
 
 
 class PatchTable:
@@ -58,12 +63,14 @@ class PatchTable:
     def __init__(self, path: str, version: int | None = None) -> None:
         if not exists(path):
             raise BadInputError(f"no patches at {path}; build them with `arrag-db build`")
+        import lance
+
         try:
             self._dataset = lance.dataset(
                 path,
                 version=version,
-                index_cache_size_bytes=CACHE_BYTES,
-                metadata_cache_size_bytes=CACHE_BYTES,
+                index_cache_size_bytes=_CACHE_BYTES,
+                metadata_cache_size_bytes=_CACHE_BYTES,
             )
         except (OSError, ValueError) as error:
             raise BadInputError(
@@ -73,7 +80,7 @@ class PatchTable:
         self.version: int = self._dataset.version
         self.count: int = self._dataset.count_rows()
 
-    def blocks(self, size: int = BLOCK, part: TablePart | None = None) -> Iterator[PatchBlock]:
+    def blocks(self, size: int = BLOCK_ROWS, part: TablePart | None = None) -> Iterator[PatchBlock]:
         """All rows, or those of one part, in order, at most `size` at a time."""
         fragments = None
         if part is not None:
@@ -145,8 +152,8 @@ class PatchTable:
         """The keys of `sample`, read a block at a time, so that little else is held."""
         rows = self._drawn(count, seed)
         blocks = (
-            self._dataset.take(rows[start : start + BLOCK].tolist(), columns=["key"])
-            for start in range(0, max(len(rows), 1), BLOCK)
+            self._dataset.take(rows[start : start + BLOCK_ROWS].tolist(), columns=["key"])
+            for start in range(0, max(len(rows), 1), BLOCK_ROWS)
         )
         return np.concatenate([list_values(block["key"]) for block in blocks])
 

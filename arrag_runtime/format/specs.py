@@ -21,20 +21,21 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer as far as its tokens depend on it.
-
-    `weights_sha256` is recorded, not compared: the same tokenizer ships in several files and
-    precisions. `preparation` names how a picture becomes pixels, which changes tokens too.
-    """
+    """A tokenizer as far as its tokens depend on it."""
 
     name: str
     image_size: int
+    """The side of the square picture that it takes, in pixels."""
     grid_height: int
     grid_width: int
     vocabulary: int
+    """The number of codes V."""
     dimension: int
+    """The length d of a code."""
     preparation: str
+    """How a picture becomes pixels, which changes tokens too."""
     weights_sha256: str
+    """Recorded, not compared: the same tokenizer ships in several files and precisions."""
 
     @property
     def positions(self) -> int:
@@ -76,14 +77,12 @@ def require_same_tokenizer(
 
 @dataclass(frozen=True)
 class KeySpec:
-    """What a patches table holds: whose neighbours, and in which space.
-
-    "codebook" keys are the neighbours' tokens, which stand for their codebook rows;
-    "latent" keys are the encoder's normalised outputs before quantisation.
-    """
+    """What a patches table holds: whose neighbours, and in which space."""
 
     neighborhood: Neighborhood
     space: KeySpace = "codebook"
+    """Codebook keys are the neighbours' tokens, which stand for their codebook rows; latent keys
+    are the encoder's normalised outputs before quantisation."""
 
     @property
     def name(self) -> str:
@@ -125,7 +124,7 @@ def key_vectors(
     """Keys as search vectors: float32 [N, n · d].
 
     keys: uint16 tokens [N, n], looked up in the normalised codebook `codes` [V, d] with a zero
-    vector for `MISSING`; or float latents [N, n · d], cast. weights: one an offset, none negative;
+    vector for `MISSING`; or float latents [N, n · d], cast. weights: one per offset, none negative;
     each neighbour's vector is scaled by the root of its weight w_o, so that the squared L2 distance
     of two such vectors is Σ_o w_o · ‖q_o − k_o‖².
     Raises BadInputError for a token outside the codebook, or another number of weights than n.
@@ -143,6 +142,16 @@ def key_vectors(
     vectors: Floats = codes[np.where(missing, 0, keys)]
     vectors[missing] = 0
     return _weighted(vectors.reshape(len(keys), keys.shape[1] * dimension), weights, dimension)
+
+
+def squared_distances(one: Floats, other: Floats) -> Floats:
+    """‖x − y‖² over the last axis of vectors float32 [.., D], value by value, so that it is exact.
+
+    Other axes are broadcast. Between `key_vectors` it is the distance that every index stands for.
+    """
+    apart = one - other
+    squares: Floats = np.einsum("...d,...d->...", apart, apart)
+    return squares
 
 
 def _weighted(vectors: Floats, weights: tuple[float, ...] | None, dimension: int) -> Floats:

@@ -1,7 +1,7 @@
 """A training set: captions, token grids, and the tokens retrieved for every position.
 
-It is a folder: `rows.lance`, `codebook.npy` and `manifest.json`, which is written last. Exported, it
-is one Arrow file with both in its metadata, which can be read where Lance is not installed.
+It is a folder: `rows.lance`, `codebook.npy` and `manifest.json`, which is written last. Exported,
+it is one Arrow file with both in its metadata, which can be read where Lance is not installed.
 """
 
 import io
@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.list_columns import list_values
-from arrag_runtime.format.location import exists, in_store, join, normalised, read_bytes
+from arrag_runtime.format.location import exists, in_store, join, read_bytes, resolved_place
 from arrag_runtime.format.manifest import Layout, read_codebook
 from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
-FORMAT = 1
+_FORMAT = 1
 
-ROWS, MANIFEST, CODEBOOK = "rows.lance", "manifest.json", "codebook.npy"
+TRAINSET_ROWS, TRAINSET_MANIFEST, TRAINSET_CODEBOOK = "rows.lance", "manifest.json", "codebook.npy"
 """The parts of the folder; the last two are also the metadata keys of an exported file."""
 
 SETTINGS = b"trainset"
@@ -32,23 +32,24 @@ SETTINGS = b"trainset"
 
 @dataclass(frozen=True)
 class TrainsetManifest:
-    """What a training set was made with. Rows of different settings are not mixed.
-
-    k: retrieved tokens a position; index, table_version: what was searched; pictures: where they
-    come from ("heldout", "database", or a source and its inputs); images: rows, 0 while it is made.
-    """
+    """What a training set was made with. Rows of different settings are not mixed."""
 
     tokenizer: TokenizerSpec
     keys: KeySpec
     k: int
+    """Retrieved tokens per position."""
     index: str
+    """The index that was searched."""
     table_version: int
+    """The version of the table that it was made from."""
     pictures: str
+    """Where they come from: "heldout", "database", or a source and its inputs."""
     images: int = 0
+    """Rows; 0 while it is made."""
 
     def to_json(self) -> str:
         """As metadata and `manifest.json` hold it."""
-        fields = asdict(self) | {"format": FORMAT, "keys": self.keys.to_json()}
+        fields = asdict(self) | {"format": _FORMAT, "keys": self.keys.to_json()}
         return json.dumps(fields, sort_keys=True)
 
     @staticmethod
@@ -56,9 +57,9 @@ class TrainsetManifest:
         """What `to_json` wrote. Raises BadInputError for another object found at `where`."""
         try:
             fields: dict[str, Any] = json.loads(text)
-            if fields.pop("format", None) != FORMAT:
+            if fields.pop("format", None) != _FORMAT:
                 raise IncompatibleError(
-                    f"training set {where} is of another format than {FORMAT}; make it anew with"
+                    f"training set {where} is of another format than {_FORMAT}; make it anew with"
                     " `arrag-db trainset`"
                 )
             fields["tokenizer"] = TokenizerSpec(**fields["tokenizer"])
@@ -70,9 +71,10 @@ class TrainsetManifest:
 
 
 def trainset_schema(manifest: TrainsetManifest) -> pa.Schema:
-    """A row a picture. tokens: the grid in raster order; neighbors: for each position its k retrieved
+    """A row per picture.
 
-    tokens, nearest first, `MISSING` (65535) where there are fewer.
+    tokens: the grid in raster order; neighbors: for each position its k retrieved tokens, nearest
+    first, `MISSING` (65535) where there are fewer.
     """
     positions = manifest.tokenizer.positions
     return pa.schema(
@@ -87,23 +89,26 @@ def trainset_schema(manifest: TrainsetManifest) -> pa.Schema:
     )
 
 
-Take = Callable[[list[int]], pa.Table]
+_Take = Callable[[list[int]], pa.Table]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """captions: B; tokens: uint16 [B, P]; neighbors: uint16 [B, P, K], `MISSING` for none."""
+    """Some rows of a training set."""
 
     captions: list[str]
+    """B texts."""
     tokens: npt.NDArray[np.uint16]
+    """uint16 [B, P]."""
     neighbors: npt.NDArray[np.uint16]
+    """uint16 [B, P, K], `MISSING` for none."""
 
 
 class TrainingSet:
     """An opened training set; `TrainingSet.open` finds out which kind a path is."""
 
     def __init__(
-        self, manifest: TrainsetManifest, codebook: Floats, ids: pa.ChunkedArray, take: Take
+        self, manifest: TrainsetManifest, codebook: Floats, ids: pa.ChunkedArray, take: _Take
     ) -> None:
         self.manifest, self.codebook = manifest, codebook
         self._order = np.argsort(ids.to_numpy(), kind="stable")
@@ -112,7 +117,7 @@ class TrainingSet:
     @staticmethod
     def open(path: Path | str) -> "TrainingSet":
         """A training set. Raises BadInputError where there is none, or an unfinished one."""
-        place = normalised(path)
+        place = resolved_place(path)
         if not in_store(place) and Path(place).is_file():
             return _open_file(Path(place))
         if not exists(place):
@@ -120,7 +125,7 @@ class TrainingSet:
                 f"no training set at '{path}'; make one with `arrag-db trainset`, or give the file"
                 " that it exported"
             )
-        if not exists(join(place, MANIFEST)):
+        if not exists(join(place, TRAINSET_MANIFEST)):
             raise BadInputError(
                 f"no complete training set at '{path}'; give `arrag-db trainset` again to finish it"
             )
@@ -148,8 +153,8 @@ def _open_folder(folder: str) -> TrainingSet:
             f"reading the folder '{folder}' needs Lance, which is not installed; export it with"
             " `arrag-db trainset --export FILE.arrow`, and give that file"
         ) from error
-    manifest = TrainsetManifest.from_json(read_bytes(join(folder, MANIFEST)), folder)
-    dataset = lance.dataset(join(folder, ROWS))
+    manifest = TrainsetManifest.from_json(read_bytes(join(folder, TRAINSET_MANIFEST)), folder)
+    dataset = lance.dataset(join(folder, TRAINSET_ROWS))
     ids = dataset.to_table(columns=["image_id"])["image_id"]
     return TrainingSet(manifest, read_codebook(Layout(folder)), ids, dataset.take)
 
@@ -163,6 +168,8 @@ def _open_file(path: Path) -> TrainingSet:
             " `arrag-db trainset --export` wrote"
         ) from error
     metadata = table.schema.metadata or {}
-    manifest = TrainsetManifest.from_json(metadata.get(MANIFEST.encode(), b""), f"'{path}'")
-    codebook: Floats = np.load(io.BytesIO(metadata[CODEBOOK.encode()]))
+    manifest = TrainsetManifest.from_json(
+        metadata.get(TRAINSET_MANIFEST.encode(), b""), f"'{path}'"
+    )
+    codebook: Floats = np.load(io.BytesIO(metadata[TRAINSET_CODEBOOK.encode()]))
     return TrainingSet(manifest, codebook, table["image_id"], table.take)

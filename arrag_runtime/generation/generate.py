@@ -58,7 +58,7 @@ def generate(
 
     Raises BadInputError for settings out of range, and when memory runs out.
     """
-    from arrag_runtime.backends.device_memory import out_of_memory
+    from arrag_runtime.device import out_of_memory
     from arrag_runtime.generation.decode_loop import Sampling, decode
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)

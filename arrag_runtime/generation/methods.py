@@ -17,6 +17,7 @@ import numpy.typing as npt
 from arrag_runtime.backends import Backend, Pixels, load_backend
 from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.daid import DaidSettings
+from arrag_runtime.device import default_device
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.generation.augmenter import Augmenter
 from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
@@ -246,13 +247,6 @@ def run(settings: GenerateSettings, show: Show = lambda *_: None) -> Session:
         _run_method(method, backend, index, settings, show) for method in settings.methods
     )
     return Session(settings, backend, index.manifest.name if index else None, results)
-
-
-def default_device() -> str:
-    """A GPU where torch sees one, else the CPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _run_method(

@@ -1,8 +1,9 @@
 """Searching a codebook index: faiss' IVF whose product quantiser is the tokenizer's codebook.
 
-A key in codebook space already is a product-quantiser code: sub-quantiser o holds the codebook's rows
-(scaled by the root of the offset's weight), a code holds the neighbours' tokens, and nothing is lost.
-Distances are therefore exact squared L2, Σ_o w_o · ‖q_o − k_o‖². Only the coarse lists are learned.
+A key in codebook space already is a product-quantiser code: sub-quantiser o holds the codebook's
+rows (scaled by the root of the offset's weight), a code holds the neighbours' tokens, and nothing
+is lost. Distances are therefore exact squared L2, Σ_o w_o · ‖q_o − k_o‖². Only the coarse lists are
+learned.
 
 In: search vectors float32 [N, n · d]. Out: distances and the places of entries, counted through the
 base part and then each delta part. The coarse search is done once for all parts.
@@ -118,8 +119,14 @@ class CodebookSearch:
             pairs.fill(-1)
             return distances, pairs
         ivf.search_preassigned_c(
-            *(count, pointer(vectors), k, pointer(lists), pointer(coarse)),
-            *(pointer(distances), pointer(pairs), True),
+            count,
+            pointer(vectors),
+            k,
+            pointer(lists),
+            pointer(coarse),
+            pointer(distances),
+            pointer(pairs),
+            True,
         )
         # A pair is the list in the upper and the place in the list in the lower half.
         places = np.where(pairs >= 0, part.starts[pairs >> 32] + (pairs & 0xFFFFFFFF), -1)
@@ -138,15 +145,13 @@ def _coarse(faiss: Any, centroids: Floats, graph: Path) -> Any:
 
 def _ivf(faiss: Any, coarse: Any, layout: CodeLayout, part: ListPart) -> Any:
     """An IVF over a part that shares the coarse index."""
-    ivf = faiss.IndexIVFPQ(
-        *(coarse, layout.dimension, coarse.ntotal),
-        *(layout.keys.neighborhood.size, layout.bits),
-    )
+    neighbors = layout.keys.neighborhood.size
+    ivf = faiss.IndexIVFPQ(coarse, layout.dimension, coarse.ntotal, neighbors, layout.bits)
     ivf.by_residual = False
     faiss.copy_array_to_vector(layout.centroids().reshape(-1), ivf.pq.centroids)
     ivf.is_trained = True
     if part.entries:
-        lists = mapped_lists(faiss, part)
+        lists = _mapped_lists(faiss, part)
         # The lists now belong to the IVF, which frees them.
         lists.this.disown()
         ivf.replace_invlists(lists, True)
@@ -154,7 +159,7 @@ def _ivf(faiss: Any, coarse: Any, layout: CodeLayout, part: ListPart) -> Any:
     return ivf
 
 
-def mapped_lists(faiss: Any, part: ListPart) -> Any:
+def _mapped_lists(faiss: Any, part: ListPart) -> Any:
     """faiss' inverted lists over a part's codes file, mapped in place.
 
     They have no ids: a search must ask for (list, offset) pairs, which is what `store_pairs` of

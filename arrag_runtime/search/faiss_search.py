@@ -1,7 +1,7 @@
 """Searching an index that faiss holds whole: `flat` and `ivfpq`. Entries stand as they were added.
 
-Where faiss-gpu is installed and sees a GPU, an ivfpq index is searched there, but for what its kernels
-cannot do. (Written after faiss' documentation; it has not run on a GPU yet.)
+Where faiss-gpu is installed and sees a GPU, an ivfpq index is searched there, but for what its
+kernels cannot do. (Written after faiss' documentation; it has not run on a GPU yet.)
 """
 
 import logging
@@ -17,8 +17,9 @@ from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.codebook_search import require_faiss
 from arrag_runtime.search.neighbors import EntryPart
 
-GPU_LIMIT = 2048
+_GPU_LIMIT = 2048
 """faiss' GPU kernels take no larger k or nprobe."""
+
 log = logging.getLogger(__name__)
 
 
@@ -66,20 +67,22 @@ class FaissSearch:
         if not 1 <= value <= self._ivf.nlist:
             raise BadInputError(f"nprobe {value} is outside 1..{self._ivf.nlist} lists")
         self._ivf.nprobe = value
-        if self._on_gpu is not None and value <= GPU_LIMIT:
+        if self._on_gpu is not None and value <= _GPU_LIMIT:
             require_faiss().GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", value)
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Ids]:
         """See `SearchEngine.search`."""
         index = self._index
         if self._on_gpu is not None:
-            if max(k, self.nprobe or 0) <= GPU_LIMIT:
+            if max(k, self.nprobe or 0) <= _GPU_LIMIT:
                 index = self._on_gpu
             elif not self._announced:
                 self._announced = True
                 log.warning(
                     "k %d or nprobe %s is more than the GPU's %d, so the CPU searches",
-                    *(k, self.nprobe, GPU_LIMIT),
+                    k,
+                    self.nprobe,
+                    _GPU_LIMIT,
                 )
         distances, places = index.search(vectors, k)
         distances[places < 0] = np.inf
@@ -114,7 +117,7 @@ def inner_ivf(index: Any) -> Any:
 
 
 def open_entries(folder: Path) -> EntryPart:
-    """The next tokens and patch ids of such an index, mapped. Raises IncompatibleError if damaged."""
+    """The next tokens and patch ids of such an index. Raises IncompatibleError if damaged."""
     try:
         tokens, ids = (
             np.asarray(np.load(folder / name, mmap_mode="r")) for name in (TOKENS_FILE, IDS_FILE)

@@ -1,10 +1,11 @@
 """Several databases searched as one, each with a weight.
 
-In: opened indexes whose keys mean the same. Out: `Neighbors` with the nearest of all, `origin` saying
-which index a result came from and `weights` what it counts for in a retrieved distribution.
+In: opened indexes whose keys mean the same. Out: `Neighbors` with the nearest of all, `origin`
+saying which index a result came from and `weights` what it counts for in a retrieved distribution.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from arrag_runtime.format.specs import SAME_CODE_COSINE, Floats
 from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.patch_index import PatchIndex
 
-MOST = 256
+_MOST = 256
 """`Neighbors.origin` has a byte."""
 
 
@@ -26,15 +27,15 @@ class IndexGroup:
     def __init__(
         self, indexes: Sequence[PatchIndex], weights: Sequence[float] | None = None
     ) -> None:
-        """weights: one an index, not negative; all 1 by default.
+        """weights: one per index, not negative; all 1 by default.
 
         Raises IncompatibleError, naming both, for indexes that do not belong together.
         """
         self.indexes = tuple(indexes)
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.indexes)
-        if not 1 <= len(self.indexes) <= MOST or len(self.weights) != len(self.indexes):
+        if not 1 <= len(self.indexes) <= _MOST or len(self.weights) != len(self.indexes):
             raise BadInputError(
-                f"{len(self.indexes)} databases and {len(self.weights)} weights; give 1 to {MOST}"
+                f"{len(self.indexes)} databases and {len(self.weights)} weights; give 1 to {_MOST}"
                 " databases and one weight for each"
             )
         if min(self.weights) < 0 or sum(self.weights) == 0:
@@ -71,31 +72,22 @@ class IndexGroup:
             index.search(keys, k, exclude=exclude, keep=only)
             for index, only in zip(self.indexes, kept, strict=True)
         ]
-        return merge(found, self.weights, k)
+        return _nearest_of_all(found, self.weights, k)
 
 
-def merge(found: Sequence[Neighbors], weights: Sequence[float], k: int) -> Neighbors:
+def _nearest_of_all(found: Sequence[Neighbors], weights: Sequence[float], k: int) -> Neighbors:
     """The k nearest of several answers to the same queries; of equal ones the earlier answer's."""
-    columns = {
-        name: np.concatenate([getattr(one, name) for one in found], axis=1)
-        for name in ("tokens", "distances", "patch_ids", "copies")
-    }
-    spans = [one.tokens.shape[1] for one in found]
-    origin = np.repeat(np.arange(len(found), dtype=np.uint8), spans)
-    weight = np.repeat(np.asarray(weights, np.float32), spans)
+    weighted = [
+        replace(
+            one,
+            weights=one.weights * np.float32(weight),
+            origin=np.where(one.real, number, 0).astype(np.uint8),
+        )
+        for number, (one, weight) in enumerate(zip(found, weights, strict=True))
+    ]
     # Padding has infinite distances, so it comes last.
-    order = np.argsort(columns["distances"], axis=1, kind="stable")[:, :k]
-    chosen = {name: np.take_along_axis(a, order, axis=1) for name, a in columns.items()}
-    real = chosen["patch_ids"] >= 0
-    return Neighbors(
-        chosen["tokens"],
-        chosen["distances"],
-        chosen["patch_ids"],
-        real.sum(axis=1),
-        chosen["copies"],
-        np.where(real, weight[order], 0).astype(np.float32),
-        np.where(real, origin[order], 0).astype(np.uint8),
-    )
+    distances = np.concatenate([one.distances for one in found], axis=1)
+    return Neighbors.chosen(weighted, np.argsort(distances, axis=1, kind="stable")[:, :k])
 
 
 def _require_same(one: PatchIndex, other: PatchIndex) -> None:

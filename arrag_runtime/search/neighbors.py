@@ -1,56 +1,101 @@
 """What a search returns, and the entries it stands on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.specs import Floats
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The nearest entries of N queries, nearest first.
+    """The nearest entries of N queries, nearest first; `Neighbors.of` makes them.
 
-    tokens: uint16 [N, K] next tokens; distances: float32 [N, K] squared L2, in the index's weighted
-    units where it has weights; patch_ids: int64 [N, K]; count: int64 [N]: how many of the K are real.
-    copies: int64 [N, K]: how many identical (key, next token) entries a result stands for; weights:
-    float32 [N, K]: the weight of its database; origin: uint8 [N, K]: which of the databases searched.
-    Beyond `count` tokens, copies and weights are 0, distances infinite and patch ids -1; no reader
-    may use them.
+    Each query has K columns, of which the first `count` are real. The others are padding, whose
+    values are part of the type; no reader may use them.
     """
 
     tokens: npt.NDArray[np.uint16]
+    """uint16 [N, K], the next tokens of the entries; padding is 0."""
     distances: Floats
+    """float32 [N, K], squared L2, weighted where offsets have weights; padding is infinite."""
     patch_ids: Ids
+    """int64 [N, K]; padding is -1."""
     count: npt.NDArray[np.int64]
+    """int64 [N], how many of the K are real."""
     copies: npt.NDArray[np.int64]
+    """int64 [N, K], how many entries of the same key and next token a result stands for; padding is
+    0."""
+    places: Ids
+    """int64 [N, K], the row in the table or the place in the index that was searched; padding is
+    -1, and so is a place that is not known."""
     weights: Floats
+    """float32 [N, K], the weight of the database that a result is from; padding is 0."""
     origin: npt.NDArray[np.uint8]
+    """uint8 [N, K], which of the databases searched as one a result is from; padding is 0."""
+
+    @staticmethod
+    def of(
+        tokens: npt.NDArray[np.uint16],
+        distances: Floats,
+        patch_ids: Ids,
+        count: npt.NDArray[np.int64],
+        *,
+        copies: npt.NDArray[np.int64] | None = None,
+        places: Ids | None = None,
+    ) -> "Neighbors":
+        """Those of one database of weight 1, from arrays that may hold anything beyond `count`.
+
+        copies: 1 for each by default; places: not known by default.
+        """
+        real = _columns_within(count, tokens.shape[1])
+        return Neighbors(
+            tokens=np.where(real, tokens, 0).astype(np.uint16),
+            distances=np.where(real, distances, np.inf).astype(np.float32),
+            patch_ids=np.where(real, patch_ids, -1),
+            count=count.astype(np.int64),
+            copies=np.where(real, 1 if copies is None else copies, 0).astype(np.int64),
+            places=np.where(real, -1 if places is None else places, -1),
+            weights=real.astype(np.float32),
+            origin=np.zeros(real.shape, np.uint8),
+        )
+
+    @staticmethod
+    def chosen(found: Sequence["Neighbors"], order: Ids) -> "Neighbors":
+        """Of several answers to the same queries the entries at these columns int64 [N, K].
+
+        Columns are counted through the answers, as if these stood side by side. Padding must be
+        chosen last.
+        """
+        columns: dict[str, npt.NDArray[Any]] = {
+            field.name: np.take_along_axis(
+                np.concatenate([getattr(one, field.name) for one in found], axis=1), order, axis=1
+            )
+            for field in fields(Neighbors)
+            if field.name != "count"
+        }
+        return Neighbors(count=(columns["patch_ids"] >= 0).sum(axis=1), **columns)
+
+    @property
+    def real(self) -> npt.NDArray[np.bool_]:
+        """Which results are no padding, bool [N, K]."""
+        return _columns_within(self.count, self.tokens.shape[1])
+
+    def take(self, queries: npt.NDArray[Any] | slice) -> "Neighbors":
+        """Those of some of the queries, by ordinals, a mask or a slice."""
+        rows = {field.name: getattr(self, field.name)[queries] for field in fields(self)}
+        return Neighbors(**rows)
 
 
-def neighbors(
-    tokens: npt.NDArray[np.uint16],
-    distances: Floats,
-    patch_ids: Ids,
-    count: npt.NDArray[np.int64],
-    copies: npt.NDArray[np.int64] | None = None,
-) -> Neighbors:
-    """`Neighbors` of one database of weight 1, from arrays [N, K] that may hold anything beyond
-    `count` [N]; copies: 1 for each by default."""
-    real = np.arange(tokens.shape[1])[None, :] < count[:, None]
-    return Neighbors(
-        np.where(real, tokens, 0).astype(np.uint16),
-        np.where(real, distances, np.inf).astype(np.float32),
-        np.where(real, patch_ids, -1),
-        count.astype(np.int64),
-        np.where(real, 1 if copies is None else copies, 0).astype(np.int64),
-        real.astype(np.float32),
-        np.zeros(real.shape, np.uint8),
-    )
+def _columns_within(count: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.bool_]:
+    """For each of N queries the first `count` of `width` columns, bool [N, width]."""
+    within: npt.NDArray[np.bool_] = np.arange(width) < count[:, None]
+    return within
 
 
 class SearchEngine(Protocol):
@@ -77,7 +122,7 @@ class SearchEngine(Protocol):
 
 @dataclass(frozen=True)
 class EntryPart:
-    """What is known of the entries of one part, in its order; see `arrag_runtime.format.inverted_lists`."""
+    """What is known of the entries of one part, in its order, as `ListPart` names it."""
 
     next_tokens: npt.NDArray[np.uint16]
     patch_ids: Ids
@@ -89,7 +134,7 @@ class EntryPart:
 class EntryTable:
     """The entries of an index by place: next token, patch id, and the ids of identical ones."""
 
-    def __init__(self, parts: Sequence[EntryPart]) -> None:
+    def __init__(self, parts: Sequence[EntryPart | ListPart]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part.next_tokens) for part in parts])
         self.has_copies = any(len(part.copies_at) for part in parts)

@@ -1,8 +1,8 @@
 """An index on disk, opened and searched.
 
-In: search vectors or keys, one a row. Out: `Neighbors`: for each query its nearest entries, nearest
-first, with their next tokens, distances and patch ids. Padding is never returned as a result, nor is
-what was removed from the database, whichever process removed it.
+In: search vectors or keys, one per row. Out: `Neighbors`: for each query its nearest entries,
+nearest first, with their next tokens, distances and patch ids. Padding is never returned as a
+result, nor is what was removed from the database, whichever process removed it.
 """
 
 from collections.abc import Sequence
@@ -16,26 +16,28 @@ import numpy.typing as npt
 from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
-from arrag_runtime.format.location import exists, join, local_folder, modified, names
+from arrag_runtime.format.location import exists, join, local_folder, modified, names_in
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from arrag_runtime.format.specs import Floats, key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch, require_faiss
 from arrag_runtime.search.faiss_search import FaissSearch, open_entries
-from arrag_runtime.search.neighbors import EntryPart, EntryTable, Neighbors, SearchEngine, neighbors
+from arrag_runtime.search.neighbors import EntryTable, Neighbors, SearchEngine
 from arrag_runtime.search.tombstones import Tombstones
 
-SPARE, GROWTH = 64, 4
-"""Where results may be hidden, so many more are fetched at first, and so many times as many again."""
+_SPARE, _GROWTH = 64, 4
+"""Where results may be hidden, so many more are fetched at first, then so many times as many."""
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What a search must not return. Pictures: `exclude` int64 [N, M] a query's own, -1 for none;
-    those that `tombstones` hide; and, where `keep` (int64, ascending) is given, all others."""
+class _Hidden:
+    """The pictures that a search must not return."""
 
     exclude: Ids | None
+    """int64 [N, M], those of each query, -1 for none."""
     tombstones: Tombstones | None
+    """Those that were removed."""
     keep: Ids | None
+    """int64, ascending: all others than these; None for no others."""
 
     @property
     def nothing(self) -> bool:
@@ -43,10 +45,10 @@ class Hidden:
         removed = self.tombstones is not None and len(self.tombstones.ids) > 0
         return self.exclude is None and self.keep is None and not removed
 
-    def rows(self, rows: Ids) -> "Hidden":
+    def rows(self, rows: Ids) -> "_Hidden":
         """The same for some of the queries."""
         exclude = None if self.exclude is None else self.exclude[rows]
-        return Hidden(exclude, self.tombstones, self.keep)
+        return _Hidden(exclude, self.tombstones, self.keep)
 
     def shows(self, query: int | slice, patch_ids: Ids) -> npt.NDArray[np.bool_]:
         """Which of these patches [N, K] (or [K] of one query) may be returned."""
@@ -151,17 +153,17 @@ class PatchIndex:
         """`search` for search vectors float32 [N, n · d], already in the index's units."""
         if k < 1:
             raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
-        count = len(vectors)
+        queries = len(vectors)
         if exclude is not None:
-            exclude = exclude.reshape(count, -1)
+            exclude = exclude.reshape(queries, -1)
         if self._tombstones is not None:
             self._tombstones.refresh()
-        hidden = Hidden(exclude, self._tombstones, keep)
+        hidden = _Hidden(exclude, self._tombstones, keep)
         wide = np.ascontiguousarray(vectors, np.float32)
-        fetched = k if hidden.nothing else k + SPARE
-        places, distances = np.full((count, k), -1), np.full((count, k), np.inf, np.float32)
-        ids, copies = np.full((count, k), -1), np.zeros((count, k), np.int64)
-        waiting = np.arange(count)
+        fetched = k if hidden.nothing else k + _SPARE
+        places, distances = np.full((queries, k), -1), np.full((queries, k), np.inf, np.float32)
+        ids, copies = np.full((queries, k), -1), np.zeros((queries, k), np.int64)
+        waiting = np.arange(queries)
         while len(waiting):
             fetched = min(fetched, max(self._engine.entries, 1))
             near, at = self._engine.search(wide[waiting], fetched)
@@ -178,13 +180,14 @@ class PatchIndex:
             enough = np.count_nonzero(stands_for, axis=1) >= k
             exhausted = (at[:, -1] < 0) | (fetched >= self._engine.entries)
             waiting = waiting[~(enough | exhausted)]
-            fetched *= GROWTH
+            fetched *= _GROWTH
         real = copies > 0
         tokens = np.zeros(places.shape, np.uint16)
         tokens[real] = self._entries.tokens(places[real])
-        return neighbors(tokens, distances, ids, real.sum(axis=1), copies)
+        count = real.sum(axis=1)
+        return Neighbors.of(tokens, distances, ids, count, copies=copies, places=places)
 
-    def _visible(self, places: Ids, hidden: Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
+    def _visible(self, places: Ids, hidden: _Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
         """The patch ids [N, K] at these places, and how many visible keys each stands for."""
         real = places >= 0
         safe = np.where(real, places, 0)
@@ -213,16 +216,11 @@ def open_engine(
         return FaissSearch.open(folder), EntryTable([open_entries(folder)])
     layout = CodeLayout(manifest.keys, codes, manifest.weights)
     engine = CodebookSearch(folder, layout, manifest.parts)
-    return engine, EntryTable(
-        [
-            EntryPart(p.next_tokens, p.patch_ids, p.copies_at, p.copies_start, p.copies_ids)
-            for p in engine.parts
-        ]
-    )
+    return engine, EntryTable(engine.parts)
 
 
 def newest_index(layout: Layout) -> str:
-    """The folder of the index built last. Raises BadInputError where there is none, or no database."""
+    """The folder of the index built last. Raises BadInputError where there is none."""
     folders = index_folders(layout)
     if not folders:
         if not exists(layout.root):
@@ -236,5 +234,5 @@ def newest_index(layout: Layout) -> str:
 
 def index_folders(layout: Layout) -> Sequence[str]:
     """The folders of complete indexes, by name."""
-    folders = (layout.index(name) for name in names(layout.indexes) if name[0] != ".")
+    folders = (layout.index(name) for name in names_in(layout.indexes) if name[0] != ".")
     return [folder for folder in folders if exists(join(folder, "manifest.json"))]

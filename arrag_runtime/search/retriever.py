@@ -32,8 +32,8 @@ class Retriever:
     ) -> "Retriever":
         """A retriever over the indexes of one or several databases, searched as one.
 
-        K = 2,048 is DAiD's (AR-RAG, section 3.2). index: by default each database's newest; weights:
-        what a database's entries count for, 1 each by default.
+        K = 2,048 is DAiD's (AR-RAG, section 3.2). index: by default each database's newest;
+        weights: what a database's entries count for, 1 each by default.
         """
         opened = [PatchIndex.open(database, index) for database in databases]
         return Retriever(IndexGroup(opened, weights), k)
@@ -41,7 +41,7 @@ class Retriever:
     def at(
         self, grids: npt.NDArray[Any], row: int, col: int, *, exclude: Ids | None = None
     ) -> Neighbors | None:
-        """The neighbours for (row, col) of grids uint16 [B, h, w], one query a grid.
+        """The neighbours for (row, col) of grids uint16 [B, h, w], one query per grid.
 
         With a causal neighbourhood only tokens before the position are read. exclude: see
         `PatchIndex.search`. None where the position has no full neighbourhood (`border = skip`).

@@ -23,6 +23,7 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 
+from arrag_runtime.device import require_device
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.ids import require_grid_fits
 from arrag_runtime.format.neighborhood import MISSING
@@ -85,11 +86,7 @@ class VQTokenizer:
             raise BadInputError(
                 f"unknown precision '{chosen}'; choose one of {', '.join(PRECISIONS)}"
             )
-        if device != "cpu" and not torch.cuda.is_available():
-            raise BadInputError(
-                f"device '{device}' is not available (torch {torch.__version__} sees no GPU);"
-                " use --gpus 0, or install a CUDA build of torch"
-            )
+        require_device(device, "--gpus 0")
         self._device = torch.device(device)
         self.precision = chosen
         # bfloat16 in channels_last is several times as fast on a CPU, too (docs/log.md).

@@ -22,6 +22,7 @@ import torch
 from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.compatibility import require_same_grids
 from arrag_runtime.backends.janus import JanusBackend
+from arrag_runtime.device import require_device
 from arrag_runtime.faid.attach import K
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples, TrainingSet
@@ -250,11 +251,7 @@ def _accelerator(settings: TrainSettings) -> Any:
             "training needs peft and accelerate, which are not installed; `pip install"
             " 'arrag[train]'`"
         ) from error
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise BadInputError(
-            f"device 'cuda' is not available (torch {torch.__version__} sees no GPU); use --device"
-            " cpu, or install a CUDA build of torch"
-        )
+    require_device(settings.device, "--device cpu")
     # The training model chooses the precision of its forward pass itself.
     return Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
 

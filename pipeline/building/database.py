@@ -5,7 +5,7 @@ from pathlib import Path
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import require_grid_fits
-from arrag_runtime.format.location import exists, in_store, names
+from arrag_runtime.format.location import exists, in_store, names_in
 from arrag_runtime.format.manifest import (
     PRECISIONS,
     DatabaseManifest,
@@ -117,7 +117,7 @@ def _require_room(layout: Layout) -> None:
         p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects, layout.removed)
     }
     ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.leases, layout.codebook))}
-    others = [name for name in names(layout.root) if name not in ours and name[0] != "."]
+    others = [name for name in names_in(layout.root) if name not in ours and name[0] != "."]
     if others:
         raise BadInputError(
             f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"

@@ -16,9 +16,10 @@ from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.patches import PatchTable, TablePart
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.neighbors import Neighbors
 from pipeline.resources.ray_session import cluster_cores, ray_cluster, run_tasks
 from schemas.settings.resources import RayResources
-from stages.measure.exact_search import Nearest, Queries, exact_search, merge_nearest
+from stages.measure.exact_search import Queries, exact_search, merge_nearest
 
 _LONG = 60.0
 """Seconds from which a search is announced."""
@@ -44,7 +45,7 @@ def exact_neighbors(
     resources: RayResources | None = None,
     announce: _Announce = lambda _cost: None,
     progress: _Progress = lambda _done, _total: None,
-) -> Nearest:
+) -> Neighbors:
     """The k nearest entries of every query, by the means that suit the table's size.
 
     See `exact_search` for weights, skip and left_out. resources: where tasks run; None keeps all
@@ -109,13 +110,13 @@ def search_on_ray(
     left_out: Ids | None = None,
     rows_a_task: int = _ROWS_PER_TASK,
     progress: _Progress = lambda _done, _total: None,
-) -> Nearest:
+) -> Neighbors:
     """`exact_search` over the whole table by tasks of a Ray session that runs."""
     parts = table.parts(rows_a_task)
     if not parts:
         return exact_search([], codes, queries, k, weights=weights)
     shared = ray.put((table.path, table.version, codes, queries, k, weights, skip, left_out))
-    best: Nearest | None = None
+    best: Neighbors | None = None
     done = 0
     for part, found in run_tasks(_search_part, parts, shared):
         # Arrays from Ray's store are read-only views of it; merging copies them out.
@@ -126,7 +127,7 @@ def search_on_ray(
     return best
 
 
-def _search_part(part: TablePart, shared: tuple[Any, ...]) -> Nearest:
+def _search_part(part: TablePart, shared: tuple[Any, ...]) -> Neighbors:
     """One task: the nearest entries among one part's rows."""
     path, version, codes, queries, k, weights, skip, left_out = shared
     table = PatchTable(path, version)

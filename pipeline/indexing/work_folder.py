@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from arrag_runtime.format.ids import Ids
-from arrag_runtime.format.location import building_folder, put_folder, remove
+from arrag_runtime.format.location import building_folder, delete_place, put_folder
 from arrag_runtime.format.manifest import LEFT_OUT_FILE, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable
 from pipeline.indexing.growth import decisive_settings
@@ -83,5 +83,5 @@ def link_files(source: Path, target: Path, names: Sequence[str]) -> None:
 def put_index(place: str, work: Path) -> None:
     """Put a finished index in place of an older one of its name."""
     for left in (path for pattern in _ON_THE_WAY for path in work.glob(pattern)):
-        remove(str(left))
+        delete_place(str(left))
     put_folder(work, place)

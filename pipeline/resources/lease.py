@@ -34,12 +34,12 @@ from typing import IO
 
 from arrag_runtime.format.errors import BadInputError, DatabaseBusyError, LeaseLostError
 from arrag_runtime.format.location import (
+    delete_place,
     in_store,
     join,
     make_folder,
-    names,
+    names_in,
     read_bytes,
-    remove,
     write_bytes,
 )
 from arrag_runtime.format.manifest import Layout
@@ -122,7 +122,7 @@ class Lease:
                 self._write(replace(self._record, released=True))
             for number in _numbers(self._layout):
                 if number < self._number:
-                    remove(_record_place(self._layout, number))
+                    delete_place(_record_place(self._layout, number))
         except OSError as error:
             _log.warning("the lease could not be released and will run out: %s", error)
 
@@ -165,9 +165,9 @@ def lease(layout: Layout, command: str, beat: Beat = BEAT) -> Iterator[Lease]:
             yield held
         finally:
             held.release()
-            if names(layout.root) == [layout.leases.rpartition("/")[2]]:
+            if names_in(layout.root) == [layout.leases.rpartition("/")[2]]:
                 # Nothing came of it: leave no empty folder behind.
-                remove(layout.leases)
+                delete_place(layout.leases)
                 if not in_store(layout.root):
                     Path(layout.root).rmdir()
 
@@ -279,7 +279,7 @@ def _record_place(layout: Layout, number: int) -> str:
 
 
 def _numbers(layout: Layout) -> list[int]:
-    found = (name.removesuffix(".json") for name in names(layout.leases))
+    found = (name.removesuffix(".json") for name in names_in(layout.leases))
     return [int(name) for name in found if name.isdigit()]
 
 

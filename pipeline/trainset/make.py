@@ -19,21 +19,21 @@ from arrag_runtime.format.errors import ArragError, BadInputError, IncompatibleE
 from arrag_runtime.format.ids import ROW_BITS, Ids, contains, shard_number
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.location import (
+    delete_place,
     exists,
     join,
     make_folder,
-    names,
-    normalised,
+    names_in,
     read_bytes,
-    remove,
+    resolved_place,
     write_bytes,
 )
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook, write_codebook
 from arrag_runtime.format.training_set import (
-    CODEBOOK,
-    MANIFEST,
-    ROWS,
     SETTINGS,
+    TRAINSET_CODEBOOK,
+    TRAINSET_MANIFEST,
+    TRAINSET_ROWS,
     TrainsetManifest,
     trainset_schema,
 )
@@ -124,7 +124,7 @@ def make_trainset(
     """
     layout = Layout(settings.database)
     database = DatabaseManifest.read(layout)
-    folder = normalised(settings.out or join(layout.root, "trainset"))
+    folder = resolved_place(settings.out or join(layout.root, "trainset"))
     with lease(layout, "arrag-db trainset") as held:
         index = PatchIndex.open(layout.root, settings.index)
         removed = Tombstones(layout).ids
@@ -135,11 +135,11 @@ def make_trainset(
         if rows is None:
             make_folder(folder)
             write_codebook(Layout(folder), read_codebook(layout))
-            rows = RowTable.create(join(folder, ROWS), trainset_schema(wanted))
+            rows = RowTable.create(join(folder, TRAINSET_ROWS), trainset_schema(wanted))
         worker = TrainsetWorker(
             layout.root,
             index.manifest.name,
-            join(folder, ROWS),
+            join(folder, TRAINSET_ROWS),
             wanted,
             settings.source and absolute(settings.source),
             settings.tokenizer_weights,
@@ -148,7 +148,7 @@ def make_trainset(
         added = 0
         if tasks:
             # Until everything wanted is there, the folder holds no complete set.
-            remove(join(folder, MANIFEST))
+            delete_place(join(folder, TRAINSET_MANIFEST))
             with ray_cluster(settings.resources):
                 for number, written in enumerate(_run(tasks, worker, settings.resources)):
                     held.check()
@@ -163,7 +163,7 @@ def make_trainset(
             )
         finished = replace(wanted, images=count)
         held.check()
-        write_bytes(join(folder, MANIFEST), (finished.to_json() + "\n").encode())
+        write_bytes(join(folder, TRAINSET_MANIFEST), (finished.to_json() + "\n").encode())
     return TrainsetReport(folder, finished, count, added, captionless)
 
 
@@ -206,9 +206,11 @@ def _open_rows(folder: str, wanted: TrainsetManifest, removed: Ids) -> RowTable 
 
     Raises where it was made otherwise than wanted, or holds pictures that were removed since.
     """
-    rows = RowTable.open(join(folder, ROWS))
+    rows = RowTable.open(join(folder, TRAINSET_ROWS))
     if rows is None:
-        others = sorted(set(names(folder)) - {CODEBOOK, MANIFEST, ROWS})
+        others = sorted(
+            set(names_in(folder)) - {TRAINSET_CODEBOOK, TRAINSET_MANIFEST, TRAINSET_ROWS}
+        )
         if others:
             raise BadInputError(
                 f"{folder} is no training set and not empty (it holds {others[0]}); name an empty"
@@ -303,13 +305,13 @@ EXPORT_ROWS = 512
 
 def export_trainset(folder: str | Path, path: Path) -> None:
     """Write a training set as one Arrow file, rows by image id, to train where Lance is not."""
-    place = normalised(folder)
-    rows = RowTable.open(join(place, ROWS))
-    if rows is None or not exists(join(place, MANIFEST)):
+    place = resolved_place(folder)
+    rows = RowTable.open(join(place, TRAINSET_ROWS))
+    if rows is None or not exists(join(place, TRAINSET_MANIFEST)):
         raise BadInputError(f"{folder} holds no complete training set; make it first")
     metadata = {
-        MANIFEST.encode(): read_bytes(join(place, MANIFEST)),
-        CODEBOOK.encode(): read_bytes(join(place, CODEBOOK)),
+        TRAINSET_MANIFEST.encode(): read_bytes(join(place, TRAINSET_MANIFEST)),
+        TRAINSET_CODEBOOK.encode(): read_bytes(join(place, TRAINSET_CODEBOOK)),
     }
     schema = rows.schema.with_metadata(metadata)
     order = np.argsort(rows.column("image_id").to_numpy(), kind="stable")

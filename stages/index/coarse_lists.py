@@ -1,9 +1,9 @@
 """The coarse lists of a codebook index: how many, where their centroids lie, which one a key is in.
 
-k-means is the only thing that a codebook index has to learn. With many lists it is done in two levels
-(clusters of the sample, then lists within each cluster), and a key finds its list through a small
-index over the centroids, so that both cost about keys · √lists instead of keys · lists. A search looks
-at the centroids exactly, or through a graph when they are very many.
+k-means is the only thing that a codebook index has to learn. With many lists it is done in two
+levels (clusters of the sample, then lists within each cluster), and a key finds its list through a
+small index over the centroids, so that both cost about keys · √lists instead of keys · lists. A
+search looks at the centroids exactly, or through a graph when they are very many.
 """
 
 import math
@@ -18,14 +18,14 @@ import numpy.typing as npt
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.specs import Floats
 
-TWO_LEVELS_FROM = 4096
-GRAPH_FROM = 65_537
+_TWO_LEVELS_FROM = 4096
+_GRAPH_FROM = 65_537
 """With this many lists or more a search finds the nearest ones through a graph."""
 POINTS_PER_LIST = 64
-ROUNDS = 10
-BLOCK = 131_072
+_ROUNDS = 10
+_BLOCK = 131_072
 """Vectors of a sample that are made at a time."""
-GROUPS_SEARCHED = 4
+_GROUPS_SEARCHED = 4
 """Groups of centroids in which a key looks for its own; the nearest is missed once in hundreds."""
 
 
@@ -42,11 +42,11 @@ def train_centroids(
     search vectors float32 [M, D] of some of it, so that millions of keys need not all be vectors at
     once; without it the sample is float32 [N, D].
     """
-    if lists < TWO_LEVELS_FROM:
+    if lists < _TWO_LEVELS_FROM:
         return _kmeans(vectors_of(sample), lists, seed)
     groups = round(math.sqrt(lists))
     upper = _kmeans(vectors_of(sample[: groups * 256]), groups, seed)
-    blocks = (sample[start : start + BLOCK] for start in range(0, len(sample), BLOCK))
+    blocks = (sample[start : start + _BLOCK] for start in range(0, len(sample), _BLOCK))
     group_of = np.concatenate([nearest(upper, vectors_of(block)) for block in blocks])
     sizes = np.bincount(group_of, minlength=groups)
     shares = _apportion(sizes, lists)
@@ -70,8 +70,9 @@ def _apportion(sizes: Ids, lists: int) -> Ids:
 
 def _kmeans(vectors: Floats, count: int, seed: int) -> Floats:
     kmeans = faiss.Kmeans(
-        *(vectors.shape[1], count),
-        niter=ROUNDS,
+        vectors.shape[1],
+        count,
+        niter=_ROUNDS,
         seed=seed + 1,
         min_points_per_centroid=1,
         max_points_per_centroid=1 << 20,
@@ -82,9 +83,7 @@ def _kmeans(vectors: Floats, count: int, seed: int) -> Floats:
 
 def nearest(centroids: Floats, vectors: Floats) -> Ids:
     """The exactly nearest centroid of each vector, int64 [N]."""
-    flat = faiss.IndexFlatL2(centroids.shape[1])
-    flat.add(np.ascontiguousarray(centroids))
-    lists: Ids = flat.search(np.ascontiguousarray(vectors), 1)[1][:, 0]
+    lists: Ids = faiss.knn(vectors, centroids, 1)[1][:, 0]
     return lists
 
 
@@ -93,7 +92,7 @@ class ListFinder:
 
     def __init__(self, centroids: Floats, *, seed: int = 0) -> None:
         self._centroids = np.ascontiguousarray(centroids)
-        self._grouped = len(centroids) >= TWO_LEVELS_FROM
+        self._grouped = len(centroids) >= _TWO_LEVELS_FROM
         if self._grouped:
             self._upper = _kmeans(centroids, round(math.sqrt(len(centroids))), seed)
             group_of = nearest(self._upper, centroids)
@@ -104,7 +103,7 @@ class ListFinder:
         """The list of each search vector float32 [N, D], int64 [N]."""
         if not self._grouped:
             return nearest(self._centroids, vectors)
-        wanted = min(GROUPS_SEARCHED, len(self._upper))
+        wanted = min(_GROUPS_SEARCHED, len(self._upper))
         groups = faiss.knn(vectors, self._upper, wanted)[1].astype(np.uint16)
         best = np.full(len(vectors), np.inf, np.float32)
         lists = np.zeros(len(vectors), np.int64)
@@ -126,7 +125,7 @@ class ListFinder:
 
 def write_graph(centroids: Floats, path: Path) -> None:
     """Write the graph over the centroids where there are so many that a search needs one."""
-    if len(centroids) < GRAPH_FROM:
+    if len(centroids) < _GRAPH_FROM:
         return
     graph = faiss.IndexHNSWFlat(centroids.shape[1], 32)
     graph.hnsw.efConstruction = 100

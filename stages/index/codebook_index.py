@@ -1,7 +1,8 @@
 """The steps of building a codebook index: train the lists, fill parts, merge them.
 
 Each step writes one file or folder that appears complete or not at all, so a killed build goes on
-with the first that is missing. Steps of one kind are independent of each other and may run anywhere.
+with the first that is missing. Steps of one kind are independent of each other and may run
+anywhere.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from schemas.settings.index import IndexSettings, choose_lists, size_in_bytes
 from stages.index.coarse_lists import POINTS_PER_LIST, ListFinder, train_centroids, write_graph
 from stages.index.fill_lists import HELD_A_KEY, MERGE_ENTRIES, fill_part, merge_parts
 
-FIXED_BYTES = 400 << 20
+_FIXED_BYTES = 400 << 20
 """What a worker takes with the libraries and one block, whatever the part."""
-TRAINED_ON_AT_MOST = 16_000_000
+_TRAINED_ON_AT_MOST = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,33 @@ class FillStep:
     """Fill one part: rows of a table at a pinned version into `folder`, grouped by list."""
 
     table: str
+    """The place of the patches table."""
     version: int
     rows: TablePart
     centroids: str
+    """The file of the trained centroids."""
     folder: str
+    """Where the part is to stand."""
     layout: CodeLayout
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """Merge parts into `folder`, of lists first..last-1, in canonical order."""
+    """Merge parts into `folder`, in canonical order."""
 
     parts: tuple[str, ...]
+    """The folders of the parts."""
     folder: str
+    """Where the merged part is to stand."""
     first: int
+    """The first list that is taken."""
     last: int
+    """One past the last list that is taken."""
     layout: CodeLayout
     max_copies: int
+    """Identical entries beyond this many are stored once."""
     left_out: str | None
+    """A file of the ids of pictures whose entries are not taken."""
 
 
 def run_step(step: FillStep | MergeStep) -> str:
@@ -60,10 +70,8 @@ def run_step(step: FillStep | MergeStep) -> str:
         centroids: Floats = np.load(step.centroids)
         table = PatchTable(step.table, step.version)
         blocks = table.blocks(part=step.rows)
-        finder = ListFinder(centroids)
-        fill_part(
-            *(folder, blocks, finder, step.layout), lists=len(centroids), keys=step.rows.count
-        )
+        finder, lists = ListFinder(centroids), len(centroids)
+        fill_part(folder, blocks, finder, step.layout, lists=lists, keys=step.rows.count)
     else:
         merge_parts(
             folder,
@@ -94,7 +102,7 @@ def train_lists(
         raise BadInputError(
             f"--lists {lists} is more than the table has keys ({table.count}); pass fewer"
         )
-    wanted = min(lists * POINTS_PER_LIST, TRAINED_ON_AT_MOST)
+    wanted = min(lists * POINTS_PER_LIST, _TRAINED_ON_AT_MOST)
     sample = table.sample_keys(wanted, seed=settings.seed)
     np.random.default_rng(settings.seed).shuffle(sample)
     centroids = train_centroids(
@@ -112,11 +120,11 @@ def train_lists(
 
 
 def part_rows(settings: IndexSettings) -> int:
-    """Rows that one worker may hold within its memory. Raises BadInputError when that is too little."""
+    """Rows that one worker may hold in its memory. Raises BadInputError if it is too little."""
     memory = size_in_bytes("--worker-memory", settings.worker_memory)
-    rows = (memory - FIXED_BYTES) // HELD_A_KEY
+    rows = (memory - _FIXED_BYTES) // HELD_A_KEY
     if rows < MERGE_ENTRIES // 2:
-        needed = (FIXED_BYTES + HELD_A_KEY * MERGE_ENTRIES // 2) / 10**9
+        needed = (_FIXED_BYTES + HELD_A_KEY * MERGE_ENTRIES // 2) / 10**9
         raise BadInputError(
             f"--worker-memory {settings.worker_memory} is too little to fill lists in; give at least"
             f" {needed:.1f}GB"
@@ -132,7 +140,7 @@ def merge_steps(
     left_out: Path | None,
     entries: int,
 ) -> list[MergeStep]:
-    """The steps that merge parts: one for them all, or, where these are large, one a range of lists."""
+    """The steps that merge parts: one, or where these are large, one for each range of lists."""
     sizes = sum(np.diff(ListPart.open(Path(part), layout.size).starts) for part in parts)
     ends = np.cumsum(sizes)
     total = int(ends[-1])
@@ -141,13 +149,13 @@ def merge_steps(
     bounds: Ids = np.unique(np.concatenate([[0], cuts, [len(ends)]]))
     return [
         MergeStep(
-            parts,
-            str(folder / f"slice-{number:05}"),
-            int(first),
-            int(last),
-            layout,
-            settings.max_copies,
-            None if left_out is None else str(left_out),
+            parts=parts,
+            folder=str(folder / f"slice-{number:05}"),
+            first=int(first),
+            last=int(last),
+            layout=layout,
+            max_copies=settings.max_copies,
+            left_out=None if left_out is None else str(left_out),
         )
         for number, (first, last) in enumerate(pairwise(bounds))
     ]

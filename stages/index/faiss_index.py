@@ -1,8 +1,8 @@
 """Patches table to a flat or ivfpq index: trained on a uniform sample, filled from a stream.
 
-The only user of autofaiss: its advisers say whether memory suffices before anything runs, it trains
-and scores the index on the sample. Filling streams blocks from a table scan,
-so memory grows with the index alone and not with the table.
+The only user of autofaiss: its advisers say whether memory suffices before anything runs, and it
+trains and scores the index on the sample. Filling streams blocks from a table scan, so memory grows
+with the index alone and not with the table.
 """
 
 import contextlib
@@ -22,29 +22,36 @@ from autofaiss.external.build import estimate_memory_required_for_index_creation
 from autofaiss.external.metadata import IndexMetadata
 from autofaiss.utils.cast import cast_bytes_to_memory_string
 
+from arrag_runtime.device import available_memory
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import Floats, key_vectors
+from arrag_runtime.search.faiss_search import has_gpu, inner_ivf
 from schemas.settings.index import FEWEST_POINTS, IndexSettings, choose_ivfpq_lists, size_in_bytes
 
-TRAINING_POINTS_PER_LIST = 100
+_TRAINING_POINTS_PER_LIST = 100
 """The released AR-RAG index was trained on this many."""
 
 
 @dataclass(frozen=True)
 class FilledIndex:
-    """A filled index, not yet measured. `metrics` are autofaiss' own scores on the sample."""
+    """A filled index, not yet measured."""
 
     index: Any
+    """faiss' own."""
     kind: str
+    """One of "flat" and "ivfpq"."""
     index_key: str
+    """faiss' factory string."""
     trained_on: int
+    """How many keys."""
     metrics: dict[str, Any]
+    """autofaiss' own scores on the sample."""
 
 
-def default_index_key(keys: int, dimension: int) -> str:
+def _default_index_key(keys: int, dimension: int) -> str:
     """The released layout with about 4·√keys lists, at least 39 training points each."""
     rotated = min(32, dimension - dimension % 8)
     return f"OPQ8_{rotated},IVF{choose_ivfpq_lists(keys)},PQ8x8"
@@ -73,7 +80,7 @@ def train_and_fill(
         _require_memory(table.count * dimension * 4, settings, key)
         index = faiss.IndexFlatL2(dimension)
     else:
-        key = settings.index_key or default_index_key(table.count, dimension)
+        key = settings.index_key or _default_index_key(table.count, dimension)
         index, trained_on, metrics = _train(table, codes, dimension, key, settings)
     index = _fill(index, table, codes, folder, left_out, progress)
     faiss.write_index(index, str(folder / INDEX_FILE))
@@ -85,14 +92,15 @@ def _train(
 ) -> tuple[Any, int, dict[str, Any]]:
     """A trained, empty index; how many keys it was trained on; autofaiss' scores on them."""
     lists = int(match[1]) if (match := re.search(r"IVF(\d+)", key)) else 1
-    wanted = max(lists * TRAINING_POINTS_PER_LIST, 256 * TRAINING_POINTS_PER_LIST)
+    wanted = max(lists * _TRAINING_POINTS_PER_LIST, 256 * _TRAINING_POINTS_PER_LIST)
     needed = max(256 if "PQ" in key else 1, lists * FEWEST_POINTS)
     if table.count < needed:
         raise BadInputError(
             f"{key} wants at least {needed} keys to train on and the table has {table.count};"
             " use --kind flat, or an --index-key with fewer lists"
         )
-    memory = _available_bytes()
+    # Where the system does not say what is free, as much as the index may take.
+    memory = available_memory("cpu") or size_in_bytes("--memory", settings.memory)
     empty = _make(key, dimension, table.count)
     _require_nprobe(empty, settings)
     _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
@@ -107,7 +115,7 @@ def _train(
     sample = table.sample(wanted, seed=settings.seed)
     vectors = key_vectors(sample.keys, codes)
     np.random.default_rng(settings.seed).shuffle(vectors)
-    # autofaiss draws a bar a step; the caller shows its own.
+    # autofaiss draws a bar per step; the caller shows its own.
     with _ErrorLines() as errors, contextlib.redirect_stderr(io.StringIO()):
         try:
             index, metrics = autofaiss_build_index(
@@ -148,7 +156,7 @@ def _fill(
     tokens: list[npt.NDArray[np.uint16]] = []
     done = 0
     filled, resources = index, None
-    if has_gpu() and _inner_ivf(index) is not None:
+    if has_gpu() and inner_ivf(index) is not None:
         resources = faiss.StandardGpuResources()
         filled = faiss.index_cpu_to_gpu(resources, 0, index)
     for block in table.blocks():
@@ -163,11 +171,6 @@ def _fill(
     return index if resources is None else faiss.index_gpu_to_cpu(filled)
 
 
-def has_gpu() -> bool:
-    """Whether the faiss installed here can use a GPU and sees one."""
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-
-
 def _make(key: str, dimension: int, keys: int) -> Any:
     """An empty index. Raises BadInputError for a factory string that faiss does not take."""
     try:
@@ -176,30 +179,22 @@ def _make(key: str, dimension: int, keys: int) -> Any:
         reason = str(error).rsplit(": ", 1)[-1].strip()
         raise BadInputError(
             f"faiss cannot make an index '{key}' of {dimension} dimensions ({reason}); give a"
-            f" factory string such as {default_index_key(keys, dimension)}"
+            f" factory string such as {_default_index_key(keys, dimension)}"
         ) from error
 
 
 def _estimated_size(key: str, keys: int, dimension: int, empty: Any) -> int:
     """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
     estimated = int(IndexMetadata(key, keys, dimension, False).estimated_index_size_in_bytes())
-    # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id a key.
+    # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id per key.
     return estimated if estimated >= 0 else keys * (empty.sa_code_size() + 8)
 
 
 def _require_nprobe(index: Any, settings: IndexSettings) -> None:
-    ivf = _inner_ivf(index)
+    ivf = inner_ivf(index)
     lists = 0 if ivf is None else ivf.nlist
     if settings.nprobe is not None and not 1 <= settings.nprobe <= lists:
         raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{lists} lists")
-
-
-def _inner_ivf(index: Any) -> Any:
-    """The IVF inside an index and its pre-transforms, where nprobe takes effect; or None."""
-    try:
-        return faiss.extract_index_ivf(index)
-    except RuntimeError:
-        return None
 
 
 def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
@@ -209,12 +204,6 @@ def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
             f"an index {key} takes about {cast_bytes_to_memory_string(size)} of memory, more than"
             f" --memory {settings.memory}; allow more, or choose --kind ivfpq"
         )
-
-
-def _available_bytes() -> int:
-    """Memory that can be taken without swapping, in bytes."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 class _ErrorLines(logging.Handler):

@@ -1,10 +1,10 @@
 """Filling the lists of a codebook index: blocks of keys → parts → one part in canonical order.
 
 A part that is being filled has its entries list by list and no more. Merging takes any number of
-parts and writes one in which every list is in order of code, next token and patch id, so that the same
-keys give the same bytes however they were cut into parts. Identical entries (same key, same next
-token) beyond `max_copies` are stored once and keep all their ids. faiss never encodes anything: the
-tokens are the codes.
+parts and writes one in which every list is in order of code, next token and patch id, so that the
+same keys give the same bytes however they were cut into parts. Identical entries (same key, same
+next token) beyond `max_copies` are stored once and keep all their ids. faiss never encodes
+anything: the tokens are the codes.
 
 In memory at once: the packed entries of a part when filling, one group of lists when merging.
 """
@@ -27,7 +27,7 @@ Finder = Callable[[Floats], Ids]
 MERGE_ENTRIES = 1 << 20
 """Entries merged at a time: about 50 MB with everything that sorting them takes."""
 HELD_A_KEY = 48
-"""Bytes that filling takes a key of a part: list, code, next token, id, and the order of the lists."""
+"""Bytes that filling takes per key of a part: list, code, next token, id and the lists' order."""
 
 
 def fill_part(
@@ -39,10 +39,10 @@ def fill_part(
     lists: int,
     keys: int,
 ) -> None:
-    """Write the keys of these blocks as a part, grouped by list, in the order they came within each.
+    """Write the keys of these blocks as a part: list by list, in each as they came.
 
-    keys: how many there are (or more); packed they are held in memory, at `HELD_A_KEY` bytes each. The part
-    appears complete or not at all.
+    keys: how many there are (or more); packed they are held in memory, at `HELD_A_KEY` bytes each.
+    The part appears complete or not at all.
     """
     held = Entries(
         np.empty(keys, np.uint16 if lists <= 1 << 16 else np.int32),
@@ -75,8 +75,8 @@ def merge_parts(
 ) -> None:
     """Write all entries of these parts as one part in canonical order.
 
-    left_out: int64, ascending; the entries of these pictures are not taken. lists: first and one past
-    the last list to take, for a merge that is cut up; all by default.
+    left_out: int64, ascending; the entries of these pictures are not taken. lists: first and one
+    past the last list to take, for a merge that is cut up; all by default.
     """
     total = len(parts[0].starts) - 1
     first, last = lists or (0, total)
@@ -119,7 +119,7 @@ def collapse(ordered: Entries, max_copies: int) -> tuple[Entries, Ids, Ids]:
 
 
 def _in_order(entries: Entries, layout: CodeLayout) -> Entries:
-    """Entries by list, key, next token and id: stable passes from the last criterion to the first."""
+    """Entries by list, key, next token and id, sorted stably from the last criterion on."""
     keys = unpack_keys(entries.codes, layout.keys.neighborhood.size, layout.bits, len(layout.codes))
     order = np.argsort(entries.patch_ids)
     for column in (entries.next_tokens, *keys.T[::-1]):
@@ -129,7 +129,7 @@ def _in_order(entries: Entries, layout: CodeLayout) -> Entries:
 
 
 def _narrow(lists: Ids) -> npt.NDArray[Any]:
-    """Lists as numbers of the same order in sixteen bits, which numpy sorts several times as fast."""
+    """Lists as numbers of 16 bits in the same order, which numpy sorts several times as fast."""
     low = int(lists.min()) if len(lists) else 0
     if not len(lists) or lists.max() - low >= 1 << 16:
         return lists

@@ -1,7 +1,8 @@
 """What an index holds, streamed, and a checksum by which it is compared with its table.
 
-In: the folder of an index. Out: blocks of (patch ids, next tokens, keys), copies written out; keys only
-where the index keeps them whole. The checksum of a set of entries does not depend on their order.
+In: the folder of an index. Out: blocks of (patch ids, next tokens, keys), copies written out; keys
+only where the index keeps them whole. The checksum of a set of entries does not depend on their
+order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.format.codes import CodeLayout, unpack_keys
-from arrag_runtime.format.errors import IncompatibleError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.inverted_lists import ListPart
-from arrag_runtime.format.manifest import IDS_FILE, LEFT_OUT_FILE, TOKENS_FILE, IndexManifest
-from arrag_runtime.format.patches import BLOCK, PatchBlock
+from arrag_runtime.format.manifest import LEFT_OUT_FILE, IndexManifest
+from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.faiss_search import open_entries
 from stages.index.fill_lists import expanded, list_groups
 
-Hashes = npt.NDArray[np.uint64]
+_Hashes = npt.NDArray[np.uint64]
 
 
 def left_out(folder: Path) -> Ids:
@@ -36,18 +37,12 @@ def index_contents(folder: Path, manifest: IndexManifest, codes: Floats) -> Iter
     Raises IncompatibleError where it is damaged.
     """
     if manifest.kind != "codebook":
-        try:
-            ids, tokens = (
-                np.load(folder / name, mmap_mode="r") for name in (IDS_FILE, TOKENS_FILE)
-            )
-        except (OSError, ValueError, EOFError) as error:
-            raise IncompatibleError(
-                f"index {folder} is damaged or incomplete; index again"
-            ) from error
-        for start in range(0, len(ids), BLOCK):
-            here = ids[start : start + BLOCK]
-            none = np.empty((len(here), 0), np.uint16)
-            yield PatchBlock(np.asarray(here), none, np.asarray(tokens[start : start + BLOCK]))
+        held = open_entries(folder)
+        for start in range(0, len(held.patch_ids), BLOCK_ROWS):
+            here = slice(start, start + BLOCK_ROWS)
+            ids = np.asarray(held.patch_ids[here])
+            none = np.empty((len(ids), 0), np.uint16)
+            yield PatchBlock(ids, none, np.asarray(held.next_tokens[here]))
         return
     layout = CodeLayout(manifest.keys, codes, manifest.weights)
     for name in manifest.parts:
@@ -78,7 +73,7 @@ def checksum(blocks: Iterable[PatchBlock], hidden: Ids, *, keys: bool) -> tuple[
     return count, total
 
 
-def _mixed(values: Hashes) -> Hashes:
+def _mixed(values: _Hashes) -> _Hashes:
     """splitmix64, by which every bit of a value moves half of the result's."""
     mixed = values + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

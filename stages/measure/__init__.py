@@ -1,1 +1,4 @@
-"""How good an index is, and what retrieval is worth, against exact search. Read `certificate` first."""
+"""How good an index is, and what retrieval is worth, against exact search.
+
+Read `certificate` first.
+"""

@@ -1,9 +1,9 @@
 """How good an index is, against exact search over the same table, and how many lists that takes.
 
-In: an opened index, queries and their exact nearest entries. Out: a certificate for the manifest: at
-each nprobe that was tried recall@k, how far the retrieved distribution is from the exact one, how much
-farther the results lie, and the time of a query. nprobe is the smallest that reaches the target; where
-none does, the certificate says so.
+In: an opened index, queries and their exact nearest entries. Out: a certificate for the manifest:
+at each nprobe that was tried recall@k, how far the retrieved distribution is from the exact one,
+how much farther the results lie, and the time of a query. nprobe is the smallest that reaches the
+target; where none does, the certificate says so.
 """
 
 import time
@@ -14,20 +14,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from arrag_runtime.daid import TAU, Merge
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.specs import Floats
-from stages.measure.exact_search import NO_IMAGE, Nearest, Queries
-from stages.measure.retrieved_distribution import Answer, Merge, total_variation
+from arrag_runtime.search.neighbors import Neighbors
+from stages.measure.exact_search import NO_IMAGE, Queries
+from stages.measure.retrieved_distribution import total_variation
 
-DEPTHS = (1, 10, 100, 2048)
+_DEPTHS = (1, 10, 100, 2048)
 """recall@k is measured at these k; DAiD retrieves 2,048 (AR-RAG, section 3.2), FAiD 10."""
-TOLERANCE = 1e-5
-"""Distances of unit vectors that are computed in two ways differ by less, relative to their size."""
-PLATEAU = 0.005
-SINGLE_QUERIES = 100
+_TOLERANCE = 1e-5
+"""Distances of unit vectors computed in two ways differ by less, relative to their size."""
+_PLATEAU = 0.005
+_SINGLE_QUERIES = 100
+_MERGE: Merge = "nearest"
+"""How the distributions compared are merged; their temperature is the paper's."""
 
 Depths = dict[str, float]
+"""A figure at each k as text."""
 
 
 class Index(Protocol):
@@ -38,7 +43,9 @@ class Index(Protocol):
     @property
     def lists(self) -> int | None: ...
 
-    def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Answer: ...
+    def search(
+        self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None
+    ) -> Neighbors: ...
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,12 @@ class Target:
     """Recall@k that is wanted."""
 
     recall: float = 0.95
+    """Above 0, up to 1."""
     k: int = 10
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError."""
+        """A target as typed: "0.95" (at 10) or "0.9@2048". Raises BadInputError for others."""
         recall, _, k = text.partition("@")
         try:
             target = Target(float(recall), int(k) if k else 10)
@@ -58,9 +66,9 @@ class Target:
             raise BadInputError(
                 f"target recall '{text}' is no recall; write it like 0.95 or 0.9@2048"
             ) from error
-        if not 0 < target.recall <= 1 or not 1 <= target.k <= DEPTHS[-1]:
+        if not 0 < target.recall <= 1 or not 1 <= target.k <= _DEPTHS[-1]:
             raise BadInputError(
-                f"target recall '{text}' is out of range; recall is 0..1 and k 1..{DEPTHS[-1]}"
+                f"target recall '{text}' is out of range; recall is 0..1 and k 1..{_DEPTHS[-1]}"
             )
         return target
 
@@ -70,37 +78,44 @@ class Target:
 
 @dataclass(frozen=True)
 class Certified:
-    """An index at one nprobe. Keys of the mappings are k as text, since they are stored as JSON.
-
-    recall: the share of answers as near as the k-th exact one, so ties there are hits; lowest_tenth:
-    the 10 % quantile over queries; total_variation: mean over queries, of DAiD's distributions
-    (0 the same, 1 disjoint); distance_ratio: total distance of the first k answers by that of the
-    same number of exact ones; ms_batch: a query of all at once, at the largest k.
-    """
+    """An index at one nprobe. Keys of the mappings are k as text, since they are stored as JSON."""
 
     nprobe: int | None
+    """None for an index without lists."""
     recall: Depths
+    """The share of answers as near as the k-th exact one, so ties there are hits."""
     lowest_tenth: Depths
+    """The 10 % quantile of recall over queries."""
     total_variation: float
+    """Between DAiD's distributions, mean over queries: 0 the same, 1 disjoint."""
     distance_ratio: Depths
+    """Total distance of the first k answers by that of the same number of exact ones."""
     ms_batch: float
+    """Milliseconds per query, all asked at once at the largest k."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured, how, and which nprobe follows. `tried` ascends in nprobe."""
+    """What was measured, how, and which nprobe follows."""
 
     target: Target
     reached: bool
+    """Whether the chosen nprobe reaches the target."""
     chosen: Certified
     tried: tuple[Certified, ...]
+    """Ascending in nprobe."""
     queries: int
+    """How many were asked."""
     protocol: str
+    """What the queries are, in words."""
     temperature: float
+    """Of the distributions compared, in squared L2."""
     merge: Merge
+    """Of the distributions compared."""
     ms_per_query: dict[str, dict[str, float]]
     """k as text → "batch" and "single", at the chosen nprobe."""
     threads: int
+    """With which the times were measured."""
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
@@ -120,7 +135,7 @@ class Certificate:
         )
 
     def to_text(self) -> str:
-        """For people: what was chosen and why, and a line a try."""
+        """For people: what was chosen and why, and a line per try."""
         chosen = self.chosen
         probe = f"nprobe {chosen.nprobe}" if chosen.nprobe else "exhaustive"
         verdict = "reaches" if self.reached else "does not reach"
@@ -147,7 +162,7 @@ class Certificate:
             best = max(tried.recall[at] for tried in self.tried)
             lines.append(
                 f"  no nprobe reaches it: the best found is {best:.3f}, and nprobe {chosen.nprobe} is"
-                f" the first within {PLATEAU} of that"
+                f" the first within {_PLATEAU} of that"
             )
         return "\n".join(lines)
 
@@ -155,12 +170,10 @@ class Certificate:
 def certify(
     index: Index,
     queries: Queries,
-    exact: Nearest,
+    exact: Neighbors,
     target: Target,
     *,
     distances_of: Callable[[Ids], Floats] | None = None,
-    temperature: float = 0.6,
-    merge: Merge = "nearest",
     threads: int = 1,
     nprobe: int | None = None,
     progress: Callable[[int | None], None] = lambda _nprobe: None,
@@ -169,12 +182,11 @@ def certify(
 
     exact: the nearest entries in the index's own metric, at least as many as the largest k that the
     table allows; distances_of: for an index whose distances are approximations, the true distances
-    float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone; temperature, merge: of
-    the distributions compared.
+    float32 [Q, K] of patch ids int64 [Q, K]; nprobe: measure this one alone.
     progress is called with each nprobe before it is tried.
     """
-    depths = tuple(sorted({*DEPTHS, target.k}))
-    deepest = min(depths[-1], exact.rows.shape[1])
+    depths = tuple(sorted({*_DEPTHS, target.k}))
+    deepest = min(depths[-1], exact.tokens.shape[1])
     if deepest < target.k:
         raise BadInputError(f"{target} needs exact neighbours up to k {target.k}, not {deepest}")
     exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
@@ -189,12 +201,12 @@ def certify(
         true = answer.distances if distances_of is None else distances_of(answer.patch_ids)
         hits = {k: recall_at(true, answer.count, exact, k) for k in depths if k <= deepest}
         return Certified(
-            nprobe,
-            {str(k): float(found.mean()) for k, found in hits.items()},
-            {str(k): float(np.quantile(found, 0.1)) for k, found in hits.items()},
-            float(total_variation(answer, exact, temperature, merge).mean()),
-            {str(k): _distance_ratio(true, answer.count, exact, k) for k in hits},
-            1000 * spent / len(queries.keys),
+            nprobe=nprobe,
+            recall={str(k): float(found.mean()) for k, found in hits.items()},
+            lowest_tenth={str(k): float(np.quantile(found, 0.1)) for k, found in hits.items()},
+            total_variation=float(total_variation(answer, exact, TAU, _MERGE).mean()),
+            distance_ratio={str(k): _distance_ratio(true, answer.count, exact, k) for k in hits},
+            ms_batch=1000 * spent / len(queries.keys),
         )
 
     if nprobe is not None:
@@ -207,24 +219,32 @@ def certify(
         index.nprobe = chosen.nprobe
     times = {str(k): _time(index, queries, k, exclude) for k in sorted({min(10, deepest), deepest})}
     return Certificate(
-        *(target, reached, chosen, tuple(tried), len(queries.keys), queries.protocol),
-        *(temperature, merge, times, threads),
+        target=target,
+        reached=reached,
+        chosen=chosen,
+        tried=tuple(tried),
+        queries=len(queries.keys),
+        protocol=queries.protocol,
+        temperature=TAU,
+        merge=_MERGE,
+        ms_per_query=times,
+        threads=threads,
     )
 
 
 def recall_at(
-    distances: Floats, count: npt.NDArray[np.int64], exact: Nearest, k: int
+    distances: Floats, count: npt.NDArray[np.int64], exact: Neighbors, k: int
 ) -> npt.NDArray[np.float64]:
     """recall@k of each query, float64 [Q].
 
     distances: true ones of the answers [Q, K], in the order returned, of which `count` are real. An
-    answer is a hit when it is as near as the k-th exact entry; where the table has fewer than k that
-    may be found, all of those count as the k.
+    answer is a hit when it is as near as the k-th exact entry; where the table has fewer than k
+    that may be found, all of those count as the k.
     """
     reachable = np.minimum(exact.count, k)
     last = exact.distances[np.arange(len(count)), np.maximum(reachable - 1, 0)]
     limit = np.where(reachable > 0, last, -np.inf)
-    limit = limit + TOLERANCE * np.maximum(1, np.abs(np.where(reachable > 0, last, 0)))
+    limit = limit + _TOLERANCE * np.maximum(1, np.abs(np.where(reachable > 0, last, 0)))
     real = np.arange(min(k, distances.shape[1])) < count[:, None]
     hits = (real & (distances[:, :k] <= limit[:, None])).sum(axis=1)
     recall: npt.NDArray[np.float64] = np.where(
@@ -234,13 +254,13 @@ def recall_at(
 
 
 def _distance_ratio(
-    distances: Floats, count: npt.NDArray[np.int64], exact: Nearest, k: int
+    distances: Floats, count: npt.NDArray[np.int64], exact: Neighbors, k: int
 ) -> float:
     """Sum of the first k answers' distances by that of as many exact ones; 1 where both are 0."""
     width = min(k, distances.shape[1])
     both = np.arange(width) < np.minimum(count, exact.count)[:, None]
     # What rounding leaves of a distance of 0 must not count as far beyond 0.
-    rounding = TOLERANCE * max(int(both.sum()), 1)
+    rounding = _TOLERANCE * max(int(both.sum()), 1)
     mine = np.where(both, distances[:, :width], 0).sum(dtype=np.float64)
     best = np.where(both, exact.distances[:, :width], 0).sum(dtype=np.float64)
     return float((mine + rounding) / (best + rounding))
@@ -255,8 +275,8 @@ def _try(
 ) -> tuple[list[Certified], bool]:
     """Powers of two until the target is reached, then halving the gap below; ascending in nprobe.
 
-    More lists can only find more. Where distances are approximations they soon find nothing more, so
-    for those two doublings without gain are the end; otherwise all lists are.
+    More lists can only find more. Where distances are approximations they soon find nothing more,
+    so for those two doublings without gain are the end; otherwise all lists are.
     """
     at = str(target.k)
     if lists is None:
@@ -289,16 +309,16 @@ def _try(
 def _choose(tried: list[Certified], target: Target, reached: bool) -> int:
     """The place of the first that reaches the target, or else comes close to the best."""
     recalls = [one.recall[str(target.k)] for one in tried]
-    enough = target.recall if reached else max(recalls) - PLATEAU
+    enough = target.recall if reached else max(recalls) - _PLATEAU
     return next(at for at, recall in enumerate(recalls) if recall >= enough)
 
 
 def _time(index: Index, queries: Queries, k: int, exclude: Ids | None) -> dict[str, float]:
-    """Milliseconds a query, all in one call and one a call."""
+    """Milliseconds per query, all in one call and one a call."""
     started = time.perf_counter()
     index.search(queries.keys, k, exclude=exclude)
     batch = time.perf_counter() - started
-    alone = min(SINGLE_QUERIES, len(queries.keys))
+    alone = min(_SINGLE_QUERIES, len(queries.keys))
     started = time.perf_counter()
     for at in range(alone):
         own = None if exclude is None else exclude[at : at + 1]

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from arrag_runtime.format.ids import Ids
 
-ROUNDS = 1000
-LEVEL = 0.95
+_ROUNDS = 1000
+_LEVEL = 0.95
 
 
 def mean_interval(
-    values: npt.NDArray[Any], images: Ids, *, seed: int = 0, rounds: int = ROUNDS
+    values: npt.NDArray[Any], images: Ids, *, seed: int = 0, rounds: int = _ROUNDS
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The mean of each column and the ends of its 95 % interval, float64 [C] each.
 
@@ -45,5 +45,5 @@ def _quantiles(
     some = ~np.isnan(means).all(axis=0)
     ends = np.full((2, means.shape[1]), np.nan)
     if some.any():
-        ends[:, some] = np.nanquantile(means[:, some], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        ends[:, some] = np.nanquantile(means[:, some], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
     return ends[0], ends[1]

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arrag_runtime.daid import MERGES, Merge
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.certificate import recall_at
 from stages.measure.confidence import mean_interval
-from stages.measure.exact_search import Nearest, Queries
+from stages.measure.exact_search import Queries
 from stages.measure.retrieved_distribution import (
-    MERGES,
-    Answer,
-    Merge,
     Probabilities,
     negative_log_likelihood,
     true_token_probability,
@@ -29,13 +28,11 @@ from stages.measure.retrieved_distribution import (
 from stages.measure.sample_queries import halves
 
 RANKS = 100
-RECALL_DEPTHS = (1, 10, 100)
+_RECALL_DEPTHS = (1, 10, 100)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.9, 1.4, 2.0, 4.0)
 BACKOFFS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
-LIKELIHOOD_MERGE: Merge = "sum"
+_LIKELIHOOD_MERGE: Merge = "sum"
 """The merge of the headline likelihood; the curves hold both."""
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -49,31 +46,38 @@ class Measured:
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What one index is worth on these queries.
-
-    token_distance, hit_rate: by rank k = 1, 2, …; hit_rate says how often the true token is among the
-    first k. random_distance, prior_distance: expected distance to a code drawn uniformly, and to a
-    token drawn from the corpus. nll: nats a token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on
-    the other half of the pictures; curves: merge → the same at each of `temperatures`, ε chosen so.
-    prior_nll: that of the corpus prior alone. nats: float64 [Q], what `nll` is the mean of, by which
-    two indexes that answered the same queries are compared.
-    """
+    """What one index is worth on these queries."""
 
     recall: dict[str, Measured]
+    """recall@k, by k as text."""
     token_distance: tuple[Measured, ...]
+    """From the true token's code to the k-th retrieved one's, L2, for k = 1, 2, …"""
     hit_rate: tuple[Measured, ...]
+    """How often the true token is among the first k, for k = 1, 2, …"""
     random_distance: Measured
+    """Expected distance to a code drawn uniformly."""
     prior_distance: Measured
+    """Expected distance to a token drawn from the corpus."""
     nll: Measured
+    """Nats per token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on the other half of the
+    pictures."""
     nll_temperature: float
+    """τ, chosen on all pictures."""
     nll_backoff: float
+    """ε, chosen on all pictures."""
     prior_nll: Measured
+    """Nats per token of the corpus prior alone."""
     temperatures: tuple[float, ...]
+    """Those that were tried, in squared L2."""
     curves: dict[str, tuple[Measured, ...]]
+    """By merge what `nll` is, at each of the temperatures."""
     queries: int
     pictures: int
     mean_results: float
+    """Results per query."""
     nats: Probabilities = field(compare=False, repr=False)
+    """float64 [Q], what `nll` is the mean of, by which two indexes that answered the same queries
+    are compared."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that scripts read."""
@@ -108,26 +112,24 @@ class TokenFigures:
 
 def evaluate_tokens(
     queries: Queries,
-    answer: Answer,
-    exact: Nearest,
+    answer: Neighbors,
+    exact: Neighbors,
     distances: Floats,
     codes: Floats,
     prior: Probabilities,
     *,
-    copies: npt.NDArray[Any] | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
     seed: int = 0,
 ) -> TokenFigures:
     """The figures of one answer.
 
-    exact: the nearest entries in the index's metric, at least 100 deep; distances: the true distances
-    of the answers' first entries, float32 [Q, ≥ 100 where there are as many]; codes: the normalised
-    codebook [V, d]; prior: float64 [V], a share for every token; copies: int64 [Q, K], see
-    `entry_shares`.
+    exact: the nearest entries in the index's metric, at least 100 deep; distances: the true
+    distances of the answers' first entries, float32 [Q, ≥ 100 where there are as many]; codes: the
+    normalised codebook [V, d]; prior: float64 [V], a share for every token.
     """
     truth, images = queries.next_tokens, queries.images
     ranks = min(RANKS, answer.tokens.shape[1])
-    real = np.arange(ranks) < answer.count[:, None]
+    real = answer.real[:, :ranks]
     tokens = answer.tokens[:, :ranks]
     apart = np.linalg.norm(codes[tokens] - codes[truth][:, None], axis=2)
     hits = np.logical_or.accumulate(real & (tokens == truth[:, None]), axis=1)
@@ -135,20 +137,19 @@ def evaluate_tokens(
     alone = -np.log(prior[truth])
     fold = halves(images, seed)
     chances = {
-        merge: true_token_probability(answer, truth, temperatures, merge, copies)
-        for merge in MERGES
+        merge: true_token_probability(answer, truth, temperatures, merge) for merge in MERGES
     }
     curves = {
         merge: np.stack([_cross_fitted(row[None], prior[truth], fold) for row in found], axis=1)
         for merge, found in chances.items()
     }
-    best = _cross_fitted(chances[LIKELIHOOD_MERGE], prior[truth], fold)
+    best = _cross_fitted(chances[_LIKELIHOOD_MERGE], prior[truth], fold)
     everything = np.ones(len(truth), bool)
-    at, backoff = _choose(chances[LIKELIHOOD_MERGE], prior[truth], everything)
+    at, backoff = _choose(chances[_LIKELIHOOD_MERGE], prior[truth], everything)
     recall = {
         str(k): recall_at(distances, answer.count, exact, k)[:, None]
-        for k in RECALL_DEPTHS
-        if k <= exact.rows.shape[1]
+        for k in _RECALL_DEPTHS
+        if k <= exact.tokens.shape[1]
     }
     rows = [
         *recall.values(),
@@ -237,5 +238,5 @@ def _measured(values: npt.NDArray[np.float64], images: Ids, seed: int) -> list[M
     return [Measured(float(mean), float(low), float(high)) for mean, low, high in columns]
 
 
-def _ends(found: Measured) -> Interval:
+def _ends(found: Measured) -> tuple[float, float]:
     return (found.low, found.high)

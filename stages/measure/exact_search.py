@@ -2,13 +2,13 @@
 
 In: token keys as generation asks them, and blocks of patches. Out: for each query its K nearest
 entries with distance, next token, patch id and row. The queries' own pictures are left out, and so
-are entries that an index keeps only as copies of another. Memory is bounded by queries × K, whatever
-the table's size.
+are entries that an index keeps only as copies of another. Memory is bounded by queries × K,
+whatever the table's size.
 
 How: a matrix product of queries and a tile of entries says which can be nearer than the K-th found
-so far. Few can, once some blocks have been seen, and only for those the distance is computed value by
-value. It therefore does not depend on how the table is cut, and parts searched apart and merged give
-what one search gives.
+so far. Few can, once some blocks have been seen, and only for those the distance is computed value
+by value. It therefore does not depend on how the table is cut, and parts searched apart and merged
+give what one search gives.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,55 +21,44 @@ import numpy.typing as npt
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.patches import PatchBlock
-from arrag_runtime.format.specs import Floats, key_vectors
+from arrag_runtime.format.specs import Floats, key_vectors, squared_distances
+from arrag_runtime.search.neighbors import Neighbors
 
 NO_IMAGE = -1
-ROW_SHIFT = 33
+_ROW_SHIFT = 33
 """A distance's 31 bits and a row's 33 make one number, by which entries are ordered."""
-TILE, QUERY_TILE = 2048, 256
-MARGIN = 1e-5
+_TILE, _QUERY_TILE = 2048, 256
+_MARGIN = 1e-5
 """Products of float32 vectors and differences of them disagree by less, relative to the norms."""
-NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
+_NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
 
-Packed = npt.NDArray[np.uint64]
+_Packed = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Positions of pictures whose next token is known.
-
-    keys: uint16 [Q, n]; next_tokens: uint16 [Q]; images: int64 [Q]; exclude: int64 [Q, M], the
-    pictures a query must not find, filled up with -1; protocol: what they are, in words.
-    """
+    """Positions of pictures whose next token is known."""
 
     keys: npt.NDArray[np.uint16]
+    """uint16 [Q, n]."""
     next_tokens: npt.NDArray[np.uint16]
+    """uint16 [Q], the true ones."""
     images: Ids
+    """int64 [Q], the pictures that the positions are in."""
     exclude: Ids
+    """int64 [Q, M], the pictures that a query must not find, filled up with -1."""
     protocol: str
+    """What they are, in words."""
 
     def take(self, chosen: npt.NDArray[Any]) -> "Queries":
         """Some of the queries, by mask or index."""
         return Queries(
-            *(self.keys[chosen], self.next_tokens[chosen], self.images[chosen]),
-            *(self.exclude[chosen], self.protocol),
+            keys=self.keys[chosen],
+            next_tokens=self.next_tokens[chosen],
+            images=self.images[chosen],
+            exclude=self.exclude[chosen],
+            protocol=self.protocol,
         )
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The K nearest entries of Q queries: nearest first, of equal ones the earlier row first.
-
-    distances: float32 [Q, K], squared L2 (weighted where weights were given); rows: int64 [Q, K] of
-    the table; tokens: uint16 [Q, K]; patch_ids: int64 [Q, K]; count: int64 [Q] says how many are
-    real. Beyond it distances are infinite, rows and ids -1, tokens 0.
-    """
-
-    distances: Floats
-    rows: Ids
-    tokens: npt.NDArray[np.uint16]
-    patch_ids: Ids
-    count: npt.NDArray[np.int64]
 
 
 def exact_search(
@@ -83,11 +72,13 @@ def exact_search(
     left_out: Ids | None = None,
     first_row: int = 0,
     progress: Callable[[int], None] = lambda _rows: None,
-) -> Nearest:
-    """The k nearest entries of every query.
+) -> Neighbors:
+    """The k nearest entries of every query, of equal ones the earlier row first.
+
+    Their `places` are rows of the table.
 
     blocks: the table's, in order, from `first_row` on; codes: the normalised codebook [V, d];
-    weights: one an offset; skip: sorted patch ids that are no entries of their own;
+    weights: one per offset; skip: sorted patch ids that are no entries of their own;
     left_out: sorted ids of pictures whose entries are none;
     progress: called with the rows done.
     """
@@ -98,8 +89,8 @@ def exact_search(
     row = first_row
     for block in blocks:
         count = len(block.patch_ids)
-        if row + count > 1 << ROW_SHIFT:
-            raise BadInputError(f"exact search counts rows up to {1 << ROW_SHIFT:,}")
+        if row + count > 1 << _ROW_SHIFT:
+            raise BadInputError(f"exact search counts rows up to {1 << _ROW_SHIFT:,}")
         keep = np.ones(count, bool) if skip is None else ~contains(skip, block.patch_ids)
         if left_out is not None:
             keep &= ~contains(left_out, split_patch_ids(block.patch_ids)[0])
@@ -112,30 +103,23 @@ def exact_search(
             split_patch_ids(block.patch_ids[keep])[0],
             block.next_tokens[keep],
         )
-        for start in range(0, len(entries.rows), TILE):
-            tile = entries.cut(start, start + TILE)
-            for at in range(0, len(vectors), QUERY_TILE):
-                span = slice(at, min(at + QUERY_TILE, len(vectors)))
+        for start in range(0, len(entries.rows), _TILE):
+            tile = entries.cut(start, start + _TILE)
+            for at in range(0, len(vectors), _QUERY_TILE):
+                span = slice(at, min(at + _QUERY_TILE, len(vectors)))
                 _offer(best, span, vectors[span], queries.exclude[span], tile)
         row += count
         progress(row - first_row)
     return best.result()
 
 
-def merge_nearest(parts: Sequence[Nearest]) -> Nearest:
+def merge_nearest(parts: Sequence[Neighbors]) -> Neighbors:
     """The nearest of what was found in several parts of a table, each with its true rows."""
-    k = parts[0].rows.shape[1]
-    joined = [
-        np.concatenate([getattr(part, name) for part in parts], axis=1)
-        for name in ("distances", "rows", "tokens", "patch_ids")
-    ]
-    distances, rows, tokens, patch_ids = joined
-    packed = np.where(rows >= 0, _pack(distances, np.maximum(rows, 0)), NOTHING)
-    order = np.argsort(packed, axis=1)[:, :k]
-    packed, patch_ids, tokens = (
-        np.take_along_axis(a, order, axis=1) for a in (packed, patch_ids, tokens)
-    )
-    return _unpacked(packed, patch_ids, tokens)
+    distances = np.concatenate([part.distances for part in parts], axis=1)
+    rows = np.concatenate([part.places for part in parts], axis=1)
+    packed = np.where(rows >= 0, _pack(distances, np.maximum(rows, 0)), _NOTHING)
+    k = parts[0].places.shape[1]
+    return Neighbors.chosen(parts, np.argsort(packed, axis=1)[:, :k])
 
 
 def true_distances(
@@ -167,8 +151,8 @@ def true_distances(
     for row, ids in enumerate(patch_ids):
         at = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
         known = (wanted[at] == ids) & seen[at]
-        difference = key_vectors(keys[at[known]], codes, weights) - vectors[row]
-        distances[row, known] = np.einsum("nd,nd->n", difference, difference)
+        named = key_vectors(keys[at[known]], codes, weights)
+        distances[row, known] = squared_distances(named, vectors[row])
     return distances
 
 
@@ -184,7 +168,8 @@ class _Entries:
     tokens: npt.NDArray[np.uint16]
 
     def cut(self, start: int, stop: int) -> "_Entries":
-        return _Entries(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+        cut = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)}
+        return _Entries(**cut)
 
 
 class _Best:
@@ -192,21 +177,21 @@ class _Best:
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
-        self.packed: Packed = np.full((queries, k + TILE), NOTHING)
-        self.ids = np.full((queries, k + TILE), -1, np.int64)
-        self.tokens = np.zeros((queries, k + TILE), np.uint16)
+        self.packed: _Packed = np.full((queries, k + _TILE), _NOTHING)
+        self.ids = np.full((queries, k + _TILE), -1, np.int64)
+        self.tokens = np.zeros((queries, k + _TILE), np.uint16)
         self.fill = np.zeros(queries, np.int64)
-        self.last: Packed = np.full(queries, NOTHING)
+        self.last: _Packed = np.full(queries, _NOTHING)
         """The k-th nearest of each, once there are as many; nothing beyond it can enter."""
 
     def limits(self, span: slice) -> npt.NDArray[np.float64]:
         """The distance of the k-th nearest so far; infinite where there are fewer."""
         last = self.last[span]
-        distances = (last >> np.uint64(ROW_SHIFT)).astype(np.uint32).view(np.float32)
-        return np.where(last == NOTHING, np.inf, distances.astype(np.float64))
+        distances = (last >> np.uint64(_ROW_SHIFT)).astype(np.uint32).view(np.float32)
+        return np.where(last == _NOTHING, np.inf, distances.astype(np.float64))
 
-    def add(self, at: Ids, packed: Packed, ids: Ids, tokens: Any) -> None:
-        """Newcomers of queries `at` (ascending), at most TILE for each."""
+    def add(self, at: Ids, packed: _Packed, ids: Ids, tokens: Any) -> None:
+        """Newcomers of queries `at` (ascending), at most _TILE for each."""
         members, starts, sizes = np.unique(at, return_index=True, return_counts=True)
         full = members[self.fill[members] + sizes > self.packed.shape[1]]
         if len(full):
@@ -219,19 +204,23 @@ class _Best:
         """Keep the k nearest of these queries."""
         packed = self.packed[members]
         order = np.argpartition(packed, self.k - 1, axis=1)[:, : self.k]
-        for mine, empty in ((self.packed, NOTHING), (self.ids, -1), (self.tokens, 0)):
+        for mine, empty in ((self.packed, _NOTHING), (self.ids, -1), (self.tokens, 0)):
             kept = np.take_along_axis(mine[members], order, axis=1)
             mine[members, self.k :] = empty
             mine[members, : self.k] = kept
         self.last[members] = self.packed[members, : self.k].max(axis=1)
         self.fill[members] = self.k
 
-    def result(self) -> Nearest:
+    def result(self) -> Neighbors:
         order = np.argsort(self.packed, axis=1)[:, : self.k]
-        packed: Packed = np.take_along_axis(self.packed, order, axis=1)
-        ids: Ids = np.take_along_axis(self.ids, order, axis=1)
-        tokens = np.take_along_axis(self.tokens, order, axis=1)
-        return _unpacked(packed, ids, tokens)
+        packed: _Packed = np.take_along_axis(self.packed, order, axis=1)
+        return Neighbors.of(
+            np.take_along_axis(self.tokens, order, axis=1),
+            (packed >> np.uint64(_ROW_SHIFT)).astype(np.uint32).view(np.float32),
+            np.take_along_axis(self.ids, order, axis=1),
+            (packed != _NOTHING).sum(axis=1),
+            places=(packed & np.uint64((1 << _ROW_SHIFT) - 1)).astype(np.int64),
+        )
 
 
 def _offer(best: _Best, span: slice, vectors: Floats, exclude: Ids, tile: _Entries) -> None:
@@ -239,16 +228,16 @@ def _offer(best: _Best, span: slice, vectors: Floats, exclude: Ids, tile: _Entri
     limits = best.limits(span)
     squares = np.einsum("qd,qd->q", vectors, vectors).astype(np.float64)
     # ‖q − x‖² ≤ limit, as q·x − ‖x‖²/2 ≥ (‖q‖² − limit)/2, with room for rounding.
-    floor = (squares - limits) / 2 - MARGIN * (1 + squares)
+    floor = (squares - limits) / 2 - _MARGIN * (1 + squares)
     scores = vectors @ tile.vectors.T
     scores += tile.halves
     flat = np.flatnonzero(scores >= floor.astype(np.float32)[:, None])
     if not len(flat):
         return
     query, entry = np.divmod(flat, len(tile.rows))
-    difference = np.take(tile.vectors, entry, axis=0)
-    difference -= np.take(vectors, query, axis=0)
-    distances = np.einsum("nd,nd->n", difference, difference)
+    distances = squared_distances(
+        np.take(tile.vectors, entry, axis=0), np.take(vectors, query, axis=0)
+    )
     packed = _pack(distances, tile.rows[entry])
     near = packed < best.last[span][query]
     for column in exclude.T:
@@ -259,21 +248,7 @@ def _offer(best: _Best, span: slice, vectors: Floats, exclude: Ids, tile: _Entri
         best.add(at, packed[near], tile.patch_ids[entry], tile.tokens[entry])
 
 
-def _pack(distances: Floats, rows: Ids) -> Packed:
+def _pack(distances: Floats, rows: Ids) -> _Packed:
     """Distances and rows as numbers of the same order: floats ≥ 0 sort like their bits."""
     bits = np.ascontiguousarray(distances, np.float32).view(np.uint32).astype(np.uint64)
-    return (bits << np.uint64(ROW_SHIFT)) | rows.astype(np.uint64)
-
-
-def _unpacked(packed: Packed, patch_ids: Ids, tokens: Any) -> Nearest:
-    """Sorted packed numbers [Q, k] and what belongs to them, as a result."""
-    real = packed != NOTHING
-    bits = (packed >> np.uint64(ROW_SHIFT)).astype(np.uint32)
-    rows = (packed & np.uint64((1 << ROW_SHIFT) - 1)).astype(np.int64)
-    return Nearest(
-        np.where(real, bits.view(np.float32), np.inf).astype(np.float32),
-        np.where(real, rows, -1),
-        np.where(real, tokens, 0).astype(np.uint16),
-        np.where(real, patch_ids, -1),
-        real.sum(axis=1),
-    )
+    return (bits << np.uint64(_ROW_SHIFT)) | rows.astype(np.uint64)

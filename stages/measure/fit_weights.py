@@ -1,37 +1,41 @@
 """Which neighbours tell most of the next token: weights of the offsets, learned from a database.
 
-In: entries and queries sampled from the database itself. Out: weights w_o of mean 1 with which
-Σ_o w_o · ‖q_o − k_o‖² retrieves, a temperature τ, and a share ε of the corpus prior, which together
-make the true next tokens likelier: −ln((1 − ε) · p_ret + ε · p_prior) is minimised, p_ret merged by
-sum, with the query's own picture and its copies left out.
+In: entries and queries sampled from the database itself. Out: weights w_o of mean 1, a temperature
+τ and a share ε of the corpus prior, which together make the true next tokens likeliest: the mean of
+−ln((1 − ε) · p_ret + ε · p_prior) is minimised, where the query's own picture and its copies are
+left out and p_ret merges by sum,
 
-How: the candidates of each query are searched exactly under the current weights, then weights, τ and
-ε are fitted to them by L-BFGS with the analytic gradient, then the candidates are searched again, and
-so on for a few rounds, since weights change who the candidates are. Equal weights get their own τ and
-ε. What is reported comes from pictures that were used for neither fit.
+    p_ret(v) ∝ Σ_{k: token v} exp(−Σ_o (w_o / τ) · ‖q_o − k_o‖²).
+
+How: the candidates of each query are searched exactly under the current weights, then the rates w_o
+/ τ and ε are fitted to them by L-BFGS with the analytic gradient, in the logarithms of the rates
+and the logit of ε; then the candidates are searched again, and so on for a few rounds, since
+weights change who the candidates are. Equal weights get their own τ and ε. What is reported comes
+from pictures that were used for neither fit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize
 
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.images import ImageTable
-from arrag_runtime.format.patches import PatchBlock, PatchTable
-from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
+from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock, PatchTable
+from arrag_runtime.format.specs import (
+    Floats,
+    KeySpec,
+    TokenizerSpec,
+    key_vectors,
+    squared_distances,
+)
+from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.confidence import mean_interval
 from stages.measure.exact_search import Queries, exact_search
-from stages.measure.offset_rates import (
-    Candidates,
-    RateFit,
-    entry_blocks,
-    fit_rates,
-    fit_temperature,
-)
 from stages.measure.retrieved_distribution import (
     Probabilities,
     negative_log_likelihood,
@@ -39,52 +43,85 @@ from stages.measure.retrieved_distribution import (
 )
 from stages.measure.sample_queries import halves, sample_queries
 
-SETTLED = 0.02
+_SETTLED = 0.02
 """Rounds end when no weight changes by more."""
+_SMALLEST, _LARGEST = 1e-3, 1e3
+"""Bounds on an offset's weight by temperature."""
+_BACKOFFS = (1e-4, 0.95)
+"""Bounds on the share of the prior."""
+_QUERIES_AT_ONCE = 64
+"""Queries whose candidates are held as vectors at once."""
 
 
 @dataclass(frozen=True)
 class WeightSettings:
-    """How much is sampled: entries of the table to retrieve from, and for the fit and again for judging
-    `queries` positions of `pictures` pictures. k: candidates a query, as many as DAiD retrieves: fewer
-    leave much of the likelihood out. rounds: at most so many."""
+    """How much is sampled, and how long it is fitted."""
 
     entries: int = 1_000_000
+    """Entries of the table to retrieve from."""
     pictures: int = 300
+    """Pictures that queries are from, for the fit and again for judging."""
     queries: int = 2000
+    """Positions of these pictures, for the fit and again for judging."""
     k: int = 2048
+    """Candidates per query, as many as DAiD retrieves: fewer leave much of the likelihood out."""
     rounds: int = 4
+    """At most so many."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class FittedWeights:
-    """The outcome. Likelihoods are in nats a token, on pictures used for neither fit.
+class RateFit:
+    """What is fitted: the offsets' weights by temperature, and the share of the prior."""
 
-    equal, learned: mean negative log likelihood with equal weights and with `weights`, each with its
-    own temperature and back-off; gain: equal − learned, with the 95 % interval of a paired bootstrap
-    over pictures; prior: that of the corpus prior alone.
-    """
-
-    weights: tuple[float, ...]
-    temperature: float
+    rates: npt.NDArray[np.float64]
+    """w_o / τ, float64 [n]."""
     backoff: float
-    equal_temperature: float
-    equal_backoff: float
-    equal: float
-    learned: float
-    gain: float
-    gain_interval: tuple[float, float]
-    prior: float
-    rounds: int
-    entries: int
-    queries: int
-    judged_on: str
+    """ε."""
 
     @property
-    def helps(self) -> bool:
-        """Whether the interval of the gain lies above zero."""
-        return self.gain_interval[0] > 0
+    def temperature(self) -> float:
+        """τ, with which the weights have a mean of 1."""
+        return float(1 / self.rates.mean())
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of mean 1."""
+        return tuple(float(w) for w in self.rates / self.rates.mean())
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """The outcome. Likelihoods are in nats per token, on pictures used for neither fit."""
+
+    weights: tuple[float, ...]
+    """One per offset, of mean 1."""
+    temperature: float
+    """τ with these weights."""
+    backoff: float
+    """ε with these weights."""
+    equal_temperature: float
+    """τ with equal weights."""
+    equal_backoff: float
+    """ε with equal weights."""
+    equal: float
+    """Mean negative log likelihood with equal weights, their temperature and back-off."""
+    learned: float
+    """Mean negative log likelihood with `weights`, their temperature and back-off."""
+    gain: float
+    """equal − learned."""
+    gain_interval: tuple[float, float]
+    """The ends of its 95 % interval, by a paired bootstrap over pictures."""
+    prior: float
+    """Mean negative log likelihood under the corpus prior alone."""
+    rounds: int
+    """How often the candidates were fitted."""
+    entries: int
+    """How many were retrieved from."""
+    queries: int
+    """How many were fitted to."""
+    judged_on: str
+    """What the likelihoods are of, in words."""
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
@@ -123,7 +160,9 @@ def learn_weights(
     left_out: ids of pictures, ascending, whose patches count for nothing.
     """
     asked = sample_queries(
-        *(images, spec, keys),
+        images,
+        spec,
+        keys,
         pictures=2 * settings.pictures,
         queries=2 * settings.queries,
         seed=settings.seed,
@@ -162,20 +201,20 @@ def fit_weights(
     prior = corpus_prior(entries.next_tokens, len(codes))
     equal = weights = (1.0,) * neighbors
     progress("equal weights")
-    candidates = Candidates.search(entries, codes, fit, prior, equal, settings.k)
-    plain = fit_temperature(candidates)
+    candidates = OffsetDistances.search(entries, codes, fit, prior, equal, settings.k)
+    plain = _fit_temperature(candidates)
     fitted = RateFit(np.full(neighbors, 1 / plain.temperature), plain.backoff)
     done = 0
     for done in range(1, settings.rounds + 1):
         progress(f"round {done}")
-        fitted = fit_rates(candidates, fitted)
+        fitted = _fit_rates(candidates, fitted)
         moved = np.abs(np.array(fitted.weights) - np.array(weights)).max()
         weights = fitted.weights
-        candidates = Candidates.search(entries, codes, fit, prior, weights, settings.k)
-        if moved < SETTLED:
+        candidates = OffsetDistances.search(entries, codes, fit, prior, weights, settings.k)
+        if moved < _SETTLED:
             break
     # The last candidates are those of the final weights, so τ and ε are fitted to them once more.
-    scale = fit_temperature(candidates, weights)
+    scale = _fit_temperature(candidates, weights)
     progress("judging")
     before = _judge(entries, codes, judge, prior, equal, plain, settings.k)
     after = _judge(entries, codes, judge, prior, weights, scale, settings.k)
@@ -210,6 +249,130 @@ def _judge(
     k: int,
 ) -> Probabilities:
     """The negative log likelihood of each query's true token, float64 [Q]."""
-    found = exact_search(entry_blocks(entries), codes, queries, k, weights=weights)
+    found = exact_search(_entry_blocks(entries), codes, queries, k, weights=weights)
     retrieved = true_token_probability(found, queries.next_tokens, [fit.temperature], "sum")[0]
     return negative_log_likelihood(retrieved, prior[queries.next_tokens], fit.backoff)
+
+
+@dataclass(frozen=True)
+class OffsetDistances:
+    """How far the candidates of Q queries are, offset by offset, and what rates are fitted by."""
+
+    distances: Floats
+    """‖q_o − k_o‖², float32 [Q, K, n]; 0 for padding."""
+    hit: npt.NDArray[np.float32]
+    """float32 [Q, K]: 1 for candidates with the true token, else 0."""
+    real: npt.NDArray[np.bool_]
+    """bool [Q, K]: which are no padding."""
+    prior: Probabilities
+    """float64 [Q]: the corpus prior of the true tokens."""
+
+    @staticmethod
+    def search(
+        entries: PatchBlock,
+        codes: Floats,
+        queries: Queries,
+        prior: Probabilities,
+        weights: tuple[float, ...],
+        k: int,
+    ) -> "OffsetDistances":
+        found = exact_search(_entry_blocks(entries), codes, queries, k, weights=weights)
+        """Those that are nearest under these weights."""
+        return OffsetDistances(
+            _offset_distances(entries, codes, queries, found),
+            ((found.tokens == queries.next_tokens[:, None]) & found.real).astype(np.float32),
+            found.real,
+            prior[queries.next_tokens],
+        )
+
+
+def _offset_distances(
+    entries: PatchBlock, codes: Floats, queries: Queries, found: Neighbors
+) -> Floats:
+    """‖q_o − k_o‖² of every candidate, float32 [Q, K, n]; 0 for padding."""
+    (count, k), neighbors = found.places.shape, queries.keys.shape[1]
+    distances = np.zeros((count, k, neighbors), np.float32)
+    vectors = key_vectors(queries.keys, codes).reshape(count, 1, neighbors, -1)
+    for start in range(0, count, _QUERIES_AT_ONCE):
+        here = slice(start, start + _QUERIES_AT_ONCE)
+        places = found.places[here]
+        keys = key_vectors(entries.keys[np.maximum(places, 0).reshape(-1)], codes)
+        keys = keys.reshape(*places.shape, neighbors, -1)
+        distances[here] = squared_distances(keys, vectors[here])
+    distances[~found.real] = 0
+    return distances
+
+
+def _fit_rates(candidates: OffsetDistances, start: RateFit) -> RateFit:
+    """Rates and back-off that minimise the negative log likelihood, from `start`."""
+    neighbors = len(start.rates)
+    low, high = np.log(_SMALLEST), np.log(_LARGEST)
+    found = minimize(
+        lambda x: likelihood_loss(candidates, np.exp(x[:neighbors]), x[neighbors]),
+        [*np.log(start.rates), np.log(start.backoff / (1 - start.backoff))],
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(low, high)] * neighbors + [_logits()],
+        options={"maxiter": 60},
+    )
+    return RateFit(np.exp(found.x[:neighbors]), float(1 / (1 + np.exp(-found.x[neighbors]))))
+
+
+def _fit_temperature(
+    candidates: OffsetDistances, weights: tuple[float, ...] | None = None
+) -> RateFit:
+    """The temperature and back-off that suit fixed weights, by default equal ones."""
+    fixed = np.ones(candidates.distances.shape[2]) if weights is None else np.array(weights)
+
+    def loss(x: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        rates = fixed * np.exp(x[0])
+        value, slope = likelihood_loss(candidates, rates, x[1])
+        return value, np.array([slope[:-1].sum(), slope[-1]])
+
+    spread = candidates.distances.sum(axis=2)[candidates.real].std()
+    found = minimize(
+        loss,
+        [-np.log(max(float(spread), 0.05)), -2.0],
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(np.log(_SMALLEST), np.log(_LARGEST)), _logits()],
+    )
+    return RateFit(fixed * np.exp(found.x[0]), float(1 / (1 + np.exp(-found.x[1]))))
+
+
+def likelihood_loss(
+    candidates: OffsetDistances, rates: npt.NDArray[np.float64], logit: float
+) -> tuple[float, npt.NDArray[np.float64]]:
+    """The mean negative log likelihood and its slopes by ln(rates) and the back-off's logit.
+
+    With e_k = exp(−Σ_o r_o · D_ko), Z = Σ e_k, A = Σ_hit e_k and p = A / Z:
+    ∂p/∂r_o = (p · Σ_k e_k · D_ko − Σ_hit e_k · D_ko) / Z.
+    """
+    scores = candidates.distances @ rates.astype(np.float32)
+    scores[~candidates.real] = np.inf
+    nearest = scores.min(axis=1, keepdims=True)
+    mass = np.exp(np.where(np.isfinite(nearest), nearest, 0) - scores)
+    hit = mass * candidates.hit
+    total = np.maximum(mass.sum(axis=1, dtype=np.float64), 1e-30)
+    p = hit.sum(axis=1, dtype=np.float64) / total
+    backoff = 1 / (1 + np.exp(-logit))
+    likelihood = (1 - backoff) * p + backoff * candidates.prior
+    pulls = np.matmul(mass[:, None], candidates.distances)[:, 0]
+    hits = np.matmul(hit[:, None], candidates.distances)[:, 0]
+    by_rate = (p[:, None] * pulls - hits) / total[:, None]
+    slope = -((1 - backoff) * by_rate / likelihood[:, None]).mean(axis=0) * rates
+    by_backoff = -((candidates.prior - p) / likelihood).mean() * backoff * (1 - backoff)
+    return float(-np.log(likelihood).mean()), np.append(slope, by_backoff)
+
+
+def _entry_blocks(entries: PatchBlock) -> Iterator[PatchBlock]:
+    """Entries in memory as a table gives them."""
+    for start in range(0, len(entries.keys), BLOCK_ROWS):
+        cut = slice(start, start + BLOCK_ROWS)
+        yield entries.take(cut)
+
+
+def _logits() -> tuple[float, float]:
+    """The bounds of the back-off as logits."""
+    low, high = _BACKOFFS
+    return float(np.log(low / (1 - low))), float(np.log(high / (1 - high)))

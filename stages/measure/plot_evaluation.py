@@ -1,4 +1,4 @@
-"""Draw what evaluation found: distance by rank (AR-RAG, Figure 6) beside likelihood by temperature."""
+"""Draw an evaluation: distance by rank (AR-RAG, Figure 6) beside likelihood by temperature."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,26 +10,26 @@ from matplotlib.lines import Line2D
 
 from stages.measure.evaluate_tokens import Measured, TokenFigures
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by colour-blind eyes (Okabe and Ito)."""
-INK, FAINT, GRID = "#22262b", "#6b7280", "#e6e8eb"
-TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
-STYLES: dict[str, Any] = {"sum": "-", "nearest": (0, (4, 2))}
-DOTTED = (0, (1, 2))
+_INK, _FAINT, _GRID = "#22262b", "#6b7280", "#e6e8eb"
+_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)
+_STYLES: dict[str, Any] = {"sum": "-", "nearest": (0, (4, 2))}
+_DOTTED = (0, (1, 2))
 
 
 def draw_evaluation(named: Sequence[tuple[str, TokenFigures]], title: str, path: Path) -> None:
-    """Write a PNG with a line an index; bands are 95 % intervals. Its folder is created."""
+    """Write a PNG with a line per index; bands are 95 % intervals. Its folder is created."""
     spaced = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.05)
     figure = Figure(figsize=(11.5, 5.2), dpi=160, layout=spaced, facecolor="white")
     left, right = figure.subplots(1, 2)
-    colored = [(COLORS[n % len(COLORS)], name, found) for n, (name, found) in enumerate(named)]
+    colored = [(_COLORS[n % len(_COLORS)], name, found) for n, (name, found) in enumerate(named)]
     _draw_distances(left, colored)
     _draw_likelihoods(right, colored)
     keys = [Line2D([], [], color=color, linewidth=2, label=name) for color, name, _ in colored]
     keys += [
-        Line2D([], [], color=FAINT, linestyle=style, linewidth=1.9, label=f"merge by {merge}")
-        for merge, style in STYLES.items()
+        Line2D([], [], color=_FAINT, linestyle=style, linewidth=1.9, label=f"merge by {merge}")
+        for merge, style in _STYLES.items()
     ]
     figure.legend(
         handles=keys,
@@ -37,9 +37,11 @@ def draw_evaluation(named: Sequence[tuple[str, TokenFigures]], title: str, path:
         ncols=min(len(keys), 6),
         frameon=False,
         fontsize=9.5,
-        labelcolor=INK,
+        labelcolor=_INK,
     )
-    figure.suptitle(f"{title}; bands: 95% intervals", x=0.012, ha="left", fontsize=9.5, color=FAINT)
+    figure.suptitle(
+        f"{title}; bands: 95% intervals", x=0.012, ha="left", fontsize=9.5, color=_FAINT
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, format="png")
@@ -66,7 +68,7 @@ def _draw_likelihoods(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]
     """Likelihood of the true token by temperature; a dot, and its value, where it is best."""
     for place, (color, _, found) in enumerate(colored):
         for merge, curve in found.curves.items():
-            _line(axes, found.temperatures, curve, color, STYLES[merge])
+            _line(axes, found.temperatures, curve, color, _STYLES[merge])
         best = min(found.curves["sum"], key=lambda point: point.mean)
         at = found.temperatures[found.curves["sum"].index(best)]
         axes.plot([at], [best.mean], "o", color=color, markersize=5.5, zorder=4)
@@ -81,7 +83,7 @@ def _draw_likelihoods(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]
     _level(axes, colored[0][2].prior_nll, "the corpus prior alone", above=True)
     _style(axes, "The true token's likelihood under what is retrieved")
     axes.set_xscale("log")
-    axes.set_xticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+    axes.set_xticks(_TICKS, labels=[f"{tick:g}" for tick in _TICKS])
     axes.minorticks_off()
     axes.set_xlabel("temperature τ")
     axes.set_ylabel("negative log likelihood, nats a token")
@@ -101,7 +103,7 @@ def _line(
 
 def _level(axes: Any, level: Measured, label: str, *, above: bool) -> None:
     """A horizontal line with its name and value on it."""
-    axes.axhline(level.mean, color=FAINT, linewidth=1.2, linestyle=DOTTED, zorder=1)
+    axes.axhline(level.mean, color=_FAINT, linewidth=1.2, linestyle=_DOTTED, zorder=1)
     axes.annotate(
         f"{label}, {level.mean:.2f}",
         (0.985, level.mean),
@@ -111,19 +113,19 @@ def _level(axes: Any, level: Measured, label: str, *, above: bool) -> None:
         ha="right",
         va="bottom" if above else "top",
         fontsize=9,
-        color=FAINT,
+        color=_FAINT,
     )
 
 
 def _style(axes: Any, title: str) -> None:
     """Few lines, light ones."""
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.grid(True, color=GRID, linewidth=0.8, zorder=0)
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.grid(True, color=_GRID, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
+        axes.spines[side].set_color(_FAINT)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)

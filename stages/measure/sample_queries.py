@@ -22,9 +22,9 @@ def sample_queries(
     """Up to `queries` positions, drawn uniformly from up to `pictures` pictures.
 
     split: "heldout" or "database"; by default held-out pictures where there are any. A query may
-    find neither its own picture nor a copy of it (known by the hash of its bytes), which matters for
-    held-out pictures too: a copy may have stayed in the database. Keys are tokens also where the
-    table holds latents, since tokens are all that a generator has.
+    find neither its own picture nor a copy of it (known by the hash of its bytes), which matters
+    for held-out pictures too: a copy may have stayed in the database. Keys are tokens also where
+    the table holds latents, since tokens are all that a generator has.
     """
     chosen = split or "heldout"
     ids, grids = images.sample(chosen, pictures, seed=seed)
@@ -35,8 +35,11 @@ def sample_queries(
     if not len(ids):
         empty = np.empty(0, np.int64)
         return Queries(
-            *(np.empty((0, size), np.uint16), np.empty(0, np.uint16), empty, empty[:, None]),
-            f"no {chosen} pictures",
+            keys=np.empty((0, size), np.uint16),
+            next_tokens=np.empty(0, np.uint16),
+            images=empty,
+            exclude=empty[:, None],
+            protocol=f"no {chosen} pictures",
         )
     height, width = spec.grid_height, spec.grid_width
     every = keys.neighborhood.keys(grids.reshape(-1, height, width))
@@ -51,16 +54,16 @@ def sample_queries(
     else:
         said = "pictures of the database, their own excluded"
     return Queries(
-        every.reshape(total, size)[at],
-        grids[picture, positions[position]],
-        ids[picture],
-        own_and_copies(images, ids)[picture],
-        f"{len(at)} queries from {len(ids)} {said}",
+        keys=every.reshape(total, size)[at],
+        next_tokens=grids[picture, positions[position]],
+        images=ids[picture],
+        exclude=_own_and_copies(images, ids)[picture],
+        protocol=f"{len(at)} queries from {len(ids)} {said}",
     )
 
 
-def own_and_copies(images: ImageTable, ids: Ids) -> Ids:
-    """The pictures with patches that are one of these or a copy of it: int64 [N, M], filled with -1."""
+def _own_and_copies(images: ImageTable, ids: Ids) -> Ids:
+    """Of each picture itself and its copies those with patches: int64 [N, M], filled with -1."""
     rows = images.rows(ids.tolist())
     copies = images.copies(row.sha256 for row in rows.values())
     rows |= images.rows(copy for group in copies.values() for copy in group)
@@ -68,12 +71,12 @@ def own_and_copies(images: ImageTable, ids: Ids) -> Ids:
         [copy for copy in copies[rows[int(image)].sha256] if rows[copy].split == "database"]
         for image in ids
     ]
-    widest = max(1, *(len(group) for group in own))
+    widest = max([1, *map(len, own)])
     return np.array([group + [NO_IMAGE] * (widest - len(group)) for group in own], np.int64)
 
 
 def halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:
-    """Which queries are in the first half, bool [Q]: of the pictures, or of a single one's queries."""
+    """Which queries are in the first half of the pictures (or of a single one's), bool [Q]."""
     names, group = np.unique(images, return_inverse=True)
     rng = np.random.default_rng(seed)
     if len(names) < 2:

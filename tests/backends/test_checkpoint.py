@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arrag_runtime import generate
-from arrag_runtime.backends import device_memory as memory
+from arrag_runtime import device, generate
 from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.checkpoint import read_checkpoint
-from arrag_runtime.backends.device_memory import out_of_memory
+from arrag_runtime.device import out_of_memory
 from arrag_runtime.format.errors import BadInputError
 from tests.worlds.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
 
@@ -254,13 +253,13 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(
 ) -> None:
     """Both sizes and what to do; on a CPU the system would end the process without a word."""
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:      100 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
     with pytest.raises(
         BadInputError, match=r"takes .* GiB, but cpu has 0\.0 GiB free; use a smaller"
     ):
         load_backend("janus", str(folder))
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
-    assert memory.available_memory("cpu") is None
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "none")
+    assert device.available_memory("cpu") is None
     load_backend("janus", str(folder))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from arrag_runtime import Neighbors, neighbors
+from arrag_runtime import Neighbors
 from arrag_runtime.faid.attach import Faid, attach
 from arrag_runtime.faid.decoder_layer import window_cells
 from arrag_runtime.faid.patch_blender import FORMS
@@ -53,7 +53,7 @@ def neighbors_of(retrieved: Tensor) -> Neighbors | None:
     if not count.any():
         return None
     tokens = np.where(retrieved != MISSING, retrieved, 0).astype(np.uint16)
-    return neighbors(tokens, np.zeros(tokens.shape, np.float32), tokens.astype(np.int64), count)
+    return Neighbors.of(tokens, np.zeros(tokens.shape, np.float32), tokens.astype(np.int64), count)
 
 
 @torch.no_grad()

@@ -8,18 +8,18 @@ import pytest
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.location import (
     building_folder,
+    delete_place,
     exists,
     finish_replacements,
     in_store,
     join,
     local_folder,
     make_folder,
-    names,
-    normalised,
+    names_in,
     put_folder,
     read_bytes,
-    remove,
-    size,
+    resolved_place,
+    stored_bytes,
     write_bytes,
 )
 from arrag_runtime.format.manifest import Layout
@@ -32,26 +32,26 @@ from tests.worlds.servers.s3_server import free_port
     [("s3://b//x/y/", "s3://b/x/y"), ("gs://b", "gs://b"), ("/tmp/a/../b/", "/tmp/b")],
 )
 def test_a_place_has_one_spelling(given: str, known: str) -> None:
-    assert normalised(given) == known
+    assert resolved_place(given) == known
     assert Layout(given).root == known
     assert in_store(known) == ("://" in given)
 
 
 def test_a_relative_path_is_of_the_working_folder() -> None:
-    assert normalised("db") == str(Path.cwd() / "db")
-    assert normalised("~/db") == str(Path.home() / "db")
+    assert resolved_place("db") == str(Path.cwd() / "db")
+    assert resolved_place("~/db") == str(Path.home() / "db")
 
 
 @pytest.mark.parametrize("given", ["ftp://host/x", "s3://", "gs:///", "file:///tmp/x"])
 def test_a_place_that_cannot_be_is_refused(given: str) -> None:
     with pytest.raises(BadInputError, match="BUCKET"):
-        normalised(given)
+        resolved_place(given)
 
 
 def test_files_are_written_listed_and_taken_away(place: str) -> None:
     file = join(place, "deep", "file.json")
     assert not exists(place)
-    assert names(place) == []
+    assert names_in(place) == []
     with pytest.raises(FileNotFoundError):
         read_bytes(file)
     make_folder(join(place, "deep"))
@@ -61,12 +61,12 @@ def test_files_are_written_listed_and_taken_away(place: str) -> None:
     assert read_bytes(file) == b"two!"
     assert exists(file)
     assert exists(join(place, "deep"))
-    assert names(place) == ["deep", "other"]
-    assert size(place) == 9
-    remove(file)
-    remove(file)
+    assert names_in(place) == ["deep", "other"]
+    assert stored_bytes(place) == 9
+    delete_place(file)
+    delete_place(file)
     assert not exists(file)
-    remove(place)
+    delete_place(place)
     assert not exists(file)
     assert not exists(join(place, "other"))
 
@@ -87,9 +87,9 @@ def test_a_finished_draft_takes_the_place_of_an_older_folder(place: str) -> None
     assert read_bytes(join(final, "data.bin")) == b"old data.bin"
     put_folder(draft, final)
     assert not draft.exists()
-    assert names(final) == ["data.bin", "manifest.json"]
+    assert names_in(final) == ["data.bin", "manifest.json"]
     assert read_bytes(join(final, "manifest.json")) == b"new manifest.json"
-    assert names(place) == ["lists"]
+    assert names_in(place) == ["lists"]
 
 
 def test_a_replacement_that_was_killed_half_way_is_finished(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_replacement_that_was_killed_half_way_is_finished(tmp_path: Path) -> N
         filled_folder.mkdir()
         filled(filled_folder, name)
     finish_replacements(str(tmp_path))
-    assert names(str(tmp_path)) == ["gone", "kept"]
+    assert names_in(str(tmp_path)) == ["gone", "kept"]
     assert (tmp_path / "gone" / "data.bin").read_text() == ".old-gone data.bin"
     assert (tmp_path / "kept" / "data.bin").read_text() == "kept data.bin"
 
@@ -145,7 +145,7 @@ def test_a_store_that_does_not_answer_is_one_line(
     scheme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Within seconds, with what to look at."""
-    monkeypatch.setattr("arrag_runtime.format.location.PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr("arrag_runtime.format.location._PATIENCE", timedelta(seconds=1))
     for store, server in (("AWS", "ENDPOINT_URL"), ("GOOGLE", "BASE_URL")):
         monkeypatch.setenv(f"{store}_{server}", f"http://127.0.0.1:{free_port()}")
         monkeypatch.setenv(f"{store}_ALLOW_HTTP", "true")

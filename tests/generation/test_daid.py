@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from arrag_runtime import Neighbors, daid, neighbors
+from arrag_runtime import Neighbors, daid
 from arrag_runtime.format.errors import BadInputError
 
 VOCABULARY, K = 30, 12
@@ -22,7 +22,7 @@ def retrieved(seed: int, counts: tuple[int, ...]) -> Neighbors:
     shape = (len(counts), K)
     tokens = rng.integers(0, 8, shape).astype(np.uint16)
     distances = np.sort(np.round(rng.random(shape), 1), axis=1).astype(np.float32)
-    return neighbors(tokens, distances, rng.integers(0, 1 << 40, shape), np.array(counts))
+    return Neighbors.of(tokens, distances, rng.integers(0, 1 << 40, shape), np.array(counts))
 
 
 def model_probabilities(seed: int, rows: int) -> torch.Tensor:
@@ -78,10 +78,7 @@ def test_nothing_retrieved_or_no_weight_leaves_every_bit_as_it_is() -> None:
 def test_a_batch_is_its_rows() -> None:
     """No row sees another's neighbours."""
     p, found = model_probabilities(5, 3), retrieved(6, (K, 3, 7))
-    rows = [
-        daid.merge(p[i : i + 1], Neighbors(*(a[i : i + 1] for a in vars(found).values())))
-        for i in range(3)
-    ]
+    rows = [daid.merge(p[i : i + 1], found.take(slice(i, i + 1))) for i in range(3)]
     assert torch.equal(daid.merge(p, found), torch.cat(rows))
 
 
@@ -94,7 +91,7 @@ def test_an_entry_that_stands_for_several_counts_as_often() -> None:
         np.stack([np.resize(np.repeat(row, n), 8) for row, n in zip(values, copies, strict=True)])
         for values in (found.tokens, found.distances, found.patch_ids)
     ]
-    often = neighbors(repeated[0], repeated[1], repeated[2], copies.sum(axis=1))
+    often = Neighbors.of(repeated[0], repeated[1], repeated[2], copies.sum(axis=1))
     for merge in daid.MERGES:
         torch.testing.assert_close(
             daid.merge(p, once, merge=merge), daid.merge(p, often, merge=merge)
@@ -112,7 +109,7 @@ def test_an_entry_counts_for_the_weight_of_its_database() -> None:
         np.take_along_axis(np.asarray(values), at, axis=1)
         for values in (found.tokens, found.distances, found.patch_ids)
     ]
-    doubled = neighbors(taken[0], taken[1], taken[2], np.array([6]))
+    doubled = Neighbors.of(taken[0], taken[1], taken[2], np.array([6]))
     torch.testing.assert_close(
         daid.merge(p, weighed, merge="sum"), daid.merge(p, doubled, merge="sum")
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arrag_runtime import Generated, Neighbors, daid, neighbors
+from arrag_runtime import Generated, Neighbors, daid
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.format.ids import patch_ids
 from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
@@ -31,7 +31,7 @@ def retrieved(seed: int, count: int) -> Neighbors:
     distances = np.sort(rng.integers(0, 6, K) / 4).astype(np.float32)
     tokens = rng.integers(0, 6, K).astype(np.uint16)
     chosen = rng.choice(ids, K, replace=False)
-    return neighbors(tokens[None], distances[None], chosen[None], np.array([count]))
+    return Neighbors.of(tokens[None], distances[None], chosen[None], np.array([count]))
 
 
 def traced(found: Neighbors | None, token: int, settings: DaidSettings | None) -> TokenTrace:

@@ -22,7 +22,7 @@ from tests.worlds.code_world import (
 @pytest.fixture
 def two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Already with few lists."""
-    monkeypatch.setattr(stages.index.coarse_lists, "TWO_LEVELS_FROM", 32)
+    monkeypatch.setattr(stages.index.coarse_lists, "_TWO_LEVELS_FROM", 32)
 
 
 def test_one_level_finds_the_nearest_list() -> None:

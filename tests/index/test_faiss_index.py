@@ -97,7 +97,11 @@ def test_progress_is_told_to_the_end(world: World, tmp_path: Path) -> None:
     """Keys count when they are in; an exact index needs no training."""
     seen: list[tuple[int, int]] = []
     filled = train_and_fill(
-        *(world.table, CODES, tmp_path, IndexSettings("flat"), NONE),
+        world.table,
+        CODES,
+        tmp_path,
+        IndexSettings("flat"),
+        NONE,
         lambda done, all_: seen.append((done, all_)),
     )
     assert (filled.kind, filled.index_key, filled.trained_on) == ("flat", "Flat", 0)

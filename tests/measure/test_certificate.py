@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, split_patch_ids
 from arrag_runtime.format.specs import key_vectors
+from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.certificate import Certificate, Target, certify, recall_at
-from stages.measure.exact_search import NO_IMAGE, Nearest, Queries, exact_search, true_distances
+from stages.measure.exact_search import NO_IMAGE, Queries, exact_search, true_distances
 from tests.worlds.patch_world import CODES, World, make_world
 from tests.worlds.plain_search import PlainSearch
 
@@ -33,7 +34,7 @@ def queries(world: World) -> Queries:
 
 
 @pytest.fixture(scope="module")
-def exact(world: World, queries: Queries) -> Nearest:
+def exact(world: World, queries: Queries) -> Neighbors:
     return exact_search(world.table.blocks(), CODES, queries, 2048)
 
 
@@ -55,7 +56,7 @@ def test_recall_equals_a_loop(seed: int, k: int) -> None:
     exact_distances[np.arange(30) >= known[:, None]] = np.inf
     tokens = np.zeros((6, 30), np.uint16)
     rows = np.zeros((6, 30), np.int64)
-    exact = Nearest(exact_distances, rows, tokens, rows, known)
+    exact = Neighbors.of(tokens, exact_distances, rows, known)
     count = rng.integers(0, 30, 6)
     answers = np.sort(rng.integers(0, 12, (6, 30)) / 4, axis=1).astype(np.float32)
     answers += rng.choice([0, 5e-6], (6, 30)).astype(np.float32)
@@ -71,7 +72,7 @@ def test_recall_equals_a_loop(seed: int, k: int) -> None:
 
 
 def test_an_exact_index_is_certified_so(
-    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest
+    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Neighbors
 ) -> None:
     """No list, no nprobe; recall 1 at every k, the same distribution, the same distances."""
     made = certify(indexes["flat"], queries, exact, Target())
@@ -88,7 +89,7 @@ def test_an_exact_index_is_certified_so(
 
 @pytest.mark.parametrize("target", ["0.5", "0.8", "0.95@100", "1"])
 def test_nprobe_is_the_smallest_that_reaches_the_target(
-    indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest, target: str
+    indexes: dict[str, PlainSearch], queries: Queries, exact: Neighbors, target: str
 ) -> None:
     """As trying every one says; the index is left at it; recall grows with the lists."""
     index, wanted = indexes["lists"], Target.parse(target)
@@ -112,7 +113,7 @@ def test_nprobe_is_the_smallest_that_reaches_the_target(
 
 
 def test_a_target_out_of_reach_is_admitted(
-    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest
+    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Neighbors
 ) -> None:
     """A coarse quantiser; true distances decide, the index's own are far off."""
     index = indexes["quantised"]
@@ -160,7 +161,7 @@ def test_held_out_queries_exclude_nothing(world: World, queries: Queries) -> Non
 
 
 def test_certificates_become_json(
-    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Nearest
+    world: World, indexes: dict[str, PlainSearch], queries: Queries, exact: Neighbors
 ) -> None:
     """And say which nprobe is tried while they are made."""
     seen: list[int | None] = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from arrag_runtime.format.ids import split_patch_ids
+from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.evaluate_tokens import (
     BACKOFFS,
     TEMPERATURES,
@@ -17,10 +19,9 @@ from stages.measure.evaluate_tokens import (
     evaluate_tokens,
     likelihood_gain,
 )
-from stages.measure.exact_search import Nearest, Queries, exact_search
+from stages.measure.exact_search import Queries, exact_search
 from stages.measure.fit_weights import corpus_prior
 from stages.measure.plot_evaluation import draw_evaluation
-from stages.measure.retrieved_distribution import Answer
 from stages.measure.sample_queries import halves
 from tests.worlds.patch_world import CODES, World, make_world
 from tests.worlds.plain_search import PlainSearch
@@ -41,24 +42,24 @@ def queries(world: World) -> Queries:
 
 
 @pytest.fixture(scope="module")
-def exact(world: World, queries: Queries) -> Nearest:
+def exact(world: World, queries: Queries) -> Neighbors:
     return exact_search(world.table.blocks(), CODES, queries, 100)
 
 
 @pytest.fixture(scope="module")
-def answer(world: World, queries: Queries) -> Answer:
+def answer(world: World, queries: Queries) -> Neighbors:
     """All entries but the own picture's: fewer than K."""
     return PlainSearch(world, "Flat").search(queries.keys, K, exclude=queries.exclude)
 
 
 @pytest.fixture(scope="module")
-def figures(world: World, queries: Queries, exact: Nearest, answer: Answer) -> TokenFigures:
+def figures(world: World, queries: Queries, exact: Neighbors, answer: Neighbors) -> TokenFigures:
     prior = corpus_prior(world.tokens, 24)
     return evaluate_tokens(queries, answer, exact, answer.distances[:, :100], CODES, prior)
 
 
 def test_distances_and_hits_equal_loops(
-    world: World, queries: Queries, answer: Answer, figures: TokenFigures
+    world: World, queries: Queries, answer: Neighbors, figures: TokenFigures
 ) -> None:
     """By rank; the distances to random codes and corpus tokens are expectations, not draws."""
     assert len(figures.token_distance) == len(figures.hit_rate) == 100
@@ -88,7 +89,7 @@ def test_an_exact_search_recalls_everything(figures: TokenFigures) -> None:
 
 
 def test_likelihoods_are_chosen_on_the_other_half(
-    world: World, queries: Queries, answer: Answer, figures: TokenFigures
+    world: World, queries: Queries, answer: Neighbors, figures: TokenFigures
 ) -> None:
     """Temperature and back-off come from pictures that are not judged; by a loop over a grid."""
     prior = corpus_prior(world.tokens, 24)
@@ -123,14 +124,13 @@ def test_likelihoods_are_chosen_on_the_other_half(
 
 
 def test_copies_count_in_the_sum_alone(
-    world: World, queries: Queries, exact: Nearest, answer: Answer, figures: TokenFigures
+    world: World, queries: Queries, exact: Neighbors, answer: Neighbors, figures: TokenFigures
 ) -> None:
     """A result that stands for five is as likely as five; the nearest merge does not care."""
     prior = corpus_prior(world.tokens, 24)
     copies = np.where(answer.tokens == queries.next_tokens[:, None], 5, 1)
-    counted = evaluate_tokens(
-        queries, answer, exact, answer.distances[:, :100], CODES, prior, copies=copies
-    )
+    often = replace(answer, copies=copies)
+    counted = evaluate_tokens(queries, often, exact, answer.distances[:, :100], CODES, prior)
     assert counted.curves["nearest"] == figures.curves["nearest"]
     assert counted.nll.mean < figures.nll.mean
     gain = likelihood_gain(figures, counted, queries.images)

@@ -16,9 +16,9 @@ from arrag_runtime.format.ids import split_patch_ids
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.patches import PatchBlock, PatchTable
 from arrag_runtime.format.specs import key_vectors
+from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.exact_search import (
     NO_IMAGE,
-    Nearest,
     Queries,
     exact_search,
     merge_nearest,
@@ -38,8 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and several overflows of the newcomers even in a small table."""
-    monkeypatch.setattr(stages.measure.exact_search, "TILE", 32)
-    monkeypatch.setattr(stages.measure.exact_search, "QUERY_TILE", 3)
+    monkeypatch.setattr(stages.measure.exact_search, "_TILE", 32)
+    monkeypatch.setattr(stages.measure.exact_search, "_QUERY_TILE", 3)
 
 
 def queries_at(world: World, at: npt.NDArray[Any], *, own: bool, width: int = 1) -> Queries:
@@ -90,12 +90,12 @@ def test_the_nearest_are_those_of_a_loop(
     queries = queries_at(world, at, own=own, width=2)
     skip = np.sort(rng.choice(world.ids, 100, replace=False)) if skipping else None
     found = exact_search(world.table.blocks(size), CODES, queries, k, weights=weights, skip=skip)
-    assert found.distances.shape == found.rows.shape == found.tokens.shape == (5, k)
+    assert found.distances.shape == found.places.shape == found.tokens.shape == (5, k)
     for row in range(5):
         expected = by_loop(world, queries, row, k, weights, set(() if skip is None else skip))
         count = int(found.count[row])
         assert count == len(expected)
-        rows = found.rows[row, :count]
+        rows = found.places[row, :count]
         assert len(set(rows.tolist())) == count
         assert np.allclose(found.distances[row, :count], [d for d, _ in expected], atol=1e-5)
         nearer = {r for d, r in expected if d < expected[-1][0] - 1e-5}
@@ -103,7 +103,7 @@ def test_the_nearest_are_those_of_a_loop(
         assert np.array_equal(found.patch_ids[row, :count], world.ids[rows])
         assert np.array_equal(found.tokens[row, :count], world.tokens[rows])
         assert np.isinf(found.distances[row, count:]).all()
-        assert (found.rows[row, count:] == -1).all()
+        assert (found.places[row, count:] == -1).all()
         assert (found.patch_ids[row, count:] == -1).all()
         assert (found.tokens[row, count:] == 0).all()
 
@@ -122,7 +122,10 @@ def test_parts_searched_apart_give_what_one_search_gives(
     assert [part.start for part in parts] == [0, 294]
     apart = [
         exact_search(
-            *(world.table.blocks(30, part), CODES, queries, k),
+            world.table.blocks(30, part),
+            CODES,
+            queries,
+            k,
             weights=weights,
             first_row=part.start,
         )
@@ -132,7 +135,7 @@ def test_parts_searched_apart_give_what_one_search_gives(
     assert_same(merge_nearest(apart[::-1]), whole)
 
 
-def assert_same(one: Nearest, other: Nearest) -> None:
+def assert_same(one: Neighbors, other: Neighbors) -> None:
     for name, values in vars(one).items():
         assert np.array_equal(values, getattr(other, name)), name
 
@@ -147,7 +150,7 @@ def test_of_equally_near_entries_the_first_rows_are_kept(tmp_path: Path) -> None
     inner = np.flatnonzero((np.concatenate([b.keys for b in table.blocks()]) == 5).all(axis=1))
     found = exact_search(table.blocks(), CODES, queries, 60)
     assert (found.distances == 0).all()
-    assert found.rows.tolist() == [inner[:60].tolist()] * 2
+    assert found.places.tolist() == [inner[:60].tolist()] * 2
 
 
 def test_missing_neighbours_are_zero_vectors(world: World) -> None:
@@ -155,7 +158,7 @@ def test_missing_neighbours_are_zero_vectors(world: World) -> None:
     key = np.full((1, 4), MISSING, np.uint16)
     queries = Queries(key, key[:, 0], np.zeros(1, np.int64), np.full((1, 1), NO_IMAGE), "test")
     found = exact_search(world.table.blocks(), CODES, queries, len(world.ids), weights=WEIGHTS)
-    present = world.keys[found.rows[0]] != MISSING
+    present = world.keys[found.places[0]] != MISSING
     assert np.allclose(found.distances[0], present @ np.array(WEIGHTS), atol=1e-5)
     assert found.distances[0, 0] == 0
 
@@ -208,7 +211,7 @@ def test_a_search_of_nothing_finds_nothing(world: World) -> None:
     for blocks, skip in (([], None), (world.table.blocks(), np.sort(world.ids))):
         found = exact_search(blocks, CODES, queries, 5, skip=skip)
         assert found.count.tolist() == [0, 0]
-        assert (found.rows == -1).all()
+        assert (found.places == -1).all()
     with pytest.raises(BadInputError, match="k is 0"):
         exact_search([], CODES, queries, 0)
 

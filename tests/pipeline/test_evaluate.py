@@ -66,7 +66,7 @@ def test_tasks_find_what_one_process_finds(
     chosen = exact_neighbors(
         world.table, CODES, queries, 90, weights=weights, skip=skip, resources=RayResources()
     )
-    assert np.array_equal(chosen.rows, local.rows)
+    assert np.array_equal(chosen.places, local.places)
 
 
 def _queries(world: World, at: npt.NDArray[np.int64], images: Ids) -> Queries:

@@ -1,5 +1,7 @@
 """Searching codebook indexes, and what every kind hides, against loops over all entries."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from arrag_runtime import PatchIndex
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import split_patch_ids
 from arrag_runtime.format.inverted_lists import CENTROIDS, CODES, GRAPH, STARTS, ListPart
-from arrag_runtime.format.manifest import IndexManifest, Layout
+from arrag_runtime.format.manifest import IndexManifest, Layout, write_codebook
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.faiss_search import FaissSearch
@@ -107,8 +109,20 @@ def opened(
         index.train(twins.vectors)
         index.add(twins.vectors)
         manifest = IndexManifest(
-            *(name, "ivfpq", key, twins.layout.keys, 1, 1, 300, 300),
-            *(4 if name == "lists" else None, 0.0, 0.0, 0.0, 0.0, {}),
+            name=name,
+            kind="ivfpq",
+            index_key=key,
+            keys=twins.layout.keys,
+            table_version=1,
+            mark=1,
+            count=300,
+            entries=300,
+            nprobe=4 if name == "lists" else None,
+            code_bytes_per_key=0.0,
+            resident_bytes_per_key=0.0,
+            ms_per_query=0.0,
+            recall_at_10=0.0,
+            certificate={},
         )
         part = EntryPart(twins.tokens, twins.ids, none, np.zeros(1, np.int64), none)
         hidden = Tombstones(Layout(root / "none"))
@@ -116,7 +130,7 @@ def opened(
         found = PatchIndex(manifest, engine, EntryTable([part]), twins.layout.codes, hidden)
         made[name] = found, 10**6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrag_runtime.search.patch_index, "SPARE", 2)
+        patch.setattr(arrag_runtime.search.patch_index, "_SPARE", 2)
         yield made
 
 
@@ -267,7 +281,7 @@ def test_a_graph_over_the_centroids_finds_nearly_the_same(
     centroids = np.load(tmp_path / CENTROIDS)
     write_graph(centroids, tmp_path / GRAPH)
     assert not (tmp_path / GRAPH).exists()
-    monkeypatch.setattr(stages.index.coarse_lists, "GRAPH_FROM", 300)
+    monkeypatch.setattr(stages.index.coarse_lists, "_GRAPH_FROM", 300)
     write_graph(centroids, tmp_path / GRAPH)
     graph = open_codes(tmp_path, world, names, nprobe=16)
     asked = world.keys[::40]
@@ -310,3 +324,31 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / CENTROIDS).unlink()
     with pytest.raises(IncompatibleError, match="no readable centroids"):
         open_codes(tmp_path, world, [name])
+
+
+def test_opening_and_searching_loads_neither_torch_nor_lance(tmp_path: Path) -> None:
+    """A process that only searches, of a database that nothing was removed from, stays light."""
+    world, layout = make_codes(count=90), Layout(tmp_path)
+    folder = Path(layout.index("codes"))
+    opened = open_codes(folder, world, write_codes(folder, world, 4))
+    write_codebook(layout, world.layout.codes)
+    opened.manifest.write(folder)
+    grid = np.random.default_rng(0).integers(0, 24, (1, 7, 7)).astype(np.uint16)
+    np.save(tmp_path / "grid.npy", grid)
+    program = (
+        "import sys, numpy as np; from arrag_runtime import Retriever;"
+        " found = Retriever.open(sys.argv[1], k=5).at(np.load(sys.argv[2]), 3, 3);"
+        " print(*found.patch_ids[0]); print(*sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(tmp_path / "grid.npy")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, modules = ran.stdout.splitlines()
+    key = world.layout.keys.neighborhood.key_at(grid, 3, 3)
+    assert key is not None
+    assert found.split() == [str(one) for one in opened.search(key, 5).patch_ids[0]]
+    assert "faiss" in modules.split()
+    assert not {"torch", "transformers", "lance", "schemas", "stages"} & set(modules.split())

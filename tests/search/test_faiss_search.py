@@ -94,8 +94,20 @@ def test_an_empty_list_gives_no_neighbours(world: World) -> None:
     index.train(centroids)
     index.add(world.vectors[8:9])
     made = IndexManifest(
-        *("lists", "ivfpq", "IVF2,Flat", KEYS, 1, 1, 1, 1, 1),
-        *(64.0, 0.0, 0.0, 0.0, {}),
+        name="lists",
+        kind="ivfpq",
+        index_key="IVF2,Flat",
+        keys=KEYS,
+        table_version=1,
+        mark=1,
+        count=1,
+        entries=1,
+        nprobe=1,
+        code_bytes_per_key=64.0,
+        resident_bytes_per_key=0.0,
+        ms_per_query=0.0,
+        recall_at_10=0.0,
+        certificate={},
     )
     alone = replace(world, ids=world.ids[8:9], tokens=world.tokens[8:9])
     opened = in_memory(made, index, alone)

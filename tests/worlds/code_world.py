@@ -19,7 +19,7 @@ from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.patches import PatchBlock
 from arrag_runtime.format.specs import key_spec, key_vectors, normalised
 from arrag_runtime.search.codebook_search import CodebookSearch
-from arrag_runtime.search.neighbors import EntryPart, EntryTable
+from arrag_runtime.search.neighbors import EntryTable
 from arrag_runtime.search.tombstones import Tombstones
 from stages.index.coarse_lists import ListFinder, train_centroids
 from stages.index.fill_lists import fill_part, merge_parts
@@ -110,15 +110,23 @@ def open_codes(
 ) -> PatchIndex:
     """The index of these parts, opened; it visits all lists unless told otherwise."""
     engine = CodebookSearch(folder, world.layout, parts)
-    entries = EntryTable(
-        [
-            EntryPart(p.next_tokens, p.patch_ids, p.copies_at, p.copies_start, p.copies_ids)
-            for p in engine.parts
-        ]
-    )
+    entries = EntryTable(engine.parts)
     made = IndexManifest(
-        *("codes", "codebook", "", world.layout.keys, 1, 1, entries.keys, len(entries)),
-        *(nprobe or engine.lists, 0.0, 0.0, 0.0, 0.0, {}),
+        name="codes",
+        kind="codebook",
+        index_key="",
+        keys=world.layout.keys,
+        table_version=1,
+        mark=1,
+        count=entries.keys,
+        entries=len(entries),
+        nprobe=nprobe or engine.lists,
+        code_bytes_per_key=0.0,
+        resident_bytes_per_key=0.0,
+        ms_per_query=0.0,
+        recall_at_10=0.0,
+        certificate={},
+        parts=tuple(parts),
         weights=world.layout.weights,
     )
     return PatchIndex(made, engine, entries, world.layout.codes, tombstones)

@@ -35,7 +35,7 @@ def small_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline.indexing.steps, "_MERGED_BY_A_STEP", 150)
     patch.setattr(stages.index.fill_lists, "MERGE_ENTRIES", 90)
     patch.setattr(stages.index.codebook_index, "MERGE_ENTRIES", 2)
-    patch.setattr(stages.index.codebook_index, "FIXED_BYTES", 0)
+    patch.setattr(stages.index.codebook_index, "_FIXED_BYTES", 0)
     patch.setattr(stages.index.codebook_index, "HELD_A_KEY", 1)
 
 

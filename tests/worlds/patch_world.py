@@ -120,9 +120,8 @@ def manifest_of(
 def in_memory(manifest: IndexManifest, index: Any, world: World) -> PatchIndex:
     """A faiss index over the first entries of the world, opened without files."""
     none = np.empty(0, np.int64)
-    entries = EntryPart(
-        *(world.tokens[: index.ntotal], world.ids[: index.ntotal], none, np.zeros(1, int), none)
-    )
+    tokens, ids = world.tokens[: index.ntotal], world.ids[: index.ntotal]
+    entries = EntryPart(tokens, ids, none, np.zeros(1, int), none)
     return PatchIndex(manifest, FaissSearch(index), EntryTable([entries]), CODES)
 
 

@@ -1,6 +1,5 @@
 """A search over a small world with faiss alone, as certificates and evaluations see one."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -9,17 +8,8 @@ import numpy.typing as npt
 
 from arrag_runtime.format.ids import Ids, split_patch_ids
 from arrag_runtime.format.specs import key_vectors
+from arrag_runtime.search.neighbors import Neighbors
 from tests.worlds.patch_world import CODES, World
-
-
-@dataclass(frozen=True)
-class Found:
-    """Nearest first; beyond `count` tokens 0, distances infinite, ids -1."""
-
-    tokens: npt.NDArray[np.uint16]
-    distances: npt.NDArray[np.float32]
-    patch_ids: Ids
-    count: npt.NDArray[np.int64]
 
 
 class PlainSearch:
@@ -44,12 +34,12 @@ class PlainSearch:
     def nprobe(self, value: Any) -> None:
         self.index.nprobe = value
 
-    def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Found:
+    def search(self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None) -> Neighbors:
         """Everything is fetched, then what is excluded is dropped, a query at a time."""
         self.asked.append(exclude)
         distances, rows = self.index.search(key_vectors(keys, CODES), len(self.world.ids))
         ids = np.where(rows >= 0, self.world.ids[rows], -1)
-        found = Found(
+        found = Neighbors.of(
             np.zeros((len(keys), k), np.uint16),
             np.full((len(keys), k), np.inf, np.float32),
             np.full((len(keys), k), -1),
@@ -61,6 +51,7 @@ class PlainSearch:
                 real &= ~np.isin(split_patch_ids(ids[query])[0], exclude[query])
             at = np.flatnonzero(real)[:k]
             found.count[query] = count = len(at)
+            found.copies[query, :count] = found.weights[query, :count] = 1
             found.tokens[query, :count] = self.world.tokens[rows[query, at]]
             found.distances[query, :count] = distances[query, at]
             found.patch_ids[query, :count] = ids[query, at]

@@ -9,7 +9,12 @@ import pyarrow as pa
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.specs import key_spec
-from arrag_runtime.format.training_set import CODEBOOK, MANIFEST, TrainsetManifest, trainset_schema
+from arrag_runtime.format.training_set import (
+    TRAINSET_CODEBOOK,
+    TRAINSET_MANIFEST,
+    TrainsetManifest,
+    trainset_schema,
+)
 from arrag_runtime.training.train import TrainSettings
 from tests.worlds.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
 from tests.worlds.patch_world import CODES, SPEC
@@ -36,7 +41,7 @@ def write_set(path: Path, *, examples: int = EXAMPLES, border: str = "skip", see
     manifest = TrainsetManifest(SPEC, keys, K, "flat", 1, "heldout", examples)
     stream = io.BytesIO()
     np.save(stream, CODES)
-    metadata = {MANIFEST: manifest.to_json(), CODEBOOK: stream.getvalue()}
+    metadata = {TRAINSET_MANIFEST: manifest.to_json(), TRAINSET_CODEBOOK: stream.getvalue()}
     schema = trainset_schema(manifest).with_metadata(metadata)
     columns = [
         pa.array(rng.permutation(examples)),

@@ -7,7 +7,6 @@ in `NAME.part` beside a note of the file's version, and asked for again from the
 import hashlib
 import http.client
 import logging
-import os
 import shutil
 import time
 import urllib.error
@@ -15,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from arrag_runtime.format import location
 from arrag_runtime.format.errors import BadInputError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ AGENT = "arrag"
 
 def cache_folder(given: str | None) -> Path:
     """Where fetched lists are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
-    return Path(given or os.environ.get("ARRAG_CACHE") or "~/.cache/arrag").expanduser().absolute()
+    return location.cache_folder(given)
 
 
 def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:

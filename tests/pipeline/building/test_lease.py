@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from arrag_runtime.format.errors import BadInputError, DatabaseBusyError, LeaseLostError
-from arrag_runtime.format.location import exists, join, make_folder, names, write_bytes
+from arrag_runtime.format.location import exists, join, make_folder, names_in, write_bytes
 from arrag_runtime.format.manifest import Layout
 from pipeline.resources.lease import BEAT, Beat, Holder, _create, _numbers, _read, _to_bytes, lease
 from schemas.records import Shard
@@ -72,7 +72,7 @@ def test_a_lease_that_is_released_goes_to_the_next(place: str) -> None:
 def test_nothing_is_left_where_nothing_came_of_it(place: str) -> None:
     with lease(Layout(place), "arrag-db build"):
         pass
-    assert names(place) == []
+    assert names_in(place) == []
     if "://" not in place:
         assert not exists(place)
 

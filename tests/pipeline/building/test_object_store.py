@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arrag_runtime.format.errors import DatabaseBusyError
-from arrag_runtime.format.location import exists, names
+from arrag_runtime.format.location import exists, names_in
 from arrag_runtime.format.manifest import Layout
 from pipeline.resources.lease import lease
 from stages.tables.ledger import read_ledger
@@ -61,5 +61,5 @@ def test_all_commands_work_on_a_bucket(
     assert told(command("index", database, "--kind", "flat"))["keys"] == resumed["patches"]
     assert told(command("query", database, *asked, "--index", "codebook")) == here
     assert told(command("verify", database))["ok"] is True
-    assert names(database) == sorted(names(database))
+    assert names_in(database) == sorted(names_in(database))
     assert not list(tmp_path.glob("?[3s]:"))

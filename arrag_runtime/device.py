@@ -1,22 +1,43 @@
-"""Whether a model fits the memory, asked before it is loaded, and said in one line if it did not."""
+"""The device that work runs on: which one, whether it is there, and whether its memory suffices.
+
+torch is loaded where a question needs it, so the free memory of a machine is known without it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from arrag_runtime.format.errors import BadInputError
 
-MEMINFO = Path("/proc/meminfo")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def default_device() -> str:
+    """A GPU where torch sees one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require_device(device: str, instead: str) -> None:
+    """Raise BadInputError for a GPU where torch sees none. `instead`: the option for a CPU."""
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BadInputError(
+            f"device '{device}' is not available (torch {torch.__version__} sees no GPU);"
+            f" use {instead}, or install a CUDA build of torch"
+        )
 
 
 def available_memory(device: str) -> int | None:
     """The bytes that are free on a device; None where nobody says."""
     if device != "cpu":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
@@ -38,6 +59,8 @@ def require_memory(needed: int, device: str, what: str) -> None:
 @contextmanager
 def out_of_memory(doing: str) -> Iterator[None]:
     """Turn running out of memory into one line. `doing`: what for."""
+    import torch
+
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
