@@ -33,7 +33,7 @@ import torch
 from figures import cores, finish, machine
 
 from arrag_runtime.backends import Backend, load_backend
-from arrag_runtime.backends.checkpoint import SAMPLE
+from arrag_runtime.backends.checkpoint import SAMPLE_GENERATOR
 from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.backends.janus import JanusBackend, JanusDecoding
 from arrag_runtime.daid import DaidSettings
@@ -75,7 +75,7 @@ def random_backend(shape: Shape, device: str) -> JanusBackend:
         PreTrainedTokenizerFast,
     )
 
-    words: Any = PreTrainedTokenizerFast.from_pretrained(SAMPLE)
+    words: Any = PreTrainedTokenizerFast.from_pretrained(SAMPLE_GENERATOR)
     config = JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(words),

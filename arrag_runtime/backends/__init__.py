@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.specs import Floats
-
-Pixels = npt.NDArray[np.uint8]
+from arrag_runtime.tokenizers import Pixels
 
 
 class Decoding(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.backends import Backend, Pixels, load_backend
+from arrag_runtime.backends import Backend, load_backend
 from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.device import default_device
@@ -28,6 +28,7 @@ from arrag_runtime.generation.trace_sheet import Traced, draw_trace, heaviest_so
 from arrag_runtime.search.index_group import IndexGroup
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.search.retriever import Retriever
+from arrag_runtime.tokenizers import Pixels
 
 MODES = ("plain", "daid", "faid", "compare")
 LABELS = {"plain": "plain", "daid": "DAiD", "faid": "FAiD"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from arrag_runtime.backends import Pixels
+from arrag_runtime.tokenizers import Pixels
 
 GAP, MARGIN, TITLE = 12, 24, 30
 INK, FAINT = (24, 24, 27), (113, 113, 122)

@@ -22,7 +22,7 @@ import torch
 from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.compatibility import require_same_grids
 from arrag_runtime.backends.janus import JanusBackend
-from arrag_runtime.device import require_device
+from arrag_runtime.device import require_device, torch_dtype
 from arrag_runtime.faid.attach import K
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples, TrainingSet
@@ -218,11 +218,6 @@ def make_training_model(settings: TrainSettings, data: TrainingSet, device: str)
         dropout=settings.lora_dropout,
         caption_tokens=settings.caption_tokens,
     ).train()
-
-
-def torch_dtype(precision: str) -> torch.dtype:
-    """The torch dtype of a precision's name."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _share(settings: TrainSettings, step: int, world: int, rank: int) -> Iterator[list[int]]:
