@@ -1,9 +1,9 @@
 """Checkpoints of Janus-Pro: a configuration, a text tokenizer, and tensors in transformers' names.
 
 In: "sample", a folder, or a hub id. A folder is in transformers' layout (`model_type` janus) or in
-deepseek-ai's original one (`model_type` multi_modality), whose names `arrag_runtime.backends.
-deepseek` maps. The bundled generator `sample` shares the weights of the bundled tokenizer of
-pictures, which are therefore not stored twice.
+deepseek-ai's original one (`model_type` multi_modality), whose names the module `deepseek` maps.
+The bundled generator `sample` shares the weights of the bundled tokenizer of pictures, which are
+therefore not stored twice.
 """
 
 import json
@@ -27,17 +27,20 @@ _PAD = "<｜▁pad▁｜>"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model before it is built. `state` reads its tensors, named as transformers names them.
-
-    guidance, temperature: what its `generation_config.json` asks for, else Janus-Pro's own.
-    """
+    """A model before it is built."""
 
     name: str
+    """What the user called it."""
     config: Any
+    """transformers' JanusConfig."""
     tokenizer: Any
+    """The tokenizer of text."""
     state: Callable[[], Tensors]
+    """Reads its tensors, under transformers' names."""
     guidance: float = GUIDANCE
+    """The weight that its `generation_config.json` asks for, else Janus-Pro's own."""
     temperature: float = 1.0
+    """The temperature that its `generation_config.json` asks for, else Janus-Pro's own."""
 
     @property
     def parameters(self) -> int:

@@ -6,12 +6,16 @@
 | `language_model.lm_head.weight` | `lm_head.weight` |
 | `gen_embed.weight` | `model.generation_embeddings.weight` |
 | `gen_aligner.layers.0`, `.layers.2` | `model.generation_aligner.fc1`, `.hidden_layers.0` |
-| `gen_head.output_mlp_projector`, `.vision_head` | `model.generation_head.proj_out`, `.vision_head` |
+| `gen_head.output_mlp_projector` | `model.generation_head.proj_out` |
+| `gen_head.vision_head` | `model.generation_head.vision_head` |
 | `aligner.layers.0`, `.layers.2` | `model.aligner.fc1`, `.hidden_layers.0` |
 | `gen_vision_model.*` | `model.vqmodel.*`, inside as LlamaGen's VQ-16 (`tokenizers.vq16`) |
 | `vision_model.vision_tower.blocks.i` | `model.vision_model.encoder.layers.i` |
-| its `attn.qkv`, `attn.proj`, `norm1`, `norm2` | `self_attn.q_proj` + `k_proj` + `v_proj`, `.projection_layer`, `layer_norm1`, `layer_norm2` |
-| `vision_tower.patch_embed.proj`, `.pos_embed` [1, N, D], `.norm` | `embeddings.patch_embedding`, `.position_embedding.weight` [N, D], `post_layernorm` |
+| its `attn.qkv` | `self_attn.q_proj` + `k_proj` + `v_proj` |
+| its `attn.proj`, `norm1`, `norm2` | `self_attn.projection_layer`, `layer_norm1`, `layer_norm2` |
+| `vision_tower.patch_embed.proj` | `embeddings.patch_embedding` |
+| `vision_tower.pos_embed` [1, N, D] | `embeddings.position_embedding.weight` [N, D] |
+| `vision_tower.norm` | `post_layernorm` |
 | `vision_tower.attn_pool.*`, `quantize.codebook_used` | not used |
 
 The vision tower is for understanding pictures; generation never calls it. Widths are read off the

@@ -1,7 +1,7 @@
 """Janus-Pro on transformers' `JanusForConditionalGeneration`.
 
-In: prompts, then one image token a step. Out: logits over the next image token, and pictures of
-finished grids. The template, the blank prompts of guidance and the memory of keys and values are
+In: prompts, then one image token per step. Out: logits over the next image token, and pictures
+of finished grids. The template, the blank prompts of guidance and the memory of keys and values are
 those of transformers' own `generate` in image mode, so greedy tokens are the same; only the loop is
 ours, since nothing can be mixed into `generate` after guidance.
 

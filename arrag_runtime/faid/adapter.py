@@ -1,11 +1,13 @@
 """Adapter weights of FAiD: one safetensors file, or the released full checkpoint.
 
-In: a file or folder. Out: an `Adapter`: its shape, the augmented layers' tensors (`faid.layers.L.…`),
-LoRA pairs (`lora.NAME.A`, `lora.NAME.B`), tensors that replace the model's own (under the names of
-transformers' JanusForConditionalGeneration), and the codebook that its tokens index.
+In: a file or folder. Out: an `Adapter`: its shape, the tensors of the augmented layers
+(`faid.layers.L.…`), LoRA pairs (`lora.NAME.A`, `lora.NAME.B`), tensors that replace the model's own
+(under the names of transformers' JanusForConditionalGeneration), and the codebook that its tokens
+index.
 
-The released checkpoint (`jingyq1/arrag_faid`) is a full Janus state dict in deepseek-ai's names with
-LoRA merged into it: its language model, generation head, embeddings and aligner are kept whole.
+The released checkpoint (`jingyq1/arrag_faid`) is a full Janus state dict in deepseek-ai's names
+with LoRA merged into it: its language model, generation head, embeddings and aligner are kept
+whole.
 """
 
 import hashlib
@@ -32,24 +34,29 @@ from arrag_runtime.weight_files import read_tensors, weight_files
 LAYERS, LORA = "faid.layers.", "lora."
 _FORMAT, _CODEBOOK = "1", "codebook"
 _FROZEN = ("vision_model.", "aligner.", "gen_vision_model.")
-"""Parts of the released checkpoint that a generator takes from its own weights: frozen in training."""
+"""Parts of the released checkpoint that were frozen in training: a generator has its own."""
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The shape of an adapter and of the language model it was trained for.
-
-    width: D; depth: the number L of decoder layers; vocabulary: image codes; lora_rank 0 without LoRA.
-    """
+    """The shape of an adapter and of the language model it was trained for."""
 
     width: int
+    """D, the width of hidden states."""
     depth: int
+    """L, the number of decoder layers."""
     vocabulary: int
+    """The number of image codes."""
     hops: tuple[int, ...] = (1, 2)
+    """The windows that are blended; hop h sees (2h + 1) x (2h + 1) cells."""
     blenders: int = 2
+    """The number of augmented layers."""
     mix: Mix = "softmax"
+    """How the hops' results are mixed."""
     lora_rank: int = 0
+    """LoRA's r, 0 without LoRA."""
     lora_alpha: int = 0
+    """LoRA's alpha; an update is scaled by alpha / r."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -67,12 +74,16 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's tensors by name. codebook: float32 [V, d], L2-normalised; about: free text."""
+    """An adapter in memory."""
 
     spec: AdapterSpec
+    """Its shape."""
     tensors: Mapping[str, Tensor]
+    """Its weights by name, as the file has them."""
     codebook: Floats
+    """What its tokens index: float32 [V, d], L2-normalised."""
     about: Mapping[str, str] = field(default_factory=dict)
+    """Where it comes from, in free text."""
 
     def layer_tensors(self) -> dict[str, Tensor]:
         """The augmented layers' tensors under the names of their module."""
@@ -132,7 +143,7 @@ def read_adapter(path: Path | str) -> Adapter:
         tensors = read_tensors(weight_files(place))
         if "adapter" in metadata:
             return _own(place, metadata, tensors)
-        return import_released(tensors, str(path))
+        return _import_released(tensors, str(path))
     except (SafetensorError, EOFError, RuntimeError, ValueError) as error:
         detail = str(error).splitlines()[0]
         raise BadInputError(
@@ -152,7 +163,7 @@ def _own(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Ad
     return Adapter(spec, tensors, codes, json.loads(metadata["about"]))
 
 
-def import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
+def _import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
     """The adapter in a full checkpoint with deepseek-ai's names and blenders in its layers.
 
     Nothing that generation uses is left out: language model, head, embeddings and aligner.

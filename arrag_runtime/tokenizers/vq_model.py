@@ -64,8 +64,8 @@ class VQModel(nn.Module):
     def __init__(self, shape: VQShape) -> None:
         super().__init__()
         self.shape = shape
-        self.encoder = VQEncoder(shape)
-        self.decoder = VQDecoder(shape)
+        self.encoder = _Encoder(shape)
+        self.decoder = _Decoder(shape)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(shape.codes, shape.dimension)})
         self.quant_conv = nn.Conv2d(shape.latent, shape.dimension, 1)
         self.post_quant_conv = nn.Conv2d(shape.dimension, shape.latent, 1)
@@ -86,7 +86,7 @@ class VQModel(nn.Module):
         return weight
 
 
-class VQEncoder(nn.Module):
+class _Encoder(nn.Module):
     """Pictures [B, 3, H, W] to [B, latent, H / s, W / s] with s = 2^(levels - 1)."""
 
     def __init__(self, shape: VQShape) -> None:
@@ -119,7 +119,7 @@ class VQEncoder(nn.Module):
         return out
 
 
-class VQDecoder(nn.Module):
+class _Decoder(nn.Module):
     """[B, latent, h, w] to pictures [B, 3, s · h, s · w]; its levels begin with the coarsest."""
 
     def __init__(self, shape: VQShape) -> None:
