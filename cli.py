@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from arrag_runtime.format.manifest import IndexManifest
-    from arrag_runtime.generation.methods import Session
+    from arrag_runtime.generation.methods import GenerateReport
     from pipeline.build import BuildReport
     from pipeline.query import QueryAnswer
     from pipeline.verify import Check
@@ -852,7 +852,7 @@ def generate(
 
 
 def _write_trace(
-    session: "Session", databases: Sequence[str], trace: Path | None, trace_sheet: Path | None
+    session: "GenerateReport", databases: Sequence[str], trace: Path | None, trace_sheet: Path | None
 ) -> None:
     """Look the sources up in the databases' images, then write what was asked for."""
     from arrag_runtime.format.images import ImageTable

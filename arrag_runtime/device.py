@@ -6,8 +6,13 @@ torch is loaded where a question needs it, so the free memory of a machine is kn
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.manifest import PRECISIONS
+
+if TYPE_CHECKING:
+    from torch import dtype
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -28,6 +33,26 @@ def require_device(device: str, instead: str) -> None:
             f"device '{device}' is not available (torch {torch.__version__} sees no GPU);"
             f" use {instead}, or install a CUDA build of torch"
         )
+
+
+def require_precision(device: str, asked: str | None) -> str:
+    """The precision asked for, else the device's own: float32 on a CPU, bfloat16 on a GPU.
+
+    Raises BadInputError for an unknown one.
+    """
+    precision = asked or ("float32" if device == "cpu" else "bfloat16")
+    if precision not in PRECISIONS:
+        raise BadInputError(
+            f"unknown precision '{precision}'; choose one of {', '.join(PRECISIONS)}"
+        )
+    return precision
+
+
+def torch_dtype(precision: str) -> "dtype":
+    """The torch dtype of a precision's name."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def available_memory(device: str) -> int | None:

@@ -33,12 +33,12 @@ import torch
 from figures import cores, finish, machine
 
 from arrag_runtime.backends import Backend, load_backend
-from arrag_runtime.backends.checkpoint import SAMPLE
+from arrag_runtime.backends.checkpoint import SAMPLE_GENERATOR
 from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.backends.janus import JanusBackend, JanusDecoding
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.faid.attach import attach
-from arrag_runtime.generation.decode_loop import Sampling, decode
+from arrag_runtime.generation.decode_loop import Sampling, decode_grids
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.search.retriever import Retriever
 
@@ -75,7 +75,7 @@ def random_backend(shape: Shape, device: str) -> JanusBackend:
         PreTrainedTokenizerFast,
     )
 
-    words: Any = PreTrainedTokenizerFast.from_pretrained(SAMPLE)
+    words: Any = PreTrainedTokenizerFast.from_pretrained(SAMPLE_GENERATOR)
     config = JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(words),
@@ -225,7 +225,7 @@ def seconds_of(
             stack.callback(attached.detach)
             augmenters = (attached,)  # type: ignore[assignment]
         began = time.perf_counter()
-        decode(
+        decode_grids(
             used,
             [PROMPT] * batch,
             sampling,
@@ -262,7 +262,7 @@ def overlap(backend: Backend, index: PatchIndex, batch: int) -> float:
     searching: Any = Clocked(Retriever(index, K["daid"]), "at")
     watched: Any = Wrapped(backend, lambda decoding: Clocked(decoding, "forward"))
     sampling = Sampling(5.0, 1.0, tuple(range(batch)))
-    decode(watched, [PROMPT] * batch, sampling, retriever=searching, mixing=DaidSettings())
+    decode_grids(watched, [PROMPT] * batch, sampling, retriever=searching, mixing=DaidSettings())
     forward: list[tuple[float, float]] = watched.decoding.spans
     inside = total = 0.0
     for (start, end), (first, last) in zip(searching.spans, forward, strict=True):

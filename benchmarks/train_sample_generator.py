@@ -498,10 +498,10 @@ def evaluate(pictures: Pictures, folder: Path, sheet: Path | None, seed: int) ->
     """Nats a token on the held-out pictures, beside what counting reaches; and a page of samples."""
     from arrag_runtime import generate
     from arrag_runtime.backends.checkpoint import read_checkpoint
-    from arrag_runtime.backends.janus import JanusBackend, build
+    from arrag_runtime.backends.janus import JanusBackend, janus_model
 
     checkpoint = read_checkpoint("sample" if folder == SHIPPED else str(folder))
-    model = build(checkpoint, torch.float32)
+    model = janus_model(checkpoint, torch.float32)
     backend = JanusBackend(
         model,
         checkpoint.tokenizer,

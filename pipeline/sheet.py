@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import Layout
-from arrag_runtime.generation.picture_grid import font
+from arrag_runtime.generation.picture_grid import FAINT, INK, font
 from arrag_runtime.tokenizers import Tokenizer
 from pipeline.query import Neighbor, PositionResult, QueryAnswer
 
@@ -21,7 +21,7 @@ TILE, GAP, MARGIN, TEXT = 132, 14, 28, 46
 REACH = 2
 """Patches shown on each side of the one that comes next."""
 MAX_ROWS, MAX_NEIGHBORS = 8, 8
-INK, FAINT, FRAME, KEY = (24, 24, 27), (113, 113, 122), (225, 29, 72), (37, 99, 235)
+FRAME, KEY = (225, 29, 72), (37, 99, 235)
 
 
 def draw_sheet(

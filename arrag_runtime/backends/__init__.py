@@ -1,5 +1,7 @@
 """Generators: prompts and the tokens chosen so far in, logits of the next image token out.
 
+Read this file first, then `janus`.
+
 A generator is named in `BACKENDS` and follows the protocol `Backend`; torch and transformers are
 imported only when one is loaded.
 """
@@ -12,12 +14,11 @@ import numpy.typing as npt
 
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.specs import Floats
-
-Pixels = npt.NDArray[np.uint8]
+from arrag_runtime.tokenizers import Pixels
 
 
 class Decoding(Protocol):
-    """A batch of B pictures on the way: the model's memory of what it has read."""
+    """A batch of B pictures being decoded: the model's memory of what it has read."""
 
     def forward(self, tokens: Any | None) -> Any:
         """Logits [rows, V] of the next position, rows being B, or 2 B with guidance.
@@ -28,17 +29,18 @@ class Decoding(Protocol):
 
 
 class Backend(Protocol):
-    """What decoding, the trace and a database's fit need of a generator.
-
-    name: what the user called it. model: the torch module. grid: (h, w). guidance, temperature: the
-    weight of classifier-free guidance and the temperature of sampling that it is meant for.
-    """
+    """What decoding, the trace and the check of a database need of a generator."""
 
     name: str
+    """What the user called it."""
     model: Any
+    """The torch module."""
     grid: tuple[int, int]
+    """The (rows, columns) of a token grid."""
     guidance: float
+    """The weight of classifier-free guidance that it is meant for."""
     temperature: float
+    """The temperature of sampling that it is meant for."""
 
     @property
     def device(self) -> Any:
@@ -48,7 +50,7 @@ class Backend(Protocol):
         """The L2-normalised codebook float32 [V, d] that image tokens index."""
 
     def start(self, prompts: Sequence[str], *, guided: bool) -> Decoding:
-        """Read the prompts, one a picture. Raises BadInputError for one that is too long."""
+        """Read the prompts, one per picture. Raises BadInputError for one that is too long."""
 
     def pixels(self, tokens: npt.NDArray[np.uint16]) -> Pixels:
         """Pictures uint8 [B, H, W, 3] of token grids uint16 [B, h, w]."""

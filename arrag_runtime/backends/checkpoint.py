@@ -1,13 +1,12 @@
 """Checkpoints of Janus-Pro: a configuration, a text tokenizer, and tensors in transformers' names.
 
 In: "sample", a folder, or a hub id. A folder is in transformers' layout (`model_type` janus) or in
-deepseek-ai's original one (`model_type` multi_modality), whose names `arrag_runtime.backends.
-deepseek` maps. The bundled generator `sample` shares the weights of the bundled tokenizer of
-pictures, which are therefore not stored twice.
+deepseek-ai's original one (`model_type` multi_modality), whose names the module `deepseek` maps.
+The bundled generator `sample` shares the weights of the bundled tokenizer of pictures, which are
+therefore not stored twice.
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +16,31 @@ import torch
 
 from arrag_runtime.backends.deepseek import original_config, to_transformers_names
 from arrag_runtime.format.errors import ArragError, BadInputError
+from arrag_runtime.tokenizers.sample import SAMPLE_TOKENIZER
+from arrag_runtime.weight_files import Tensors, fetch, is_hub_id, read_tensors, weight_files
 
-SAMPLE = Path(__file__).parent / "weights" / "sample"
-SAMPLE_TOKENIZER = Path(__file__).parents[1] / "tokenizers" / "weights"
-"""The bundled tokenizer's weights are data of the same package, read as a file."""
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin")
-PAD = "<｜▁pad▁｜>"
+SAMPLE_GENERATOR = Path(__file__).parent / "weights" / "sample"
 GUIDANCE = 5.0
 """The weight of guidance that Janus-Pro generates with."""
-
-State = dict[str, torch.Tensor]
+_PAD = "<｜▁pad▁｜>"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model before it is built. `state` reads its tensors, named as transformers names them.
-
-    guidance, temperature: what its `generation_config.json` asks for, else Janus-Pro's own.
-    """
+    """A model before it is built."""
 
     name: str
+    """What the user called it."""
     config: Any
+    """transformers' JanusConfig."""
     tokenizer: Any
-    state: Callable[[], State]
+    """The tokenizer of text."""
+    state: Callable[[], Tensors]
+    """Reads its tensors, under transformers' names."""
     guidance: float = GUIDANCE
+    """The weight that its `generation_config.json` asks for, else Janus-Pro's own."""
     temperature: float = 1.0
+    """The temperature that its `generation_config.json` asks for, else Janus-Pro's own."""
 
     @property
     def parameters(self) -> int:
@@ -57,7 +54,7 @@ class Checkpoint:
 
 def read_checkpoint(reference: str) -> Checkpoint:
     """The checkpoint that a user names. Raises BadInputError where it is none or out of reach."""
-    folder = SAMPLE if reference == "sample" else _folder(reference)
+    folder = SAMPLE_GENERATOR if reference == "sample" else _folder(reference)
     path = folder / "config.json"
     if not path.exists():
         raise BadInputError(
@@ -75,7 +72,7 @@ def read_checkpoint(reference: str) -> Checkpoint:
             )
         tokenizer = _tokenizer(folder)
         if kind == "multi_modality":
-            state = to_transformers_names(read_tensors(folder))
+            state = to_transformers_names(_read_folder(folder))
             config = original_config(fields, state, tokenizer)
             return Checkpoint(reference, config, tokenizer, lambda: state)
         asked = _generation(folder)
@@ -90,32 +87,8 @@ def read_checkpoint(reference: str) -> Checkpoint:
         raise BadInputError(
             f"'{reference}' cannot be read as a Janus checkpoint: {type(error).__name__}: {reason}"
         ) from error
-    read = _sample_state if reference == "sample" else read_tensors
+    read = _sample_state if reference == "sample" else _read_folder
     return Checkpoint(reference, config, tokenizer, lambda: read(folder), *asked)
-
-
-def read_tensors(folder: Path) -> State:
-    """All tensors of a folder's weight files; a pickle is read without running code from it."""
-    from safetensors.torch import load_file
-
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            break
-    else:
-        raise BadInputError(f"'{folder}' has no .safetensors or pytorch_model.bin file")
-    state: State = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                state |= load_file(file)
-            else:
-                state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise BadInputError(
-                f"'{file}' is no file of weights that can be read safely:"
-                f" {str(error).splitlines()[0]}"
-            ) from error
-    return state
 
 
 def _generation(folder: Path) -> tuple[float, float]:
@@ -125,9 +98,13 @@ def _generation(folder: Path) -> tuple[float, float]:
     return float(fields.get("guidance_scale") or GUIDANCE), float(fields.get("temperature") or 1.0)
 
 
-def _sample_state(folder: Path) -> State:
-    tokenizer = read_tensors(SAMPLE_TOKENIZER)
-    return read_tensors(folder) | {f"model.vqmodel.{name}": t for name, t in tokenizer.items()}
+def _read_folder(folder: Path) -> Tensors:
+    return read_tensors(weight_files(folder))
+
+
+def _sample_state(folder: Path) -> Tensors:
+    tokenizer = read_tensors([SAMPLE_TOKENIZER])
+    return _read_folder(folder) | {f"model.vqmodel.{name}": t for name, t in tokenizer.items()}
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -137,8 +114,8 @@ def _tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer.json").exists():
         raise BadInputError(f"'{folder}' has no tokenizer.json; fetch the whole checkpoint")
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-    if tokenizer.pad_token_id is None and PAD in tokenizer.get_vocab():
-        tokenizer.pad_token = PAD
+    if tokenizer.pad_token_id is None and _PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = _PAD
     missing = [
         name
         for name, there in (
@@ -158,20 +135,9 @@ def _folder(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not HUB_ID.fullmatch(reference):
+    if path.exists() or not is_hub_id(reference):
         raise BadInputError(
             f"no model at '{reference}'; use 'sample', a folder with config.json, tokenizer.json and"
             " weights, or a hub id such as deepseek-community/Janus-Pro-1B"
         )
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = reference.partition("@")
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision or "main", allow_patterns=list(HUB_FILES))
-        )
-    except Exception as error:
-        raise BadInputError(
-            f"cannot fetch {reference} from the hub ({type(error).__name__}); check the network and"
-            " your token (`hf auth login`), or give --model a folder"
-        ) from error
+    return fetch(reference, instead="--model a folder")[0]

@@ -6,14 +6,16 @@
 | `language_model.lm_head.weight` | `lm_head.weight` |
 | `gen_embed.weight` | `model.generation_embeddings.weight` |
 | `gen_aligner.layers.0`, `.layers.2` | `model.generation_aligner.fc1`, `.hidden_layers.0` |
-| `gen_head.output_mlp_projector`, `.vision_head` | `model.generation_head.proj_out`, `.vision_head` |
+| `gen_head.output_mlp_projector` | `model.generation_head.proj_out` |
+| `gen_head.vision_head` | `model.generation_head.vision_head` |
 | `aligner.layers.0`, `.layers.2` | `model.aligner.fc1`, `.hidden_layers.0` |
-| `gen_vision_model.*` | `model.vqmodel.*`, inside as LlamaGen's VQ-16 (below) |
-| `*.conv_blocks.i.res.j`, decoder's in the same order | `encoder.down.i.block.j`, `decoder.up.i.block.j` |
-| `*.mid.0`, `.1`, `.2` | `mid.block_1`, `.attn_1`, `.block_2` |
+| `gen_vision_model.*` | `model.vqmodel.*`, inside as LlamaGen's VQ-16 (`tokenizers.vq16`) |
 | `vision_model.vision_tower.blocks.i` | `model.vision_model.encoder.layers.i` |
-| its `attn.qkv`, `attn.proj`, `norm1`, `norm2` | `self_attn.q_proj` + `k_proj` + `v_proj`, `.projection_layer`, `layer_norm1`, `layer_norm2` |
-| `vision_tower.patch_embed.proj`, `.pos_embed` [1, N, D], `.norm` | `embeddings.patch_embedding`, `.position_embedding.weight` [N, D], `post_layernorm` |
+| its `attn.qkv` | `self_attn.q_proj` + `k_proj` + `v_proj` |
+| its `attn.proj`, `norm1`, `norm2` | `self_attn.projection_layer`, `layer_norm1`, `layer_norm2` |
+| `vision_tower.patch_embed.proj` | `embeddings.patch_embedding` |
+| `vision_tower.pos_embed` [1, N, D] | `embeddings.position_embedding.weight` [N, D] |
+| `vision_tower.norm` | `post_layernorm` |
 | `vision_tower.attn_pool.*`, `quantize.codebook_used` | not used |
 
 The vision tower is for understanding pictures; generation never calls it. Widths are read off the
@@ -27,45 +29,39 @@ from typing import Any
 
 import torch
 
-State = dict[str, torch.Tensor]
+from arrag_runtime.tokenizers.vq16 import CODEBOOK_USED, transformers_name
+from arrag_runtime.tokenizers.vq_model import VQShape
+from arrag_runtime.weight_files import Tensors
 
-TOWER = r"^vision_model\.vision_tower\."
-UNUSED = re.compile(TOWER + r"attn_pool\.|^gen_vision_model\.quantize\.codebook_used$")
-NAMES = (
+_VQ = "gen_vision_model."
+_TOWER = r"^vision_model\.vision_tower\."
+_NAMES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^gen_embed\.", "model.generation_embeddings."),
     (r"^gen_head\.output_mlp_projector\.", "model.generation_head.proj_out."),
-    (r"^gen_head\.", "model.generation_head."),
-    (TOWER + r"patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
-    (TOWER + r"pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
-    (TOWER + r"norm\.", "model.vision_model.post_layernorm."),
-    (TOWER + r"blocks\.(\d+)\.norm(\d)\.", r"model.vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"^gen_head\.vision_head\.", "model.generation_head.vision_head."),
+    (_TOWER + r"patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
+    (_TOWER + r"pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
+    (_TOWER + r"norm\.", "model.vision_model.post_layernorm."),
+    (_TOWER + r"blocks\.(\d+)\.norm(\d)\.", r"model.vision_model.encoder.layers.\1.layer_norm\2."),
     (
-        TOWER + r"blocks\.(\d+)\.attn\.proj\.",
+        _TOWER + r"blocks\.(\d+)\.attn\.proj\.",
         r"model.vision_model.encoder.layers.\1.self_attn.projection_layer.",
     ),
-    (TOWER + r"blocks\.(\d+)\.attn\.", r"model.vision_model.encoder.layers.\1.self_attn."),
-    (TOWER + r"blocks\.", "model.vision_model.encoder.layers."),
-    (r"^gen_vision_model\.", "model.vqmodel."),
-    (r"^(model\.vqmodel\.encoder)\.conv_blocks\.(\d+)\.res\.", r"\1.down.\2.block."),
-    (r"^(model\.vqmodel\.encoder)\.conv_blocks\.", r"\1.down."),
-    (r"^(model\.vqmodel\.decoder)\.conv_blocks\.(\d+)\.res\.", r"\1.up.\2.block."),
-    (r"^(model\.vqmodel\.decoder)\.conv_blocks\.", r"\1.up."),
-    (r"^(model\.vqmodel\.\w+\.mid)\.0\.", r"\1.block_1."),
-    (r"^(model\.vqmodel\.\w+\.mid)\.1\.", r"\1.attn_1."),
-    (r"^(model\.vqmodel\.\w+\.mid)\.2\.", r"\1.block_2."),
+    (_TOWER + r"blocks\.(\d+)\.attn\.", r"model.vision_model.encoder.layers.\1.self_attn."),
+    (_TOWER + r"blocks\.", "model.vision_model.encoder.layers."),
 )
-ALIGNER = re.compile(r"^(gen_aligner|aligner)\.layers\.(\d+)\.(weight|bias)$")
+_ALIGNER = re.compile(r"^(gen_aligner|aligner)\.layers\.(\d+)\.(weight|bias)$")
 
 
-def to_transformers_names(state: Mapping[str, torch.Tensor]) -> State:
+def to_transformers_names(state: Mapping[str, torch.Tensor]) -> Tensors:
     """A state dict in deepseek-ai's names as one in transformers' names; unknown names stay."""
-    renamed: State = {}
+    renamed: Tensors = {}
     for name, tensor in state.items():
-        if UNUSED.match(name):
+        if name == _VQ + CODEBOOK_USED or re.match(_TOWER + r"attn_pool\.", name):
             continue
-        new = _rename(name)
+        new = janus_name(name)
         if ".self_attn.qkv." in new:
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[new.replace(".qkv.", f".{part}_proj.")] = piece
@@ -76,18 +72,24 @@ def to_transformers_names(state: Mapping[str, torch.Tensor]) -> State:
     return renamed
 
 
-def _rename(name: str) -> str:
-    if aligner := ALIGNER.match(name):
+def janus_name(name: str) -> str:
+    """deepseek-ai's name of a tensor as transformers' JanusForConditionalGeneration has it.
+
+    One that no Janus checkpoint of deepseek-ai's has stays as it is.
+    """
+    if name.startswith(_VQ):
+        return f"model.vqmodel.{transformers_name(name.removeprefix(_VQ))}"
+    if aligner := _ALIGNER.match(name):
         which, number, kind = aligner.groups()
         place = {"gen_aligner": "generation_aligner", "aligner": "aligner"}[which]
         layer = "fc1" if number == "0" else f"hidden_layers.{int(number) // 2 - 1}"
         return f"model.{place}.{layer}.{kind}"
-    for pattern, new in NAMES:
-        name = re.sub(pattern, new, name)
+    for theirs, ours in _NAMES:
+        name = re.sub(theirs, ours, name)
     return name
 
 
-def original_config(fields: Mapping[str, Any], state: State, tokenizer: Any) -> Any:
+def original_config(fields: Mapping[str, Any], state: Tensors, tokenizer: Any) -> Any:
     """The JanusConfig of an original checkpoint: its `config.json`, and widths off its tensors.
 
     state: in transformers' names.
@@ -96,8 +98,14 @@ def original_config(fields: Mapping[str, Any], state: State, tokenizer: Any) -> 
 
     language = fields["language_config"]
     known = (
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size"),
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "vocab_size",
     )
     text = LlamaConfig(
         **{name: language[name] for name in known if name in language},
@@ -119,17 +127,15 @@ def original_config(fields: Mapping[str, Any], state: State, tokenizer: Any) -> 
         projection_dim=state["model.aligner.fc1.weight"].shape[0],
         depth=1 + _count(state, r"model\.aligner\.hidden_layers\.(\d+)\."),
     )
-    codes, dimension = state["model.vqmodel.quantize.embedding.weight"].shape
-    base = state["model.vqmodel.encoder.conv_in.weight"].shape[0]
-    levels = _count(state, r"model\.vqmodel\.encoder\.down\.(\d+)\.")
-    first = "model.vqmodel.encoder.down.{}.block.0.conv1.weight"
+    inner = {name.removeprefix("model.vqmodel."): tensor for name, tensor in state.items()}
+    shape = VQShape.of(inner)
     vq = JanusVQVAEConfig(
-        embed_dim=dimension,
-        num_embeddings=codes,
-        latent_channels=state["model.vqmodel.quant_conv.weight"].shape[1],
-        base_channels=base,
-        channel_multiplier=[state[first.format(i)].shape[0] // base for i in range(levels)],
-        num_res_blocks=_count(state, r"model\.vqmodel\.encoder\.down\.0\.block\.(\d+)\."),
+        embed_dim=shape.dimension,
+        num_embeddings=shape.codes,
+        latent_channels=shape.latent,
+        base_channels=shape.base,
+        channel_multiplier=[width // shape.base for width in shape.widths],
+        num_res_blocks=shape.blocks,
         projection_dim=state["model.generation_head.proj_out.weight"].shape[0],
         num_hidden_layers=1 + _count(state, r"model\.generation_aligner\.hidden_layers\.(\d+)\."),
         image_token_embed_dim=state["model.generation_head.proj_out.weight"].shape[1],
@@ -143,6 +149,6 @@ def original_config(fields: Mapping[str, Any], state: State, tokenizer: Any) -> 
     )
 
 
-def _count(state: State, pattern: str) -> int:
+def _count(state: Tensors, pattern: str) -> int:
     """How many numbers stand where `pattern` has its group."""
     return len({m[1] for name in state if (m := re.match(pattern, name))})

@@ -1,7 +1,7 @@
 """Janus-Pro on transformers' `JanusForConditionalGeneration`.
 
-In: prompts, then one image token a step. Out: logits over the next image token, and pictures of
-finished grids. The template, the blank prompts of guidance and the memory of keys and values are
+In: prompts, then one image token per step. Out: logits over the next image token, and pictures
+of finished grids. The template, the blank prompts of guidance and the memory of keys and values are
 those of transformers' own `generate` in image mode, so greedy tokens are the same; only the loop is
 ours, since nothing can be mixed into `generate` after guidance.
 
@@ -15,15 +15,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arrag_runtime.backends import Pixels
 from arrag_runtime.backends.checkpoint import GUIDANCE, Checkpoint, read_checkpoint
-from arrag_runtime.device import out_of_memory, require_device, require_memory
+from arrag_runtime.device import (
+    out_of_memory,
+    require_device,
+    require_memory,
+    require_precision,
+    torch_dtype,
+)
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.specs import Floats, normalised
+from arrag_runtime.tokenizers import Pixels
 
-BEGIN_OF_IMAGE = "<begin_of_image>"
-TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:" + BEGIN_OF_IMAGE
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BEGIN_OF_IMAGE = "<begin_of_image>"
+TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:" + _BEGIN_OF_IMAGE
 
 
 class JanusBackend:
@@ -115,7 +120,7 @@ class JanusBackend:
         return ids if ids[0] == begin else [begin, *ids]
 
     def _begin(self) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE))
+        return int(self.tokenizer.convert_tokens_to_ids(_BEGIN_OF_IMAGE))
 
     def _pad(self) -> int:
         return int(self.tokenizer.pad_token_id)
@@ -178,15 +183,13 @@ def load_janus(reference: str, device: str = "cpu", precision: str | None = None
 
     Raises BadInputError where it cannot be reached, is no Janus model, or does not fit the memory.
     """
-    chosen = precision or ("float32" if device == "cpu" else "bfloat16")
-    if chosen not in PRECISIONS:
-        raise BadInputError(f"unknown precision '{chosen}'; choose one of {', '.join(PRECISIONS)}")
+    chosen = require_precision(device, precision)
     require_device(device, "--device cpu")
     checkpoint = read_checkpoint(reference)
-    size = PRECISIONS[chosen].itemsize
-    require_memory(checkpoint.parameters * size, device, f"{reference} in {chosen}")
+    dtype = torch_dtype(chosen)
+    require_memory(checkpoint.parameters * dtype.itemsize, device, f"{reference} in {chosen}")
     with out_of_memory(f"loading {reference} in {chosen} on {device}"):
-        model = build(checkpoint, PRECISIONS[chosen]).to(device)
+        model = janus_model(checkpoint, dtype).to(device)
     return JanusBackend(
         model,
         checkpoint.tokenizer,
@@ -196,7 +199,7 @@ def load_janus(reference: str, device: str = "cpu", precision: str | None = None
     )
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def janus_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model of a checkpoint; every tensor must match. Raises BadInputError otherwise."""
     from transformers import JanusForConditionalGeneration
     from transformers.utils import logging

@@ -1,18 +1,20 @@
 """Adapter weights of FAiD: one safetensors file, or the released full checkpoint.
 
-In: a file or folder. Out: an `Adapter`: its shape, the augmented layers' tensors (`faid.layers.L.…`),
-LoRA pairs (`lora.NAME.A`, `lora.NAME.B`), tensors that replace the model's own (under the names of
-transformers' JanusForConditionalGeneration), and the codebook that its tokens index.
+In: a file or folder. Out: an `Adapter`: its shape, the tensors of the augmented layers
+(`faid.layers.L.…`), LoRA pairs (`lora.NAME.A`, `lora.NAME.B`), tensors that replace the model's own
+(under the names of transformers' JanusForConditionalGeneration), and the codebook that its tokens
+index.
 
-The released checkpoint (`jingyq1/arrag_faid`) is a full Janus state dict in deepseek-ai's names with
-LoRA merged into it: its language model, generation head, embeddings and aligner are kept whole.
+The released checkpoint (`jingyq1/arrag_faid`) is a full Janus state dict in deepseek-ai's names
+with LoRA merged into it: its language model, generation head, embeddings and aligner are kept
+whole.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,40 +25,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arrag_runtime.backends.deepseek import janus_name
 from arrag_runtime.faid.patch_blender import Mix, require_hops
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.specs import SAME_CODE_COSINE, Floats, normalised
+from arrag_runtime.weight_files import read_tensors, weight_files
 
-FORMAT = "1"
-CODEBOOK = "codebook"
 LAYERS, LORA = "faid.layers.", "lora."
-KNOWN_AS = {
-    "gen_head.output_mlp_projector": "model.generation_head.proj_out",
-    "gen_head.vision_head": "model.generation_head.vision_head",
-    "gen_embed": "model.generation_embeddings",
-    "language_model.lm_head": "lm_head",
-    "language_model.model": "model.language_model",
-}
-"""The released names of what generation uses, and transformers' names of the same."""
-UNUSED = ("vision_model.", "aligner.", "gen_vision_model.")
-"""Parts of the released checkpoint that a generator takes from its own weights: frozen in training."""
+_FORMAT, _CODEBOOK = "1", "codebook"
+_FROZEN = ("vision_model.", "aligner.", "gen_vision_model.")
+"""Parts of the released checkpoint that were frozen in training: a generator has its own."""
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The shape of an adapter and of the language model it was trained for.
-
-    width: D; depth: the number L of decoder layers; vocabulary: image codes; lora_rank 0 without LoRA.
-    """
+    """The shape of an adapter and of the language model it was trained for."""
 
     width: int
+    """D, the width of hidden states."""
     depth: int
+    """L, the number of decoder layers."""
     vocabulary: int
+    """The number of image codes."""
     hops: tuple[int, ...] = (1, 2)
+    """The windows that are blended; hop h sees (2h + 1) x (2h + 1) cells."""
     blenders: int = 2
+    """The number of augmented layers."""
     mix: Mix = "softmax"
+    """How the hops' results are mixed."""
     lora_rank: int = 0
+    """LoRA's r, 0 without LoRA."""
     lora_alpha: int = 0
+    """LoRA's alpha; an update is scaled by alpha / r."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -74,12 +74,16 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's tensors by name. codebook: float32 [V, d], L2-normalised; about: free text."""
+    """An adapter in memory."""
 
     spec: AdapterSpec
+    """Its shape."""
     tensors: Mapping[str, Tensor]
+    """Its weights by name, as the file has them."""
     codebook: Floats
+    """What its tokens index: float32 [V, d], L2-normalised."""
     about: Mapping[str, str] = field(default_factory=dict)
+    """Where it comes from, in free text."""
 
     def layer_tensors(self) -> dict[str, Tensor]:
         """The augmented layers' tensors under the names of their module."""
@@ -108,11 +112,11 @@ def write_adapter(path: Path, adapter: Adapter) -> None:
     codes = torch.from_numpy(adapter.codebook.astype(np.float16))
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors.items()}
     fields = json.dumps(asdict(adapter.spec), sort_keys=True)
-    metadata = {"format": FORMAT, "adapter": fields, "about": json.dumps(dict(adapter.about))}
+    metadata = {"format": _FORMAT, "adapter": fields, "about": json.dumps(dict(adapter.about))}
     metadata["codebook"] = hashlib.sha256(codes.numpy().tobytes()).hexdigest()[:16]
     temporary = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors | {CODEBOOK: codes}, temporary, metadata=metadata)
+    save_file(tensors | {_CODEBOOK: codes}, temporary, metadata=metadata)
     # safetensors makes files that only their owner may read.
     mask = os.umask(0)
     os.umask(mask)
@@ -132,13 +136,14 @@ def read_adapter(path: Path | str) -> Adapter:
             " checkpoint's folder"
         )
     try:
+        metadata: dict[str, str] = {}
         if place.is_file() and place.suffix == ".safetensors":
             with safe_open(place, "pt") as file:
                 metadata = file.metadata() or {}
-                if "adapter" in metadata:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                    return _own(place, metadata, tensors)
-        return import_released(dict(_stored_tensors(place)), str(path))
+        tensors = read_tensors(weight_files(place))
+        if "adapter" in metadata:
+            return _own(place, metadata, tensors)
+        return _import_released(tensors, str(path))
     except (SafetensorError, EOFError, RuntimeError, ValueError) as error:
         detail = str(error).splitlines()[0]
         raise BadInputError(
@@ -147,38 +152,18 @@ def read_adapter(path: Path | str) -> Adapter:
 
 
 def _own(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Adapter:
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != _FORMAT:
         raise IncompatibleError(
-            f"adapter '{path}' is of format {metadata.get('format')}, not {FORMAT}; use the version"
+            f"adapter '{path}' is of format {metadata.get('format')}, not {_FORMAT}; use the version"
             " that wrote it"
         )
     fields = json.loads(metadata["adapter"])
     spec = AdapterSpec(**fields | {"hops": tuple(fields["hops"])})
-    codes = normalised(tensors.pop(CODEBOOK).float().numpy())
+    codes = normalised(tensors.pop(_CODEBOOK).float().numpy())
     return Adapter(spec, tensors, codes, json.loads(metadata["about"]))
 
 
-def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint file, or of the files of a folder."""
-    patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-    files = [path] if path.is_file() else next(filter(None, _listed(path, patterns)), [])
-    if not files:
-        raise BadInputError(f"no weights in '{path}'; it holds none of {', '.join(patterns)}")
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-            yield from loaded.get("model", loaded).items()
-
-
-def _listed(folder: Path, patterns: Sequence[str]) -> Iterator[list[Path]]:
-    yield from (sorted(folder.glob(pattern)) for pattern in patterns)
-
-
-def import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
+def _import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
     """The adapter in a full checkpoint with deepseek-ai's names and blenders in its layers.
 
     Nothing that generation uses is left out: language model, head, embeddings and aligner.
@@ -186,7 +171,7 @@ def import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
     """
     kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith(UNUSED) or key.endswith("rotary_emb.inv_freq"):
+        if key.startswith(_FROZEN) or key.endswith("rotary_emb.inv_freq"):
             continue
         kept[_renamed(key, name)] = tensor
     blenders = sorted(
@@ -229,17 +214,12 @@ def _renamed(key: str, checkpoint: str) -> str:
     )
     if augmented:
         return f"{LAYERS}{augmented[1]}.{augmented[2]}"
-    aligner = re.fullmatch(r"gen_aligner\.layers\.(\d+)\.(weight|bias)", key)
-    if aligner:
-        number = int(aligner[1]) // 2
-        layer = f"hidden_layers.{number - 1}" if number else "fc1"
-        return f"model.generation_aligner.{layer}.{aligner[2]}"
-    for theirs, ours in KNOWN_AS.items():
-        if key.startswith(f"{theirs}."):
-            return ours + key[len(theirs) :]
-    raise BadInputError(
-        f"'{checkpoint}' holds '{key}', which no Janus checkpoint has; give the released one"
-    )
+    ours = janus_name(key)
+    if ours == key:
+        raise BadInputError(
+            f"'{checkpoint}' holds '{key}', which no Janus checkpoint has; give the released one"
+        )
+    return ours
 
 
 def require_fits(adapter: Adapter, model: Any, name: str) -> None:

@@ -5,9 +5,9 @@ layers add a contribution at the sequence position that predicts (i, j), after s
 residual and before the layer's MLP. The first augmented layer blends the candidates' aligned
 embeddings, each later one what the one before made of them.
 
-Two ways in: `Faid` is an `Augmenter` for a decode loop, one position at a time; `Faid.whole` gives a
-forward pass over whole pictures everything at once, as training does. Outside of them the model is
-the plain one, and nothing of a picture is left on it afterwards.
+There are two ways in: `Faid` is an `Augmenter` for a decode loop, one position at a time;
+`Faid.whole` gives a forward pass over whole pictures everything at once, as training does. Outside
+of them the model is the plain one, and nothing of a picture is left on it afterwards.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,63 +22,78 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 
 from arrag_runtime.faid.adapter import AdapterSpec, read_adapter, require_fits, spec_of_model
-from arrag_runtime.faid.decoder_layer import AugmentedLayer, Candidates, candidates, window_cells
+from arrag_runtime.faid.decoder_layer import (
+    AugmentedLayer,
+    CandidateTokens,
+    candidate_tokens,
+    window_cells,
+)
 from arrag_runtime.faid.patch_blender import FORMS, Folded, Form, Mix
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.generation.augmenter import Batch, Step
 
-K = 10
-"""Candidates a position (AR-RAG, section 4)."""
+CANDIDATES = 10
+"""K, the candidates per position (AR-RAG, section 4)."""
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """table: the aligned embeddings [V + 1, D], the last row zero; folded: the blenders as matrices."""
+    """What follows from the weights alone."""
 
     table: Tensor
+    """The aligned embeddings [V + 1, D], the last row zero."""
     folded: Sequence[Folded]
+    """The blenders as matrices."""
 
 
 @dataclass(frozen=True)
 class _Decoding:
-    """What a batch's forward passes share. Steps change the tensors in place, so that a captured
+    """What the forward passes of a batch share.
 
-    CUDA graph sees them. memory: for each augmented layer the features [B, P + 2, D] of the cells so
-    far, then a cell that stays zero and one that nobody reads; write, window: the cell that this
-    step fills, long [1], and those it reads, long [n]; cells: these for all positions, long [P, n].
+    Steps change the tensors in place, so that a captured CUDA graph sees them.
     """
 
     batch: Batch
     prepared: _Prepared
     cells: Tensor
-    given: Candidates
+    """The cells that each position reads, long [P, n]."""
+    given: CandidateTokens
     memory: Sequence[Tensor]
+    """For each augmented layer the features [B, P + 2, D] of the cells so far, then of a cell that
+    stays zero and of one that nobody reads."""
     write: Tensor
+    """The cell that this step fills, long [1]."""
     window: Tensor
+    """The cells that this step reads, long [n]."""
     chain: dict[int, Tensor] = field(default_factory=dict)
+    """The candidates that enter each augmented layer but the first."""
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """What a forward pass over whole pictures needs. start: the sequence position of token 0."""
+    """What a forward pass over whole pictures needs."""
 
     prepared: _Prepared
     cells: Tensor
-    given: Candidates
+    given: CandidateTokens
     images: int
     start: int
+    """The sequence position of token 0."""
     chain: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Faid(nn.Module):
     """Blenders attached to a JanusForConditionalGeneration through forward hooks; an `Augmenter`.
 
-    Its parameters are the augmented layers' (`layers.L.blender.…`, `layers.L.retrieval_layernorm.weight`).
-    `k` candidates are used a position. `form` is how blenders compute: "folded", or "convolutions".
+    Its parameters are those of the augmented layers (`layers.L.blender.…` and
+    `layers.L.retrieval_layernorm.weight`). `k` candidates are used per position. `form` is how
+    blenders compute: "folded", or "convolutions".
     """
 
-    def __init__(self, model: Any, spec: AdapterSpec, form: Form = "folded", k: int = K) -> None:
+    def __init__(
+        self, model: Any, spec: AdapterSpec, form: Form = "folded", k: int = CANDIDATES
+    ) -> None:
         super().__init__()
         if form not in FORMS:
             raise BadInputError(f"unknown form '{form}'; choose one of {', '.join(FORMS)}")
@@ -101,7 +116,7 @@ class Faid(nn.Module):
         ]
 
     def begin(self, batch: Batch) -> None:
-        """Start decoding a batch; rows 0..B-1 of each forward pass are its pictures with prompts."""
+        """Start a batch; rows 0..B-1 of each forward pass are its pictures with prompts."""
         prepared = self._prepare(fold=self.form == "folded")
         table, images = prepared.table, batch.images
         cells = window_cells(batch.height, batch.width, self.spec.hops, table.device)
@@ -112,7 +127,7 @@ class Faid(nn.Module):
             batch,
             prepared,
             cells,
-            candidates(none, self.spec.vocabulary, table.dtype),
+            candidate_tokens(none, self.spec.vocabulary, table.dtype),
             memory=[table.new_zeros(size) for _ in self.spec.layers],
             write=cells.new_zeros(1),
             window=cells.new_zeros(near),
@@ -129,7 +144,7 @@ class Faid(nn.Module):
             real = np.arange(found) < step.neighbors.count[:, None]
             tokens[:, :found] = np.where(real, step.neighbors.tokens[:, :found], MISSING)
         dtype = run.prepared.table.dtype
-        fresh = candidates(torch.from_numpy(tokens), self.spec.vocabulary, dtype)
+        fresh = candidate_tokens(torch.from_numpy(tokens), self.spec.vocabulary, dtype)
         run.given.tokens.copy_(fresh.tokens)
         run.given.real.copy_(fresh.real)
         run.given.share.copy_(fresh.share)
@@ -158,7 +173,7 @@ class Faid(nn.Module):
         # In training blenders are folded in every forward pass, so that gradients reach them.
         prepared = self._prepare(fold=self.form == "folded" and not self.training)
         table = prepared.table
-        given = candidates(
+        given = candidate_tokens(
             retrieved.to(table.device, torch.long), self.spec.vocabulary, table.dtype
         )
         cells = window_cells(height, width, self.spec.hops, table.device)
@@ -270,23 +285,26 @@ def attach(
     *,
     mix: Mix = "softmax",
     form: Form = "folded",
-    k: int = K,
+    k: int = CANDIDATES,
 ) -> Faid:
     """Attach fresh blenders to a JanusForConditionalGeneration, on its device and in its dtype.
 
-    Defaults are the paper's best (Figure 7). Raises BadInputError for hops or blenders that cannot be.
+    The defaults are the paper's best (Figure 7). Raises BadInputError for impossible hops or
+    blenders.
     """
     spec = replace(spec_of_model(model), hops=tuple(hops), blenders=blenders, mix=mix)
     embeddings = model.model.generation_embeddings.weight
     return Faid(model, spec, form, k).to(embeddings.device, embeddings.dtype)
 
 
-def attach_faid(model: Any, adapter: Path | str, *, form: Form = "folded", k: int = K) -> Faid:
+def attach_faid(
+    model: Any, adapter: Path | str, *, form: Form = "folded", k: int = CANDIDATES
+) -> Faid:
     """Attach a trained adapter to the model it was trained for; `detach` undoes it.
 
     adapter: a file of `arrag train`, or the released checkpoint. LoRA is merged into the model's
-    weights, and the tensors that the adapter replaces (generation head, or the whole language model)
-    are put in their place. Raises IncompatibleError when the adapter is for another model.
+    weights, and the tensors that the adapter replaces (generation head, or the whole language
+    model) are put in their place. Raises IncompatibleError when the adapter is for another model.
     """
     read = read_adapter(adapter)
     require_fits(read, model, str(adapter))

@@ -1,7 +1,8 @@
 """One augmented decoder layer: what stands beside it, and what goes into it.
 
-In: the features around N positions and K candidate vectors each. Out: a contribution a position, and
-the candidates for the next augmented layer (AR-RAG, section 3.3; released code where they differ).
+In: the features around N positions and K candidate vectors each. Out: a contribution per position,
+and the candidates for the next augmented layer (AR-RAG, section 3.3; released code where they
+differ).
 """
 
 from collections.abc import Sequence
@@ -19,23 +20,24 @@ from arrag_runtime.format.neighborhood import MISSING
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """tokens: long [.., K], the vocabulary's size standing for none; real: [.., K, 1], 0 where there is
-
-    none, which is a zero vector in every layer; share: [.., K, 1], each one's weight in the mean.
-    """
+class CandidateTokens:
+    """The retrieved tokens of some positions, which each augmented layer blends."""
 
     tokens: Tensor
+    """Long [.., K], the vocabulary's size standing for none."""
     real: Tensor
+    """[.., K, 1], 0 where there is none, which is a zero vector in every layer."""
     share: Tensor
+    """[.., K, 1], the weight of each in the mean."""
 
-    def flat(self) -> "Candidates":
+    def flat(self) -> "CandidateTokens":
         """The same with pictures and positions [B, P, ..] in one dimension."""
-        parts = (self.tokens, self.real, self.share)
-        return Candidates(*(part.flatten(0, 1) for part in parts))
+        return CandidateTokens(
+            self.tokens.flatten(0, 1), self.real.flatten(0, 1), self.share.flatten(0, 1)
+        )
 
 
-def candidates(retrieved: Tensor, vocabulary: int, dtype: torch.dtype) -> Candidates:
+def candidate_tokens(retrieved: Tensor, vocabulary: int, dtype: torch.dtype) -> CandidateTokens:
     """The candidates among retrieved tokens, long [.., K] with `MISSING` for none.
 
     The mean is over the real ones; where there is none at all (borders), over K zero vectors.
@@ -44,7 +46,9 @@ def candidates(retrieved: Tensor, vocabulary: int, dtype: torch.dtype) -> Candid
     real = (~none).to(dtype)
     count = real.sum(-1, keepdim=True)
     share = torch.where(count > 0, real / count.clamp(min=1), 1 / retrieved.shape[-1])
-    return Candidates(retrieved.masked_fill(none, vocabulary), real[..., None], share[..., None])
+    return CandidateTokens(
+        retrieved.masked_fill(none, vocabulary), real[..., None], share[..., None]
+    )
 
 
 class AugmentedLayer(nn.Module):
@@ -56,7 +60,7 @@ class AugmentedLayer(nn.Module):
         self.blender = PatchBlender(spec.width, spec.hops, spec.mix)
 
     def forward(
-        self, near: Tensor, entering: Tensor, given: Candidates, folded: Folded | None
+        self, near: Tensor, entering: Tensor, given: CandidateTokens, folded: Folded | None
     ) -> tuple[Tensor, Tensor]:
         """The contribution [N, D], and the candidates [N, K, D] for the next augmented layer.
 

@@ -1,10 +1,11 @@
 """PatchBlender: blends retrieved candidates with the features around a position.
 
 In: for N positions the features of the cells before them in raster order, and K candidate vectors
-each. Out: K blended vectors each, and their scores. A hop h sees the (2h + 1) x (2h + 1) window around
-the position, with the candidate in its centre and zeros from there on, through two convolutions of
-kernel h + 1 without padding: the first visits every window of that size that contains the centre,
-the second pools its results (AR-RAG, arXiv 2506.06962, section 3.3 and Algorithm 1).
+each. Out: K blended vectors each, and their scores. A hop h sees the (2h + 1) x (2h + 1) window
+around the position, with the candidate in its centre and zeros from there on, through two
+convolutions of kernel h + 1 without padding: the first visits every window of that size that
+contains the centre, the second pools its results (AR-RAG, arXiv 2506.06962, section 3.3 and
+Algorithm 1).
 
 No step between window and blended vector is non-linear, so all hops fold into one D x D matrix for
 each cell of the window: only the candidate's own product is left to be done for each candidate.
@@ -21,11 +22,11 @@ from torch.nn.functional import linear
 from arrag_runtime.format.errors import BadInputError
 
 Mix = Literal["softmax", "mean"]
-MIXES: tuple[Mix, ...] = ("softmax", "mean")
+_MIXES: tuple[Mix, ...] = ("softmax", "mean")
 """How hops are mixed: by learned weights (released code), or equally (Algorithm 1)."""
 Form = Literal["folded", "convolutions"]
 FORMS: tuple[Form, ...] = ("folded", "convolutions")
-HOPS = (1, 2, 3)
+_HOPS = (1, 2, 3)
 
 
 def past_cells(reach: int) -> tuple[tuple[int, int], ...]:
@@ -37,10 +38,10 @@ def past_cells(reach: int) -> tuple[tuple[int, int], ...]:
 def require_hops(hops: Sequence[int]) -> tuple[int, ...]:
     """The hops in ascending order. Raises BadInputError for none, repeated or unknown ones."""
     known = tuple(sorted(hops))
-    if not known or len(set(known)) < len(known) or not set(known) <= set(HOPS):
+    if not known or len(set(known)) < len(known) or not set(known) <= set(_HOPS):
         raise BadInputError(
             f"hops {','.join(map(str, hops)) or 'are empty'}; give one or more of"
-            f" {', '.join(map(str, HOPS))}, each once"
+            f" {', '.join(map(str, _HOPS))}, each once"
         )
     return known
 
@@ -60,14 +61,14 @@ def multiply_adds(dim: int, hops: Sequence[int], candidates: int, form: Form) ->
 
 @dataclass(frozen=True)
 class Folded:
-    """A blender's convolutions as matrices. near: [D, n · D] for the n cells before the centre in
-
-    raster order; own: [D, D] for the candidate; bias: [D].
-    """
+    """A blender's convolutions as matrices."""
 
     near: Tensor
+    """[D, n · D], for the n cells before the centre in raster order."""
     own: Tensor
+    """[D, D], for the candidate."""
     bias: Tensor
+    """[D]."""
 
     def __call__(self, near: Tensor, candidates: Tensor) -> Tensor:
         """Blended vectors [N, K, D] from neighbours [N, n, D] and candidates [N, K, D]."""
@@ -85,8 +86,8 @@ class PatchBlender(nn.Module):
 
     def __init__(self, dim: int, hops: Sequence[int] = (1, 2), mix: Mix = "softmax") -> None:
         super().__init__()
-        if mix not in MIXES:
-            raise BadInputError(f"unknown mix '{mix}'; choose one of {', '.join(MIXES)}")
+        if mix not in _MIXES:
+            raise BadInputError(f"unknown mix '{mix}'; choose one of {', '.join(_MIXES)}")
         self.dim, self.hops, self.mix = dim, require_hops(hops), mix
         for hop in self.hops:
             for name in _names(hop):

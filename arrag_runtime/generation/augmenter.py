@@ -13,18 +13,19 @@ from arrag_runtime.search.neighbors import Neighbors
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures that are decoded together.
-
-    images: their number B. guided: with guidance every forward pass has 2 B rows, rows 0..B-1
-    with the prompts and rows B..2 B-1 the same pictures without; else it has B rows.
-    height, width: of the token grid. device: torch.device of the model.
-    """
+    """The pictures that are decoded together."""
 
     images: int
+    """Their number B."""
     guided: bool
+    """With guidance every forward pass has 2 B rows, rows 0..B-1 with the prompts and rows
+    B..2 B-1 the same pictures without; else it has B rows."""
     height: int
+    """Rows of the token grid."""
     width: int
+    """Columns of the token grid."""
     device: Any
+    """The torch.device of the model."""
 
     @property
     def rows(self) -> int:
@@ -36,28 +37,31 @@ class Batch:
 class Step:
     """One forward pass: the one whose last sequence position predicts (row, col).
 
-    position: row · width + col. tokens: long tensor [B, position] on the model's device, the tokens
-    chosen so far; the forward pass of position t feeds token t - 1, that of position 0 the prompts.
-    neighbors: [B, K], nearest first, or None where the position has no full neighbourhood; only the
-    first `count` of a row are real.
+    The forward pass of position t feeds token t - 1, that of position 0 the prompts.
     """
 
     position: int
+    """row · width + col."""
     row: int
+    """Of the position, in the token grid."""
     col: int
+    """Of the position, in the token grid."""
     tokens: Any
+    """The tokens chosen so far, long [B, position], on the model's device."""
     neighbors: Neighbors | None
+    """[B, K], nearest first, only the first `count` of a row being real; None where the position
+    has no full neighbourhood."""
 
 
 class Augmenter(Protocol):
     """What changes forward passes while pictures are decoded, as the loop sees it.
 
-    k: how many neighbours it wants; the loop retrieves at least so many. The loop calls `begin` once
-    a batch, `before_forward` before each forward pass, and `end` in any case, also after an error:
-    nothing of a batch may be left on the model then.
+    The loop calls `begin` once per batch, `before_forward` before each forward pass, and `end` in
+    any case, also after an error: nothing of a batch may be left on the model then.
     """
 
     k: int
+    """How many neighbours it wants; the loop retrieves at least so many."""
 
     def begin(self, batch: Batch) -> None:
         """A batch of pictures starts."""

@@ -13,26 +13,33 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class CopyRun:
-    """database, image_id: the source. length: positions in the run, which begins at (row, col) and at (source_row, source_col) in
-    the source. matches: positions of the whole picture that repeat the source at that displacement.
-    """
+    """A run of positions that repeats a source picture's own layout."""
 
     database: int
+    """The number of the source's database."""
     image_id: int
+    """The source picture."""
     length: int
+    """Positions in the run."""
     row: int
+    """Where the run begins in the generated picture."""
     col: int
+    """Where the run begins in the generated picture."""
     source_row: int
+    """Where it begins in the source."""
     source_col: int
+    """Where it begins in the source."""
     matches: int
+    """Positions of the whole picture that repeat the source at that displacement."""
 
 
 def longest_copy(
     grid: npt.NDArray[np.uint16], sources: Mapping[tuple[int, int], npt.NDArray[np.uint16]]
 ) -> CopyRun | None:
-    """The longest run of a grid [h, w] that one of the sources explains: (database, image id) → [h, w].
+    """The longest run of a grid [h, w] that one of the sources explains.
 
-    None where no token of any source recurs. Of equal runs, the one with more matches.
+    sources: grids [h, w] by (database, image id). Of equal runs the one with more matches is
+    returned; None where no token of any source recurs.
     """
     best: CopyRun | None = None
     for name, source in sources.items():
@@ -64,4 +71,13 @@ def _longest(
     at = int(np.lexsort((counts, lengths))[-1])
     row, col = divmod(int(ours[starts[at]]), width)
     source_row, source_col = divmod(int(theirs[starts[at]]), width)
-    return CopyRun(*name, int(lengths[at]), row, col, source_row, source_col, int(counts[at]))
+    return CopyRun(
+        database=name[0],
+        image_id=name[1],
+        length=int(lengths[at]),
+        row=row,
+        col=col,
+        source_row=source_row,
+        source_col=source_col,
+        matches=int(counts[at]),
+    )

@@ -1,9 +1,9 @@
 """The decode loop: prompts in, token grids out, with retrieval on the way where it is wanted.
 
 A step predicts one position: search for it and run the model's forward pass, apply guidance, mix
-in what was found, sample. The search depends only on tokens that exist when the forward pass starts,
-so a second thread searches meanwhile (faiss and torch both release the interpreter). An `Augmenter`
-needs its neighbours inside the forward pass; then the search comes first.
+in what was found, sample. The search depends only on tokens that exist when the forward pass
+starts, so a second thread searches meanwhile (faiss and torch both release the interpreter). An
+`Augmenter` needs its neighbours inside the forward pass; then the search comes first.
 
 Source: AR-RAG (arXiv 2506.06962), sections 3.2 and 3.3; guidance as Janus-Pro's.
 """
@@ -27,37 +27,37 @@ from arrag_runtime.search.retriever import Retriever
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
-
-    guidance: w of uncond + w · (cond - uncond); 1 decodes without the unconditional rows.
-    temperature: of the softmax after guidance; 0 takes the likeliest token.
-    seeds: one a picture, each with a generator of its own, so that a picture does not depend on
-    those decoded beside it.
-    """
+    """How a token is chosen."""
 
     guidance: float
+    """w of uncond + w · (cond - uncond); 1 decodes without the unconditional rows."""
     temperature: float
+    """Of the softmax after guidance; 0 takes the likeliest token."""
     seeds: tuple[int, ...]
+    """One per picture, each with a generator of its own, so that a picture does not depend on those
+    decoded beside it."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What happened at one step, for whoever watches; tensors [B, ...] on the model's device.
-
-    tokens: chosen, long [B]. p_model, p_mixed: their probabilities before and after mixing, [B].
-    neighbors: what was retrieved, or None.
-    """
+    """What happened at one step, for whoever watches; tensors are on the model's device."""
 
     row: int
+    """Of the position, in the token grid."""
     col: int
+    """Of the position, in the token grid."""
     tokens: torch.Tensor
+    """The tokens chosen, long [B]."""
     p_model: torch.Tensor
+    """Their probabilities before mixing, [B]."""
     p_mixed: torch.Tensor
+    """Their probabilities after mixing, [B]."""
     neighbors: Neighbors | None
+    """What was retrieved, or None."""
 
 
 @torch.inference_mode()
-def decode(
+def decode_grids(
     backend: Backend,
     prompts: Sequence[str],
     sampling: Sampling,
@@ -68,11 +68,11 @@ def decode(
     progress: Callable[[int], None] = lambda _done: None,
     watch: Callable[[Choice], None] | None = None,
 ) -> npt.NDArray[np.uint16]:
-    """Decode one picture a prompt; returns token grids uint16 [B, h, w].
+    """Decode one picture per prompt; returns token grids uint16 [B, h, w].
 
     retriever: searched at every position, for `mixing` (DAiD) and for augmenters; None searches
-    nowhere. progress: called after each step with the number of positions done; watch: likewise, with
-    what was chosen.
+    nowhere. progress: called after each step with the number of positions done. watch: called after
+    each step with what was chosen.
     """
     height, width = backend.grid
     guided = sampling.guidance != 1
@@ -154,7 +154,7 @@ class Searcher:
             self._thread.shutdown(cancel_futures=True)
 
     def start(self, newest: torch.Tensor | None, row: int, col: int) -> "Future[Neighbors | None]":
-        """Search for (row, col), given the tokens [B] of the position before (None for the first)."""
+        """Search for (row, col), given the tokens [B] of the position before; None at the first."""
         if self._thread is None:
             nothing: Future[Neighbors | None] = Future()
             nothing.set_result(None)

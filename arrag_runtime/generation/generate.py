@@ -20,16 +20,17 @@ from arrag_runtime.search.retriever import Retriever
 if TYPE_CHECKING:
     from arrag_runtime.generation.decode_loop import Choice
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: uint16 [N, h, w]. prompts and seeds: one a picture, N; pictures of a prompt in a row."""
+    """The token grids of N pictures; the pictures of one prompt stand in a row."""
 
     tokens: npt.NDArray[np.uint16]
+    """uint16 [N, h, w]."""
     prompts: tuple[str, ...]
+    """One per picture."""
     seeds: tuple[int, ...]
+    """One per picture."""
 
 
 def generate(
@@ -44,22 +45,26 @@ def generate(
     guidance: float | None = None,
     temperature: float | None = None,
     batch_size: int = 8,
-    progress: Progress = lambda _done, _total: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
     watch: "Callable[[int, Choice], None] | None" = None,
 ) -> Generated:
     """Generate `images` pictures of each prompt with a loaded generator (`load_backend`).
 
-    seed: picture number i of all has seed + i, so that it is the same in any batch. retriever: where
-    to search; needed by daid (DAiD; AR-RAG, section 3.2) and by augmenters (FAiD, section 3.3).
-    guidance: the weight of classifier-free guidance, 1 is off; temperature: of sampling, 0 takes the
-    likeliest token; both by default the generator's own. batch_size: pictures decoded together.
-    progress: called with (tokens done, tokens in all). watch: called after each step with the number
-    of the batch's first picture and what was chosen (`arrag_runtime.generation.decode_loop.Choice`).
+    seed: picture number i of all has seed + i, so that it is the same in any batch.
+    retriever: where to search; needed by daid and by augmenters.
+    daid: how DAiD mixes in what is retrieved (AR-RAG, section 3.2); None leaves it out.
+    augmenters: what changes forward passes, such as FAiD (AR-RAG, section 3.3).
+    guidance: the weight of classifier-free guidance, 1 is off; None takes the generator's own.
+    temperature: of sampling, 0 takes the likeliest token; None takes the generator's own.
+    batch_size: pictures decoded together.
+    progress: called with (tokens done, tokens in all).
+    watch: called after each step with the number of the batch's first picture and what was chosen
+    (`decode_loop.Choice`).
 
     Raises BadInputError for settings out of range, and when memory runs out.
     """
     from arrag_runtime.device import out_of_memory
-    from arrag_runtime.generation.decode_loop import Sampling, decode
+    from arrag_runtime.generation.decode_loop import Sampling, decode_grids
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     heat = backend.temperature if temperature is None else temperature
@@ -84,7 +89,7 @@ def generate(
 
         with out_of_memory(f"decoding {size} pictures at once on {backend.device}"):
             grids.append(
-                decode(
+                decode_grids(
                     backend,
                     texts[part],
                     Sampling(

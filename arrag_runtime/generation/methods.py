@@ -1,6 +1,7 @@
 """What `arrag generate` does: load a generator, check that the database fits it, generate, account.
 
-In: `GenerateSettings`. Out: a `Session` with the pictures of each method, and on request their trace.
+In: `GenerateSettings`. Out: a `GenerateReport` with the pictures of each method, and on request
+their trace.
 Everything that can be wrong is found before the first token is drawn.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.backends import Backend, Pixels, load_backend
+from arrag_runtime.backends import Backend, load_backend
 from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.device import default_device
@@ -23,17 +24,18 @@ from arrag_runtime.generation.augmenter import Augmenter
 from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
 from arrag_runtime.generation.generate import Generated, generate
 from arrag_runtime.generation.picture_grid import comparison, grid_picture, save_png
-from arrag_runtime.generation.trace import Origin, Source, Tracer, source_weights, trace_json
+from arrag_runtime.generation.trace import Origin, SourceImage, Tracer, source_weights, trace_json
 from arrag_runtime.generation.trace_sheet import Traced, draw_trace, heaviest_sources
 from arrag_runtime.search.index_group import IndexGroup
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.search.retriever import Retriever
+from arrag_runtime.tokenizers import Pixels
 
 MODES = ("plain", "daid", "faid", "compare")
-LABELS = {"plain": "plain", "daid": "DAiD", "faid": "FAiD"}
+_LABELS = {"plain": "plain", "daid": "DAiD", "faid": "FAiD"}
 PAPERS = DaidSettings()
-MOST_TRACED_ROWS = 8
-Show = Callable[[str, int, int], None]
+_MOST_TRACED_ROWS = 8
+_Show = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,23 +85,32 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method's pictures. pixels: uint8 [N, H, W, 3]. seconds: of decoding tokens."""
+    """The pictures of one method."""
 
     method: str
+    """Its name: "plain", "daid" or "faid"."""
     generated: Generated
+    """The token grids."""
     pixels: Pixels
+    """The pictures, uint8 [N, H, W, 3]."""
     seconds: float
+    """What decoding the tokens took."""
     tracer: Tracer | None
+    """What was traced; None where nothing was asked for or retrieved."""
 
 
 @dataclass(frozen=True)
-class Session:
-    """What came out: a result a method. `backend` is kept to draw sources for the trace."""
+class GenerateReport:
+    """What came out of generating."""
 
     settings: GenerateSettings
+    """What was asked for."""
     backend: Backend
+    """The generator, kept to draw sources for the trace."""
     index: str | None
+    """The name of the index that was searched; None where nothing was."""
     results: tuple[MethodResult, ...]
+    """One per method."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,7 +122,7 @@ class Session:
         if len(self.results) == 1:
             save_png(grid_picture(self.results[0].pixels), path)
             return
-        columns = [(LABELS[result.method], result.pixels) for result in self.results]
+        columns = [(_LABELS[result.method], result.pixels) for result in self.results]
         save_png(comparison(columns, self.results[0].generated.prompts), path)
 
     def to_json(self) -> dict[str, Any]:
@@ -141,9 +152,9 @@ class Session:
         }
 
     def to_text(self) -> str:
-        """A line a method."""
+        """A line per method."""
         return "\n".join(
-            f"{LABELS[result.method]}: {len(result.pixels)} pictures, {result.seconds:.1f} s,"
+            f"{_LABELS[result.method]}: {len(result.pixels)} pictures, {result.seconds:.1f} s,"
             f" {result.generated.tokens.size / result.seconds:.0f} tokens/s"
             for result in self.results
         )
@@ -156,39 +167,47 @@ class Session:
                 return result, result.tracer
         raise BadInputError("nothing was traced; retrieve something, with --mode daid")
 
-    def sources(self) -> list[Source]:
-        """All pictures behind the traced ones, by number of their database and image id."""
+    def sources(self) -> list[SourceImage]:
+        """All pictures behind the traced ones, in order."""
         _, tracer = self._traced
         return sorted({source for trace in tracer.traces for source in source_weights(trace)})
 
     def traced(
-        self, origins: Mapping[Source, Origin], grids: Mapping[Source, npt.NDArray[np.uint16]]
-    ) -> "Told":
-        """The trace, told with what the databases know of the sources: rows and token grids."""
+        self,
+        origins: Mapping[SourceImage, Origin],
+        grids: Mapping[SourceImage, npt.NDArray[np.uint16]],
+    ) -> "TraceReport":
+        """The trace with what the databases know of the sources: their rows and token grids."""
         result, tracer = self._traced
         copies = [longest_copy(grid, grids) for grid in result.generated.tokens]
-        return Told(self, result, tracer, origins, grids, copies)
+        return TraceReport(self, result, tracer, origins, grids, copies)
 
 
 @dataclass(frozen=True)
-class Told:
+class TraceReport:
     """A trace with the origins of its sources."""
 
-    session: Session
+    report: GenerateReport
+    """What was generated."""
     result: MethodResult
+    """The method that is traced."""
     tracer: Tracer
-    origins: Mapping[Source, Origin]
-    grids: Mapping[Source, npt.NDArray[np.uint16]]
+    """Its trace."""
+    origins: Mapping[SourceImage, Origin]
+    """What is known of each source."""
+    grids: Mapping[SourceImage, npt.NDArray[np.uint16]]
+    """The token grid [h, w] of each source."""
     copies: Sequence[CopyRun | None]
+    """The longest copied run of each picture."""
 
     def to_json(self) -> dict[str, Any]:
         """What `--trace` writes."""
-        settings = self.session.settings
+        settings = self.report.settings
         about: dict[str, Any] = {
             "method": self.result.method,
             "model": settings.model,
             "databases": [str(database) for database in settings.databases],
-            "index": self.session.index,
+            "index": self.report.index,
         }
         if self.result.method == "daid":
             mixing = settings.daid
@@ -200,10 +219,10 @@ class Told:
 
     def draw(self, path: Path) -> None:
         """What `--trace-sheet` draws: the first eight pictures and their heaviest sources."""
-        traces = self.tracer.traces[:MOST_TRACED_ROWS]
+        traces = self.tracer.traces[:_MOST_TRACED_ROWS]
         wanted = {source for trace in traces for source in heaviest_sources(trace)}
         shown = {
-            source: self.session.backend.pixels(self.grids[source][None])[0]
+            source: self.report.backend.pixels(self.grids[source][None])[0]
             for source in sorted(wanted & self.grids.keys())
         }
         generated = self.result.generated
@@ -217,11 +236,12 @@ class Told:
             )
             for i in range(len(traces))
         ]
-        title = f"Where the tokens came from: {LABELS[self.result.method]}, {self.session.settings.model}"
-        save_png(draw_trace(rows, self.session.grid, shown, self.origins, title), path)
+        about = f"{_LABELS[self.result.method]}, {self.report.settings.model}"
+        title = f"Where the tokens came from: {about}"
+        save_png(draw_trace(rows, self.report.grid, shown, self.origins, title), path)
 
 
-def run(settings: GenerateSettings, show: Show = lambda *_: None) -> Session:
+def run(settings: GenerateSettings, show: _Show = lambda *_: None) -> GenerateReport:
     """Generate. show: called with (what is being done, done, in all).
 
     Raises BadInputError or IncompatibleError, with everything named, before the first token.
@@ -246,11 +266,11 @@ def run(settings: GenerateSettings, show: Show = lambda *_: None) -> Session:
     results = tuple(
         _run_method(method, backend, index, settings, show) for method in settings.methods
     )
-    return Session(settings, backend, index.manifest.name if index else None, results)
+    return GenerateReport(settings, backend, index.manifest.name if index else None, results)
 
 
 def _run_method(
-    method: str, backend: Backend, index: IndexGroup | None, settings: GenerateSettings, show: Show
+    method: str, backend: Backend, index: IndexGroup | None, settings: GenerateSettings, show: _Show
 ) -> MethodResult:
     mixing = settings.daid if method == "daid" else None
     total = len(settings.prompts) * settings.images
@@ -272,7 +292,7 @@ def _run_method(
             guidance=settings.guidance,
             temperature=settings.temperature,
             batch_size=settings.batch_size,
-            progress=lambda done, all_: show(f"drawing, {LABELS[method]}", done, all_),
+            progress=lambda done, all_: show(f"drawing, {_LABELS[method]}", done, all_),
             watch=tracer,
         )
         seconds = time.monotonic() - began

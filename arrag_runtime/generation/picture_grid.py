@@ -10,49 +10,49 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from arrag_runtime.backends import Pixels
+from arrag_runtime.tokenizers import Pixels
 
-GAP, MARGIN, TITLE = 12, 24, 30
+_GAP, _MARGIN, _TITLE = 12, 24, 30
 INK, FAINT = (24, 24, 27), (113, 113, 122)
 
 
 def grid_picture(pictures: Pixels) -> Image.Image:
-    """The pictures side by side in rows, as square as it gets, without words; one stays as it is."""
+    """The pictures in rows, as square as it gets, without words; a single one stays as it is."""
     count, height, width, _ = pictures.shape
     columns = int(np.ceil(count**0.5))
     rows = -(-count // columns)
     if count == 1:
         return Image.fromarray(pictures[0])
-    size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
+    size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
     sheet = Image.new("RGB", size, "white")
     for number, picture in enumerate(pictures):
         row, col = divmod(number, columns)
-        sheet.paste(Image.fromarray(picture), (col * (width + GAP), row * (height + GAP)))
+        sheet.paste(Image.fromarray(picture), (col * (width + _GAP), row * (height + _GAP)))
     return sheet
 
 
 def comparison(columns: Sequence[tuple[str, Pixels]], prompts: Sequence[str]) -> Image.Image:
-    """A column a method, a row a picture: the same prompt and seed under each.
+    """A column per method and a row per picture: the same prompt and seed under each.
 
-    columns: (name of the method, pixels [N, H, W, 3]). prompts: one a row, N.
+    columns: (name of the method, pixels [N, H, W, 3]). prompts: one per row, N.
     """
     height, width = columns[0][1].shape[1:3]
-    top = MARGIN + TITLE
-    row_height = height + GAP + TITLE
+    top = _MARGIN + _TITLE
+    row_height = height + _GAP + _TITLE
     size = (
-        2 * MARGIN + len(columns) * (width + GAP) - GAP,
-        top + len(prompts) * row_height + MARGIN - GAP,
+        2 * _MARGIN + len(columns) * (width + _GAP) - _GAP,
+        top + len(prompts) * row_height + _MARGIN - _GAP,
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for number, (name, pictures) in enumerate(columns):
-        x = MARGIN + number * (width + GAP)
-        draw.text((x, MARGIN), name, INK, font(18))
+        x = _MARGIN + number * (width + _GAP)
+        draw.text((x, _MARGIN), name, INK, font(18))
         for row, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture), (x, top + row * row_height))
     for row, prompt in enumerate(prompts):
         text = textwrap.shorten(prompt, 40 * len(columns), placeholder="…")
-        draw.text((MARGIN, top + row * row_height + height + 6), text, FAINT, font(14))
+        draw.text((_MARGIN, top + row * row_height + height + 6), text, FAINT, font(14))
     return sheet
 
 

@@ -3,11 +3,12 @@
 In: the choices of a decode loop, as its watcher. Out: for each picture and position the token, its
 probability with and without retrieval, and the entries that raised it.
 
-With DAiD a token is drawn from (1 - λ) · p_model + λ · p_retrieved. Given that token v came out, the
-probability that it came through entry k is λ · share_k / p(v): that is the entry's `weight`, and the
-weights of a source summed over a picture are the number of tokens that are expected to stem from
-it. With FAiD there is no such account; entries that offered the chosen token share one weight of
-(their number / number of candidates) instead, which says that they agree, not that they caused it.
+With DAiD a token is drawn from (1 - λ) · p_model + λ · p_retrieved. Given that token v came out,
+the probability that it came through entry k is λ · share_k / p(v): that is the entry's `weight`,
+and the weights of a source summed over a picture are the number of tokens that are expected to
+stem from it. With FAiD there is no such account; entries that offered the chosen token share one
+weight of (their number / number of candidates) instead, which says that they agree, not that they
+caused it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,10 @@ from arrag_runtime.search.neighbors import Neighbors
 if TYPE_CHECKING:
     from arrag_runtime.generation.decode_loop import Choice
 
-Source = tuple[int, int]
-"""A source picture: the number of its database, and its image id."""
+SourceImage = tuple[int, int]
+"""A picture that was retrieved from: the number of its database, and its image id."""
 
-MOST_ENTRIES = 16
+_MOST_ENTRIES = 16
 """Entries listed for a token, the heaviest; `entries_left_out` counts the others."""
 
 
@@ -49,33 +50,40 @@ class Origin(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A retrieved entry that raised a token: where it is from, its distance, its weight (0..1).
-
-    database: the number of the database it is from, where several are searched as one.
-    """
+class RetrievedEntry:
+    """A retrieved entry that raised a token."""
 
     patch_id: int
+    """The patch it is from."""
     distance: float
+    """Squared L2 between its key and the one asked for."""
     weight: float
+    """How much of the token came from it, 0..1."""
     database: int = 0
+    """The number of the database it is from, where several are searched as one."""
 
     @property
-    def source(self) -> Source:
+    def source(self) -> SourceImage:
         """The picture it was cut from."""
         return self.database, self.patch_id >> POSITION_BITS
 
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """A generated token. p_model, p_mixed: its probability without and with retrieval."""
+    """A generated token and what raised it."""
 
     row: int
+    """Of its position, in the token grid."""
     col: int
+    """Of its position, in the token grid."""
     token: int
+    """Its id."""
     p_model: float
+    """Its probability without retrieval."""
     p_mixed: float
-    entries: tuple[Entry, ...]
+    """Its probability with retrieval."""
+    entries: tuple[RetrievedEntry, ...]
+    """The retrieved entries that raised it, heaviest first."""
 
     @property
     def weight(self) -> float:
@@ -93,22 +101,22 @@ class Tracer:
 
     def __call__(self, first: int, choice: "Choice") -> None:
         tokens = choice.tokens.tolist()
-        both = (choice.p_model.tolist(), choice.p_mixed.tolist())
-        for row, (token, p_model, p_mixed) in enumerate(zip(tokens, *both, strict=True)):
-            entries: tuple[Entry, ...] = ()
+        before, after = choice.p_model.tolist(), choice.p_mixed.tolist()
+        for row, (token, p_model, p_mixed) in enumerate(zip(tokens, before, after, strict=True)):
+            entries: tuple[RetrievedEntry, ...] = ()
             if choice.neighbors is not None:
                 if self._mixing is not None and p_mixed > p_model:
-                    entries = mixed_entries(choice.neighbors, row, token, p_mixed, self._mixing)
+                    entries = _mixed_entries(choice.neighbors, row, token, p_mixed, self._mixing)
                 elif self._candidates:
-                    entries = agreeing_entries(choice.neighbors, row, token, self._candidates)
+                    entries = _agreeing_entries(choice.neighbors, row, token, self._candidates)
             self.traces[first + row].append(
                 TokenTrace(choice.row, choice.col, token, p_model, p_mixed, entries)
             )
 
 
-def mixed_entries(
+def _mixed_entries(
     found: Neighbors, row: int, token: int, p_mixed: float, mixing: DaidSettings
-) -> tuple[Entry, ...]:
+) -> tuple[RetrievedEntry, ...]:
     """The entries through which DAiD may have drawn `token`, heaviest first.
 
     With merge "nearest" those nearest of that token share its weight evenly, with "sum" each has
@@ -136,15 +144,17 @@ def mixed_entries(
     )
 
 
-def agreeing_entries(found: Neighbors, row: int, token: int, candidates: int) -> tuple[Entry, ...]:
+def _agreeing_entries(
+    found: Neighbors, row: int, token: int, candidates: int
+) -> tuple[RetrievedEntry, ...]:
     """The entries among FAiD's candidates that offered `token`, nearest first."""
     count = min(int(found.count[row]), candidates)
     at = np.flatnonzero(found.tokens[row, :count] == token)
     return tuple(_entry(found, row, int(i), 1 / candidates) for i in at)
 
 
-def _entry(found: Neighbors, row: int, place: int, weight: float) -> Entry:
-    return Entry(
+def _entry(found: Neighbors, row: int, place: int, weight: float) -> RetrievedEntry:
+    return RetrievedEntry(
         int(found.patch_ids[row, place]),
         float(found.distances[row, place]),
         weight,
@@ -152,9 +162,9 @@ def _entry(found: Neighbors, row: int, place: int, weight: float) -> Entry:
     )
 
 
-def source_weights(trace: Sequence[TokenTrace]) -> dict[Source, float]:
+def source_weights(trace: Sequence[TokenTrace]) -> dict[SourceImage, float]:
     """The sources behind a picture with their weights summed over it, heaviest first."""
-    sums: dict[Source, float] = {}
+    sums: dict[SourceImage, float] = {}
     for token in trace:
         for entry in token.entries:
             sums[entry.source] = sums.get(entry.source, 0.0) + entry.weight
@@ -172,7 +182,7 @@ def heat(trace: Sequence[TokenTrace], height: int, width: int) -> npt.NDArray[np
 def trace_json(
     generated: Generated,
     traces: Sequence[Sequence[TokenTrace]],
-    origins: Mapping[Source, Origin],
+    origins: Mapping[SourceImage, Origin],
     copies: Sequence[CopyRun | None],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -204,9 +214,11 @@ def trace_json(
     return {**settings, "images": images}
 
 
-def _token_json(token: TokenTrace, origins: Mapping[Source, Origin], width: int) -> dict[str, Any]:
+def _token_json(
+    token: TokenTrace, origins: Mapping[SourceImage, Origin], width: int
+) -> dict[str, Any]:
     listed = []
-    for entry in token.entries[:MOST_ENTRIES]:
+    for entry in token.entries[:_MOST_ENTRIES]:
         row, col = divmod(entry.patch_id % MAX_POSITIONS, width)
         listed.append(
             {
@@ -224,7 +236,7 @@ def _token_json(token: TokenTrace, origins: Mapping[Source, Origin], width: int)
         "p_model": token.p_model,
         "p_mixed": token.p_mixed,
         "entries": listed,
-        "entries_left_out": max(0, len(token.entries) - MOST_ENTRIES),
+        "entries_left_out": max(0, len(token.entries) - _MOST_ENTRIES),
     }
 
 

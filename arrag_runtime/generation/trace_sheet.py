@@ -14,67 +14,72 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from arrag_runtime.generation.copied_runs import CopyRun
-from arrag_runtime.generation.picture_grid import FAINT, GAP, INK, MARGIN, font
-from arrag_runtime.generation.trace import Origin, Source, TokenTrace, heat, source_weights
+from arrag_runtime.generation.picture_grid import FAINT, INK, font
+from arrag_runtime.generation.trace import Origin, SourceImage, TokenTrace, heat, source_weights
 
-TILE, TEXT, TOP = 168, 64, 64
-MOST_SOURCES = 6
-HOT = (225, 29, 72)
+_TILE, _TEXT, _TOP, _GAP, _MARGIN = 168, 64, 64, 12, 24
+_MOST_SOURCES = 6
+_HOT = (225, 29, 72)
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A generated picture with its trace. pixels: uint8 [H, W, 3]."""
+    """A generated picture with its trace."""
 
     prompt: str
+    """What was asked for."""
     seed: int
+    """The picture's own."""
     pixels: npt.NDArray[np.uint8]
+    """uint8 [H, W, 3]."""
     trace: Sequence[TokenTrace]
+    """One per token."""
     copy: CopyRun | None
+    """The longest run that repeats one source."""
 
 
-def heaviest_sources(trace: Sequence[TokenTrace]) -> list[Source]:
+def heaviest_sources(trace: Sequence[TokenTrace]) -> list[SourceImage]:
     """The sources that a sheet shows for a picture."""
-    return list(source_weights(trace))[:MOST_SOURCES]
+    return list(source_weights(trace))[:_MOST_SOURCES]
 
 
 def draw_trace(
     rows: Sequence[Traced],
     grid: tuple[int, int],
-    sources: Mapping[Source, npt.NDArray[np.uint8]],
-    origins: Mapping[Source, Origin],
+    sources: Mapping[SourceImage, npt.NDArray[np.uint8]],
+    origins: Mapping[SourceImage, Origin],
     title: str,
 ) -> Image.Image:
     """The sheet. sources: reconstructions uint8 [H, W, 3]. grid: (h, w) of tokens."""
     columns = 2 + max((len(heaviest_sources(row.trace)) for row in rows), default=0)
     size = (
-        2 * MARGIN + max(columns, 5) * (TILE + GAP) - GAP,
-        MARGIN + TOP + len(rows) * (TILE + TEXT) + MARGIN,
+        2 * _MARGIN + max(columns, 5) * (_TILE + _GAP) - _GAP,
+        _MARGIN + _TOP + len(rows) * (_TILE + _TEXT) + _MARGIN,
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, font(18))
+    draw.text((_MARGIN, _MARGIN), title, INK, font(18))
     legend = (
         "Red: the token came from retrieval. Right: the source pictures, as the tokenizer sees"
         " them, that most tokens stem from."
     )
-    draw.text((MARGIN, MARGIN + 28), legend, FAINT, font(12))
+    draw.text((_MARGIN, _MARGIN + 28), legend, FAINT, font(12))
     for number, row in enumerate(rows):
-        y = MARGIN + TOP + number * (TILE + TEXT)
-        picture = Image.fromarray(row.pixels).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        y = _MARGIN + _TOP + number * (_TILE + _TEXT)
+        picture = Image.fromarray(row.pixels).resize((_TILE, _TILE), Image.Resampling.LANCZOS)
         values = heat(row.trace, *grid)
         tiles = [(picture, f"seed {row.seed}", row.prompt), (_heated(picture, values), *_of(row))]
         sums = source_weights(row.trace)
         for source in heaviest_sources(row.trace):
             if source in sources:
-                tile = Image.fromarray(sources[source]).resize((TILE, TILE))
+                tile = Image.fromarray(sources[source]).resize((_TILE, _TILE))
                 tiles.append((tile, f"{sums[source]:.1f} tokens", _name(source, origins)))
         for column, (tile, first, rest) in enumerate(tiles):
-            x = MARGIN + column * (TILE + GAP)
+            x = _MARGIN + column * (_TILE + _GAP)
             sheet.paste(tile, (x, y))
-            draw.text((x, y + TILE + 2), first, INK, font(12))
+            draw.text((x, y + _TILE + 2), first, INK, font(12))
             wrapped = "\n".join(textwrap.wrap(rest, 27, max_lines=3, placeholder="…"))
-            draw.multiline_text((x, y + TILE + 17), wrapped, FAINT, font(11), spacing=1)
+            draw.multiline_text((x, y + _TILE + 17), wrapped, FAINT, font(11), spacing=1)
     return sheet
 
 
@@ -86,7 +91,7 @@ def _of(row: Traced) -> tuple[str, str]:
     return share, f"longest run that repeats one source: {row.copy.length}"
 
 
-def _name(source: Source, origins: Mapping[Source, Origin]) -> str:
+def _name(source: SourceImage, origins: Mapping[SourceImage, Origin]) -> str:
     origin = origins.get(source)
     if origin is None:
         return f"image {source[1]}"
@@ -101,4 +106,4 @@ def _heated(picture: Image.Image, values: npt.NDArray[np.float64]) -> Image.Imag
     )
     strength = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
     strength = strength.resize(picture.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", picture.size, HOT), grey, strength)
+    return Image.composite(Image.new("RGB", picture.size, _HOT), grey, strength)

@@ -1,4 +1,4 @@
-"""Tokenizers: pictures to token grids and back.
+"""Tokenizers: pictures to token grids and back. Read this file first, then `vq16`.
 
 A tokenizer is named in `TOKENIZERS` and follows the protocol `Tokenizer`; torch is imported only
 when one is made.
@@ -20,22 +20,23 @@ Tokens = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class Encoded:
-    """tokens: uint16 [B, h, w]. latents: float16 [B, h, w, d], L2-normalised, or None."""
+    """What a tokenizer makes of a batch of pictures."""
 
     tokens: Tokens
+    """uint16 [B, h, w]."""
     latents: npt.NDArray[np.float16] | None
+    """float16 [B, h, w, d], L2-normalised; None unless asked for."""
 
 
 class Tokenizer(Protocol):
-    """What the encode step and the queries need of a tokenizer.
-
-    `precision` is "float32" or "bfloat16"; `weights` loads the same weights again through
-    `load_tokenizer` (a path, or a hub id with its commit), None being the tokenizer's own.
-    """
+    """What the encode step and the queries need of a tokenizer."""
 
     spec: TokenizerSpec
+    """What makes its tokens mean the same elsewhere."""
     weights: str | None
+    """What loads the same weights again: a path, or a hub id with its commit; None: its own."""
     precision: str
+    """Of the network, "float32" or "bfloat16"."""
 
     def setup(self, device: str, *, precision: str | None = None, compile: bool = False) -> None:
         """Place the model on "cpu" or "cuda[:n]"; the precision defaults to the device's own."""

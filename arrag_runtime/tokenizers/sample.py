@@ -10,7 +10,7 @@ from pathlib import Path
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.tokenizers.vq16 import VQTokenizer, load_vq
 
-WEIGHTS = Path(__file__).parent / "weights" / "sample.safetensors"
+SAMPLE_TOKENIZER = Path(__file__).parent / "weights" / "sample.safetensors"
 
 
 def load_sample(weights: str | None) -> VQTokenizer:
@@ -20,4 +20,4 @@ def load_sample(weights: str | None) -> VQTokenizer:
             f"the sample tokenizer has its own weights, so '{weights}' cannot be used with it;"
             " pass --tokenizer vq16 with --tokenizer-weights"
         )
-    return load_vq("sample", WEIGHTS, None)
+    return load_vq("sample", SAMPLE_TOKENIZER, None)

@@ -1,8 +1,8 @@
 """A generator in training: FAiD attached, LoRA injected, everything else frozen.
 
-In: prompts, token grids, and what was retrieved for every position. Out: the negative log likelihood
-of each token, teacher-forced. Trained are the augmented layers (blenders and norms), LoRA on the
-language model's q_proj and v_proj, and the generation head (AR-RAG, section 4).
+In: prompts, token grids, and what was retrieved for every position. Out: the negative log
+likelihood of each token, teacher-forced. Trained are the augmented layers (blenders and norms),
+LoRA on the language model's q_proj and v_proj, and the generation head (AR-RAG, section 4).
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,9 +28,9 @@ from arrag_runtime.faid.attach import Faid
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples
 
-TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
-HEAD = "model.generation_head"
-INJECTED = ".lora_{}.default.weight"
+_TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
+_HEAD = "model.generation_head"
+_INJECTED = ".lora_{}.default.weight"
 
 
 class TrainingModel(nn.Module):
@@ -56,7 +56,7 @@ class TrainingModel(nn.Module):
         if spec.lora_rank:
             _inject_lora(self.model, spec, dropout)
         self.faid = Faid(self.model, self.spec, k=k).to(backend.device)
-        self.model.get_submodule(HEAD).float().requires_grad_(True)
+        self.model.get_submodule(_HEAD).float().requires_grad_(True)
 
     def forward(self, ids: Tensor, mask: Tensor, tokens: Tensor, retrieved: Tensor) -> Tensor:
         """The negative log likelihood of every token in nats, float32 [B, P].
@@ -73,9 +73,9 @@ class TrainingModel(nn.Module):
         """Examples as `forward` takes them, on the generator's device."""
         ids, mask = self._backend.prompt_ids(examples.captions, longest=self._caption_tokens)
         device = self._backend.device
-        arrays = (examples.tokens, examples.neighbors)
-        tokens, retrieved = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
-        return tuple(t.to(device) for t in (ids, mask, tokens, retrieved))  # type: ignore[return-value]
+        tokens = torch.from_numpy(examples.tokens.astype(np.int64))
+        retrieved = torch.from_numpy(examples.neighbors.astype(np.int64))
+        return ids.to(device), mask.to(device), tokens.to(device), retrieved.to(device)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by the names of an adapter's tensors."""
@@ -107,17 +107,17 @@ class TrainingModel(nn.Module):
             yield f"{LAYERS.removesuffix('layers.')}{name}", parameter
         for name, parameter in self.model.named_parameters():
             for side in "AB":
-                if name.endswith(INJECTED.format(side)):
-                    yield f"{LORA}{name.removesuffix(INJECTED.format(side))}.{side}", parameter
-        for name, parameter in self.model.get_submodule(HEAD).named_parameters():
-            yield f"{HEAD}.{name}", parameter
+                if name.endswith(_INJECTED.format(side)):
+                    yield f"{LORA}{name.removesuffix(_INJECTED.format(side))}.{side}", parameter
+        for name, parameter in self.model.get_submodule(_HEAD).named_parameters():
+            yield f"{_HEAD}.{name}", parameter
 
 
 def teacher_forced(backend: JanusBackend, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """The logits that predict each image token from the prompt and those before it, float32 [B, P, V].
+    """The logits [B, P, V], float32, of each image token given the prompt and those before it.
 
-    ids, mask: long [B, T], see `JanusBackend.prompt_ids`; tokens: long [B, P]. Trained float32 parts
-    of a bfloat16 generator compute in bfloat16 too.
+    ids, mask: long [B, T], see `JanusBackend.prompt_ids`; tokens: long [B, P]. Trained float32
+    parts of a bfloat16 generator compute in bfloat16 too.
     """
     model = backend.model
     half = next(model.model.language_model.parameters()).dtype == torch.bfloat16
@@ -156,7 +156,7 @@ def _inject_lora(model: Any, spec: AdapterSpec, dropout: float) -> None:
         r=spec.lora_rank,
         lora_alpha=spec.lora_alpha,
         lora_dropout=dropout,
-        target_modules=TARGETS,
+        target_modules=_TARGETS,
     )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
 """A training run's folder: checkpoints to go on from, and what was measured.
 
 `checkpoints/step-N/` holds an adapter, the optimiser's state and `state.json`; it is renamed into
-place when complete. `metrics.jsonl` has a line a step, `tensorboard/` the same for TensorBoard; what a
-run wrote beyond the checkpoint from which it goes on is written again.
+place when complete. `metrics.jsonl` has a line per step, `tensorboard/` the same for TensorBoard;
+what a run wrote beyond the checkpoint from which it goes on is written again.
 """
 
 import json
@@ -17,7 +17,7 @@ from arrag_runtime.format.errors import ArragError, BadInputError, IncompatibleE
 from arrag_runtime.format.manifest import read_json, write_json
 from arrag_runtime.training.model import TrainingModel
 
-KEEP = 2
+_KEEP = 2
 """Checkpoints kept: the newest, and one more in case that one is lost."""
 
 
@@ -68,7 +68,7 @@ class TrainingRun:
         final = self._checkpoints / f"step-{step:06}"
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        for old in self._steps()[:-KEEP]:
+        for old in self._steps()[:-_KEEP]:
             shutil.rmtree(old)
 
     def finish(self, path: Path, model: TrainingModel, name: str, dtype: torch.dtype) -> None:
@@ -115,7 +115,7 @@ class Metrics:
     def write(
         self, step: int, loss: float, rate: float, norm: float, examples: int, seconds: float
     ) -> None:
-        """What was measured in step number `step` (from 1). loss: nats a token."""
+        """What was measured in step number `step` (from 1). loss: nats per token."""
         values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
         self._lines.write(
             json.dumps({"step": step, **values, "examples": examples, "seconds": seconds}) + "\n"

@@ -1,9 +1,9 @@
 """Train a FAiD adapter: the paper's recipe on one process or several (`accelerate launch`).
 
-In: a generator and a training set. Out: `adapter.safetensors` in the run's folder, checkpoints to go
-on from, `metrics.jsonl` (a line a step) and TensorBoard files. A step's examples, the order of their
-candidates and its dropout follow from the seed and the step alone, so a run that was interrupted
-goes on as if nothing had happened.
+In: a generator and a training set. Out: `adapter.safetensors` in the run's folder, checkpoints to
+go on from, `metrics.jsonl` (a line per step) and TensorBoard files. A step's examples, the order of
+their candidates and its dropout follow from the seed and the step alone, so a run that was
+interrupted goes on as if nothing had happened.
 
 Source: AR-RAG (arXiv 2506.06962), section 4 and appendix; `TrainSettings` holds its constants.
 """
@@ -22,14 +22,14 @@ import torch
 from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.compatibility import require_same_grids
 from arrag_runtime.backends.janus import JanusBackend
-from arrag_runtime.device import require_device
-from arrag_runtime.faid.attach import K
+from arrag_runtime.device import require_device, torch_dtype
+from arrag_runtime.faid.attach import CANDIDATES
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples, TrainingSet
 from arrag_runtime.training.model import TrainingModel, training_spec
 from arrag_runtime.training.run import Metrics, TrainingRun
 
-ADAPTER = "adapter.safetensors"
+_ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TrainSettings:
     out: Path
     hops: tuple[int, ...] = (1, 2)
     blenders: int = 2
-    k: int = K
+    k: int = CANDIDATES
     lora_rank: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
@@ -64,7 +64,7 @@ class TrainSettings:
     checkpoint_every: int = 25
 
     def recipe(self) -> dict[str, Any]:
-        """What a run's results follow from, as checkpoints hold it; the rest may change in between."""
+        """What a run's results follow from, as checkpoints hold it; the rest may change."""
         free = {"out", "data", "device", "batch_size", "checkpoint_every"}
         fields = {name: value for name, value in vars(self).items() if name not in free}
         return fields | {"hops": list(self.hops)}
@@ -72,16 +72,18 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """adapter: the file; steps: in all; resumed_at: the step this run began with; loss: of the last
-
-    step, nats a token; main: whether this is the process that speaks for all.
-    """
+    """What a training run came to."""
 
     adapter: Path
+    """The file of the adapter."""
     steps: int
+    """Steps in all."""
     resumed_at: int
+    """The step that this run began with."""
     loss: float
+    """Of the last step, in nats per token."""
     main: bool
+    """Whether this is the process that speaks for all."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -94,12 +96,12 @@ class TrainReport:
         return f"adapter {self.adapter}: {self.steps} steps{since}, last loss {self.loss:.4f}"
 
 
-Progress = Callable[[int, int, float], None]
+_Progress = Callable[[int, int, float], None]
 """Called after each step with steps done, steps in all, and the loss."""
 
 
 def train(
-    settings: TrainSettings, progress: Progress = lambda _done, _total, _loss: None
+    settings: TrainSettings, progress: _Progress = lambda _done, _total, _loss: None
 ) -> TrainReport:
     """Train an adapter, or go on where the run in `out` was interrupted.
 
@@ -117,7 +119,7 @@ def train(
         torch.set_float32_matmul_precision(before)
 
 
-def _train(settings: TrainSettings, progress: Progress) -> TrainReport:
+def _train(settings: TrainSettings, progress: _Progress) -> TrainReport:
     data = TrainingSet.open(settings.data)
     if data.manifest.k < settings.k:
         raise BadInputError(
@@ -172,7 +174,7 @@ def _train(settings: TrainSettings, progress: Progress) -> TrainReport:
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
                 run.save(step + 1, model, optimizer, loss)
         progress(step + 1, steps, loss)
-    path = run.folder / ADAPTER
+    path = run.folder / _ADAPTER
     if metrics is not None:
         metrics.close()
         run.finish(path, model, settings.model, torch_dtype(settings.precision))
@@ -218,11 +220,6 @@ def make_training_model(settings: TrainSettings, data: TrainingSet, device: str)
         dropout=settings.lora_dropout,
         caption_tokens=settings.caption_tokens,
     ).train()
-
-
-def torch_dtype(precision: str) -> torch.dtype:
-    """The torch dtype of a precision's name."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _share(settings: TrainSettings, step: int, world: int, rank: int) -> Iterator[list[int]]:

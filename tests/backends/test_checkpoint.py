@@ -104,8 +104,12 @@ def original_config(model: Any) -> dict[str, Any]:
     """The parts of deepseek-ai's config.json that a loader needs."""
     text = model.config.text_config
     names = (
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("max_position_embeddings", "vocab_size"),
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "vocab_size",
     )
     return {
         "model_type": "multi_modality",

@@ -9,7 +9,7 @@ import torch
 
 from arrag_runtime import generate
 from arrag_runtime.backends import Backend, load_backend
-from arrag_runtime.backends.checkpoint import SAMPLE
+from arrag_runtime.backends.checkpoint import SAMPLE_GENERATOR
 from arrag_runtime.generation.decode_loop import Sampling, probabilities
 from arrag_runtime.tokenizers import Tokenizer, load_tokenizer
 
@@ -28,12 +28,12 @@ def tokenizer() -> Tokenizer:
 
 def test_what_ships_is_small_and_says_what_it_is() -> None:
     """At most 15 MiB with its card and page of samples; float16; a card with its numbers."""
-    files = [path for path in SAMPLE.parent.rglob("*") if path.is_file()]
+    files = [path for path in SAMPLE_GENERATOR.parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LIMIT
-    card = (SAMPLE.parent / "MODEL_CARD.md").read_text()
+    card = (SAMPLE_GENERATOR.parent / "MODEL_CARD.md").read_text()
     for said in ("held-out", "nats", "samples.jpg", "Limits"):
         assert said in card
-    assert json.loads((SAMPLE / "config.json").read_text())["model_type"] == "janus"
+    assert json.loads((SAMPLE_GENERATOR / "config.json").read_text())["model_type"] == "janus"
 
 
 def test_it_fits_the_bundled_tokenizer(backend: Backend, tokenizer: Tokenizer) -> None:

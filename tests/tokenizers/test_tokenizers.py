@@ -12,7 +12,7 @@ import torch
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import require_grid_fits
 from arrag_runtime.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from arrag_runtime.tokenizers.sample import WEIGHTS
+from arrag_runtime.tokenizers.sample import SAMPLE_TOKENIZER
 from tests.conftest import pixels
 
 BATCH = np.stack([pixels(seed) for seed in range(2)])
@@ -157,8 +157,8 @@ def test_the_bundled_tokenizer_is_small_and_whole() -> None:
     """At most 8 MB in float16, 4096 codes of 8 numbers, a 24x24 grid of 384 pixels."""
     from safetensors import safe_open
 
-    assert WEIGHTS.stat().st_size <= 8_000_000
-    with safe_open(str(WEIGHTS), framework="pt") as tensors:
+    assert SAMPLE_TOKENIZER.stat().st_size <= 8_000_000
+    with safe_open(str(SAMPLE_TOKENIZER), framework="pt") as tensors:
         kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     assert kinds == {"F16"}
     spec = load_tokenizer("sample").spec

@@ -256,7 +256,7 @@ def test_old_checkpoints_go(model: Path, data: Path, tmp_path: Path) -> None:
     train(quick(model, data, tmp_path / "run", checkpoint_every=1))
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == [f"step-{step:06}" for step in (5, 6)]
-    assert training_run.KEEP == 2
+    assert training_run._KEEP == 2
 
 
 def test_the_command_trains_and_says_so(
