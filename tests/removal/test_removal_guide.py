@@ -41,7 +41,7 @@ def test_the_guide_can_be_followed(
     assert [text.splitlines()[0] for text in said[:2]] == ["3 pictures match", "1 pictures match"]
     assert "removed 3 pictures" in said[2]
     assert all(line.startswith("ok ") for line in (said[3] + said[5]).splitlines())
-    assert said[4].startswith("took out 3 pictures")
+    assert said[4].startswith("deleted 3 pictures")
     assert "+ 3 removed" in said[6]
     assert said[7] == "3 rows: removed.csv\n"
     assert "removed 2 pictures" in said[8]
