@@ -182,5 +182,5 @@ def index_to_text(made: IndexManifest) -> str:
 
 
 def _removed(fields: dict[str, Any]) -> str:
-    """What the sum of inputs has besides images and rejects, once something was taken out."""
+    """What the sum of inputs has besides images and rejects, once something was removed."""
     return f" + {fields['removed']:,} removed" if fields["removed"] else ""
