@@ -1,7 +1,7 @@
 """Generators: prompts and the tokens chosen so far in, logits of the next image token out.
 
 A generator is named in `BACKENDS` and follows the protocol `Backend`; torch and transformers are
-imported only when one is loaded.
+imported only when one is loaded. Read `janus` first.
 """
 
 from collections.abc import Callable, Sequence
