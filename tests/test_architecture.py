@@ -217,6 +217,12 @@ def test_rooms_are_small_and_say_what_is_in_them(room: str) -> None:
         assert len(modules) + len(rooms) <= 3 or named & (modules | rooms)
 
 
+@pytest.mark.parametrize("path", ALL_TREES)
+def test_no_sentence_is_cut_by_a_blank_line(path: str) -> None:
+    """A docstring begins with a whole sentence."""
+    assert cut_docstrings(ALL_TREES[path]) == []
+
+
 def test_habits_of_writing_are_seen() -> None:
     """What the tests of docstrings and of calls rely on."""
     whole, cut = '"""Whole.\n\nMore."""', '"""Cut in\n\nthe middle."""'
