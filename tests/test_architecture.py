@@ -223,6 +223,12 @@ def test_no_sentence_is_cut_by_a_blank_line(path: str) -> None:
     assert cut_docstrings(ALL_TREES[path]) == []
 
 
+@pytest.mark.parametrize("path", ALL_TREES)
+def test_no_literal_is_splatted_into_a_call(path: str) -> None:
+    """`f(*(a, b), c)` hides which argument is which; `f(a, b, c)` says the same."""
+    assert splats(ALL_TREES[path]) == []
+
+
 def test_habits_of_writing_are_seen() -> None:
     """What the tests of docstrings and of calls rely on."""
     whole, cut = '"""Whole.\n\nMore."""', '"""Cut in\n\nthe middle."""'
