@@ -550,12 +550,12 @@ def remove(
         typer.echo(json.dumps({"exported": rows}) if as_json else f"{rows:,} rows: {export}")
         return
     request = RemovalRequest(
-        where,
-        tuple(image_id or ()),
-        tuple(sha256 or ()),
-        tuple(like or ()),
-        import_,
-        only_these,
+        where=where,
+        image_ids=tuple(image_id or ()),
+        hashes=tuple(sha256 or ()),
+        like=tuple(like or ()),
+        listed=import_,
+        only_these=only_these,
     )
     if not (dry_run or why.strip()):
         raise BadInputError("a removal needs a reason, for the list and the receipt; give --why")
@@ -852,7 +852,10 @@ def generate(
 
 
 def _write_trace(
-    session: "GenerateReport", databases: Sequence[str], trace: Path | None, trace_sheet: Path | None
+    session: "GenerateReport",
+    databases: Sequence[str],
+    trace: Path | None,
+    trace_sheet: Path | None,
 ) -> None:
     """Look the sources up in the databases' images, then write what was asked for."""
     from arrag_runtime.format.images import ImageTable

@@ -1,4 +1,4 @@
-"""How soon a picture that is taken out stops being found, by a process that searches all the time.
+"""How soon a picture that is removed stops being found, by a process that searches all the time.
 
 Claim: with one picture of a thousand removed by `arrag-db remove`, it takes under a second from
 giving the command until another process' searches no longer return anything of it. The searching
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     add = parser.add_argument
     add("--images", type=int, default=1000, help="pictures in the database")
-    add("--removals", type=int, default=5, help="pictures that are taken out, one after the other")
+    add("--removals", type=int, default=5, help="pictures that are removed, one after the other")
     add("--bound", type=float, default=1.0, help="seconds from the command to the last finding")
     args = parser.parse_args()
     here = machine()

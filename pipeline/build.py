@@ -28,7 +28,7 @@ from pipeline.building.plan_shards import (
 )
 from pipeline.building.run_shards import ShardFailure, VersionCleaner, run_shards
 from pipeline.building.shard_worker import WorkerSettings
-from pipeline.remove import take_out_suppressed
+from pipeline.remove import hide_suppressed
 from pipeline.resources.lease import lease
 from pipeline.resources.malloc import return_free_memory
 from pipeline.resources.ray_session import EncoderPool, encoder_pool, ray_cluster
@@ -143,7 +143,7 @@ def build(
         if exists(layout.manifest):
             held.check()
             # What was removed while its shard was under way has come in all the same.
-            if receipt := take_out_suppressed(layout.root, "arrag-db build"):
+            if receipt := hide_suppressed(layout.root, "arrag-db build"):
                 report.notes.append(
                     f"{receipt.images} pictures on the list of removed ones came in and are hidden"
                     f" (receipt {receipt.id})"

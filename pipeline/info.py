@@ -14,7 +14,7 @@ from arrag_runtime.search.patch_index import index_folders
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.building.plan_shards import open_rejects
 from stages.measure.certificate import Certificate
-from stages.tables.deletion import booked_removals
+from stages.tables.deletion import deleted_images
 from stages.tables.ledger import read_ledger
 
 
@@ -64,8 +64,8 @@ def _removed_waiting(layout: Layout, manifest: DatabaseManifest) -> dict[str, in
         table = lance.dataset(layout.removed).to_table(
             columns=["image_id", "split"], filter="image_id IS NOT NULL"
         )
-        booked = booked_removals(layout)
-        there = table.filter(pa.array(~contains(booked, table["image_id"].to_numpy())))
+        deleted = deleted_images(layout)
+        there = table.filter(pa.array(~contains(deleted, table["image_id"].to_numpy())))
         splits = dict(zip(*(column.to_pylist() for column in there.columns), strict=True))
     spec = manifest.tokenizer
     per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
@@ -182,5 +182,5 @@ def index_to_text(made: IndexManifest) -> str:
 
 
 def _removed(fields: dict[str, Any]) -> str:
-    """What the sum of inputs has besides images and rejects, once something was taken out."""
+    """What the sum of inputs has besides images and rejects, once something was removed."""
     return f" + {fields['removed']:,} removed" if fields["removed"] else ""

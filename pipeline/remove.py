@@ -1,8 +1,9 @@
-"""Take pictures out of a database: look first, then hide them from every search at once.
+"""Remove pictures from a database: look first, then hide them from every search at once.
 
-find what is meant → show it → add it to the list of removed pictures → write a receipt. No lease is
-taken, so that a removal never waits for a build; `compact` takes the bytes out of tables and
-indexes later.
+find what is meant → show it → add it to the list of removed pictures → write a receipt. The list
+hides the pictures from searches (a tombstone each) and keeps them out of later builds (a
+suppression each). No lease is taken, so that a removal never waits for a build; `compact` deletes
+the bytes from tables and indexes later.
 """
 
 import datetime
@@ -23,28 +24,36 @@ from arrag_runtime.search.patch_index import index_folders
 from arrag_runtime.search.tombstones import Tombstones
 from schemas.receipt import Receipt
 from schemas.tables import REMOVED_SCHEMA
-from stages.removal.find_images import Found, Selection, find_images, hash_files
-from stages.removal.list_exchange import Entry, export_removed, import_removed, require_hash
-from stages.removal.suppression import Suppressed, read_suppressed
+from stages.removal.find_images import FoundImages, Selection, find_images, hash_files
+from stages.removal.removed_list_file import (
+    RemovedEntry,
+    export_removed,
+    import_removed,
+    require_hash,
+)
+from stages.removal.suppression import Suppressions, read_suppressions
 from stages.tables.deletion import append_removed
 
-SHOWN = 5
+_SHOWN = 5
+"""So many pictures of a removal are shown to people."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RemovalRequest:
-    """What to take out, said in one of five ways; only_these leaves copies of it in.
-
-    where: a Lance filter over the images table; image_ids; hashes: sha256 of original bytes; like:
-    files with those bytes; listed: a file of another database's list.
-    """
+    """What to remove, said in exactly one of five ways."""
 
     where: str | None = None
+    """A Lance filter over the columns of the images table."""
     image_ids: tuple[int, ...] = ()
+    """The ids of pictures."""
     hashes: tuple[str, ...] = ()
+    """sha256 of original bytes, in hexadecimal; those without a picture here are suppressed."""
     like: tuple[Path, ...] = ()
+    """Files with the original bytes, used by their hashes."""
     listed: Path | None = None
+    """A file of another database's list, as `export_list` writes it."""
     only_these: bool = False
+    """Whether copies with the same bytes stay; not with `listed`."""
 
     def __post_init__(self) -> None:
         ways = (self.where, self.image_ids, self.hashes, self.like, self.listed)
@@ -53,25 +62,23 @@ class RemovalRequest:
                 "say what to remove in one way: --where, --image-id, --sha256, --like or --import"
             )
         if self.listed and self.only_these:
-            raise BadInputError(
-                "--import takes out all that the list names; leave --only-these out"
-            )
+            raise BadInputError("--import removes all that the list names; leave --only-these out")
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What a removal would take out. patches: how many, by table.
+    """What a removal would do."""
 
-    entries: what goes on the list without a picture here, only to keep it out.
-    """
-
-    found: Found
-    entries: tuple[Entry, ...]
+    found: FoundImages
+    """The pictures that it hides."""
+    entries: tuple[RemovedEntry, ...]
+    """What goes on the list without a picture here, only to be suppressed."""
     patches: Mapping[str, int]
+    """How many patches the pictures have, by table."""
 
     @property
     def images(self) -> int:
-        """How many pictures it takes out."""
+        """How many pictures it hides."""
         return len(self.found.matched) + len(self.found.copies)
 
     @property
@@ -82,14 +89,14 @@ class Removal:
     def first(self) -> tuple[dict[str, Any], ...]:
         """A few of the pictures, for people."""
         columns = ["image_id", "key", "url", "sha256"]
-        return tuple(self.found.pictures.select(columns).slice(0, SHOWN).to_pylist())
+        return tuple(self.found.pictures.select(columns).slice(0, _SHOWN).to_pylist())
 
     def to_json(self) -> dict[str, Any]:
         """The same for scripts."""
         return {
             "images": self.images,
             "copies": len(self.found.copies),
-            "already": self.found.hidden,
+            "already": self.found.already_hidden,
             "kept_out": len(self.entries),
             "patches": dict(self.patches),
             "first": list(self.first()),
@@ -100,28 +107,49 @@ class Removal:
         lines = [f"{len(self.found.matched):,} pictures match"]
         if len(self.found.copies):
             lines[0] += f", and {len(self.found.copies):,} copies with the same bytes"
-        if self.found.hidden:
-            lines[0] += f"; {self.found.hidden:,} more are taken out already"
+        if self.found.already_hidden:
+            lines[0] += f"; {self.found.already_hidden:,} more are removed already"
         lines += [f"  {p['image_id']}  {p['key']}  {p['url'] or ''}".rstrip() for p in self.first()]
-        if self.images > SHOWN:
-            lines.append(f"  and {self.images - SHOWN:,} more")
+        if self.images > _SHOWN:
+            lines.append(f"  and {self.images - _SHOWN:,} more")
         lines += [f"  {count:,} patches of {name}" for name, count in self.patches.items() if count]
         if self.entries:
-            lines.append(f"  {len(self.entries):,} entries without a picture here, to be kept out")
+            count = len(self.entries)
+            lines.append(f"  {count:,} entries without a picture here, to be kept out of builds")
         if self.found.shared:
             lines.append(
                 f"  {len(self.found.shared):,} hashes or addresses belong to pictures that stay,"
-                " too, and are not kept out"
+                " too, and are not kept out of builds"
             )
         return "\n".join(lines)
 
 
-def plan_removal(database: str | Path, request: RemovalRequest) -> Removal:
-    """What a request takes out; writes nothing. Raises BadInputError for what cannot be used.
+def remove(
+    database: str | Path,
+    request: RemovalRequest,
+    *,
+    why: str,
+    command: str = "pipeline.remove.remove",
+) -> Receipt:
+    """Remove what a request names, without asking; returns the receipt, which is kept as well.
 
-    Hashes that no picture here has, and all of an imported list, go on this list without one.
+        receipt = remove("mydb", RemovalRequest(where="url LIKE '%://a.org/%'"), why="a letter")
+        verify_removed("mydb", receipt.id)
+
+    From then on no search returns the pictures and no build brings them back; `compact` deletes
+    their bytes. why: the reason, for the list and the receipt. command: what the receipt names as
+    the command. To look first, use `plan_removal` and `carry_out`. Raises BadInputError for a
+    request that cannot be used.
     """
-    entries: tuple[Entry, ...] = ()
+    return carry_out(database, plan_removal(database, request), why, command)
+
+
+def plan_removal(database: str | Path, request: RemovalRequest) -> Removal:
+    """What a request would remove; writes nothing. Raises BadInputError for what cannot be used.
+
+    Hashes that no picture here has, and all entries of an imported list, go on this list as well.
+    """
+    entries: tuple[RemovedEntry, ...] = ()
     hashes = {require_hash(text, "--sha256") for text in request.hashes} | hash_files(request.like)
     urls = frozenset[str]()
     if request.listed is not None:
@@ -129,23 +157,29 @@ def plan_removal(database: str | Path, request: RemovalRequest) -> Removal:
         hashes = {entry.sha256 for entry in entries if entry.sha256 is not None}
         urls = frozenset(entry.url for entry in entries if entry.url is not None)
     else:
-        entries = tuple(Entry(sha256=sha256) for sha256 in sorted(hashes))
-    selection = Selection(request.where, request.image_ids, frozenset(hashes), urls)
+        entries = tuple(RemovedEntry(sha256=sha256) for sha256 in sorted(hashes))
+    selection = Selection(
+        where=request.where, image_ids=request.image_ids, hashes=frozenset(hashes), urls=urls
+    )
     return _removal(database, selection, entries, with_copies=not request.only_these)
 
 
 def _removal(
-    database: str | Path, selection: Selection, entries: Sequence[Entry], *, with_copies: bool
+    database: str | Path,
+    selection: Selection,
+    entries: Sequence[RemovedEntry],
+    *,
+    with_copies: bool,
 ) -> Removal:
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     found = find_images(
         ImageTable(layout.images), selection, Tombstones(layout).ids, with_copies=with_copies
     )
-    known = read_suppressed(layout)
-    known = Suppressed(
-        known.hashes | set(found.pictures["sha256"].to_pylist()),
-        known.urls | set(found.pictures["url"].to_pylist()),
+    known = read_suppressions(layout)
+    known = Suppressions(
+        hashes=known.hashes | set(found.pictures["sha256"].to_pylist()),
+        urls=known.urls | set(found.pictures["url"].to_pylist()),
     )
     spec = manifest.tokenizer
     shown = found.pictures["split"].to_pylist().count("database")
@@ -157,7 +191,12 @@ def _removal(
 
 
 def carry_out(database: str | Path, removal: Removal, why: str, command: str) -> Receipt:
-    """Hide the pictures of a removal from now on, and write its receipt."""
+    """Hide the pictures of a removal from now on, and write its receipt.
+
+    Raises BadInputError without a reason.
+    """
+    if not why.strip():
+        raise BadInputError("a removal needs a reason, for the list and the receipt; give --why")
     layout = Layout(database)
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
@@ -176,7 +215,7 @@ def carry_out(database: str | Path, removal: Removal, why: str, command: str) ->
         images=removal.images,
         heldout=pictures["split"].to_pylist().count("heldout"),
         copies=len(removal.found.copies),
-        already=removal.found.hidden,
+        already=removal.found.already_hidden,
         kept_out=len(removal.entries),
         patches=dict(removal.patches),
         image_ids=tuple(sorted(pictures["image_id"].to_pylist())),
@@ -195,21 +234,21 @@ def export_list(database: str | Path, path: Path) -> int:
     return export_removed(layout, path)
 
 
-def take_out_suppressed(database: str | Path, command: str) -> Receipt | None:
-    """Take out what is on the list and still came in: by a build that ran when it was removed."""
+def hide_suppressed(database: str | Path, command: str) -> Receipt | None:
+    """Hide what came in although it is on the list: by a build that ran when it was removed."""
     layout = Layout(database)
-    suppressed = read_suppressed(layout)
-    if not suppressed:
+    suppressions = read_suppressions(layout)
+    if not suppressions:
         return None
-    selection = Selection(hashes=suppressed.hashes, urls=suppressed.urls)
+    selection = Selection(hashes=suppressions.hashes, urls=suppressions.urls)
     removal = _removal(database, selection, (), with_copies=True)
     if not removal.images:
         return None
     return carry_out(database, removal, "came in again while it was being removed", command)
 
 
-def _unknown(entries: Sequence[Entry], known: Suppressed) -> tuple[Entry, ...]:
-    """The entries of which the list does not know the hash or the address yet."""
+def _unknown(entries: Sequence[RemovedEntry], known: Suppressions) -> tuple[RemovedEntry, ...]:
+    """The entries whose hash or address is not suppressed yet."""
     fresh = (
         entry
         for entry in entries
@@ -222,7 +261,7 @@ def _unknown(entries: Sequence[Entry], known: Suppressed) -> tuple[Entry, ...]:
 def _listed(removal: Removal, said: Mapping[str, Any]) -> pa.Table:
     """The rows for the list: pictures, and entries without one.
 
-    Hashes and addresses that pictures which stay have too are left out, for they would be kept out.
+    A hash or an address that pictures which stay have too is left out, so as not to suppress them.
     """
     pictures = removal.found.pictures
     shared = pa.array(sorted(removal.found.shared), pa.string())

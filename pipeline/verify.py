@@ -1,13 +1,14 @@
-"""Prove a database sound, or name what is not; and prove that what was removed is gone.
+"""Prove a database sound, or name what is not; and prove that nothing removed can be retrieved.
 
 Counts are checked for every shard, ids over all rows; keys and next tokens are recomputed from the
 grids for at least 64 pictures of every shard, or for all of them. A removed picture may be in tables
-and indexes as long as the list of removed pictures hides it, until a compaction takes it out; a
-search with its own keys must never return anything of it.
+and indexes as long as a tombstone hides it, until a compaction deletes it; a search with its own
+keys must never return anything of it. From top to bottom: `verify` and its checks in their order,
+then `verify_removed`, the proof of a receipt, and its checks.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,33 +40,32 @@ from schemas.tables import images_schema, is_held_out, patches_schema
 from stages.encode.extract_patches import extract_patches
 from stages.index.index_contents import checksum, index_contents, left_out
 from stages.removal.find_images import Selection, find_images
-from stages.removal.suppression import read_suppressed
-from stages.tables.deletion import booked_removals
+from stages.removal.suppression import read_suppressions
+from stages.tables.deletion import deleted_images
 from stages.tables.ledger import read_ledger
 
-SHOWN = 3
-"""How many offenders a failed check names."""
+_SHOWN = 3
+"""So many offenders a failed check names."""
+_BLOCK = 1 << 20
+"""So many rows are read at once."""
+_IMAGES_PER_SHARD = 64
+"""So many pictures of each shard have their patches recomputed, unless all have."""
+_SEARCHED = 64
+"""So many removed pictures' own keys are searched for in every index."""
+_NEIGHBORS = 100
+"""An own key lies at distance 0; hardly a picture shares all of its keys with a hundred others."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked. `detail` says what was seen, and for a failure where."""
+    """One thing that was checked."""
 
     name: str
+    """What should hold."""
     ok: bool
+    """Whether it does."""
     detail: str
-
-
-def named(detail: str, offenders: Any) -> str:
-    """The detail and, for a failure, the first offenders."""
-    listed = sorted(map(str, offenders))
-    if not listed:
-        return detail
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return f"{detail}; wrong: {', '.join(listed[:SHOWN])}{more}"
-
-
-IMAGES_PER_SHARD = 64
+    """What was seen, and for a failure where."""
 
 
 def verify(
@@ -74,7 +74,13 @@ def verify(
     full: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Check]:
-    """All checks of a database. Raises BadInputError where there is none."""
+    """All checks of a database; it is sound when all are ok.
+
+        wrong = [check for check in verify("mydb") if not check.ok]
+
+    full: recompute the patches of all pictures, and not of some per shard. progress is told how many
+    shards of how many are done. Raises BadInputError where there is no database.
+    """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     try:
@@ -84,7 +90,7 @@ def verify(
             _schemas(tables),
             _ledger_once(tables.done),
             *_counts(tables),
-            *removed_checks(layout),
+            *_removals(layout),
             _unique("image ids unique", tables.images, "image_id"),
             _unique("patch ids unique", tables.patches, "patch_id"),
             _splits(tables),
@@ -92,13 +98,22 @@ def verify(
             _contents(tables, full, progress),
         ]
     except (OSError, ValueError, pa.ArrowException) as error:
-        # A table or one of its files is gone or damaged; the first line names it.
+        # A table or one of its files is missing or damaged; the first line names it.
         return [Check("tables can be read", False, str(error).splitlines()[0])]
     return checks + [_index(layout, folder) for folder in index_folders(layout)]
 
 
+def _named(detail: str, offenders: Iterable[object]) -> str:
+    """The detail and, for a failure, the first offenders."""
+    listed = sorted(map(str, offenders))
+    if not listed:
+        return detail
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return f"{detail}; wrong: {', '.join(listed[:_SHOWN])}{more}"
+
+
 class _Tables:
-    """The tables of a database, and which fragments hold which shards (by number)."""
+    """The tables of a database, and which fragments hold which shards, by the shards' numbers."""
 
     def __init__(self, layout: Layout, manifest: DatabaseManifest) -> None:
         self.manifest = manifest
@@ -108,7 +123,7 @@ class _Tables:
         self.open_rejects = open_rejects(layout.rejects, read_ledger(layout))
         ledger = lance.dataset(layout.ledger)
         self.done = ledger.to_table(filter="state = 'done'").to_pylist()
-        self.losses = ledger.to_table(filter="state = 'removed'").to_pylist()
+        self.deletions = ledger.to_table(filter="state = 'removed'").to_pylist()
         self.patch_counts, self.patch_fragments = _by_shard(
             self.patches, "patch_id", ROW_BITS + POSITION_BITS
         )
@@ -118,7 +133,7 @@ class _Tables:
 def _by_shard(
     table: lance.LanceDataset, column: str, shift: int
 ) -> tuple[Counter[int], dict[int, list[Any]]]:
-    """Rows a shard, and the fragments its rows are in, by the shard's number."""
+    """How many rows each shard has, and in which fragments, by the shard's number."""
     counts: Counter[int] = Counter()
     fragments: dict[int, list[Any]] = defaultdict(list)
     for fragment in table.get_fragments():
@@ -149,13 +164,13 @@ def _schemas(tables: _Tables) -> Check:
         "patches": (tables.patches.schema, patches_schema(spec, keys)),
     }
     wrong = [name for name, (held, schema) in wanted.items() if not held.equals(schema)]
-    return Check("tables agree with the manifest", not wrong, named(keys.name, wrong))
+    return Check("tables agree with the manifest", not wrong, _named(keys.name, wrong))
 
 
 def _ledger_once(rows: list[dict[str, Any]]) -> Check:
     counts = Counter((row["shard"], row["attempt"]) for row in rows)
     twice = [shard for (shard, _), count in counts.items() if count > 1]
-    return Check("every shard recorded once", not twice, named(f"{len(rows)} rows", twice))
+    return Check("every shard recorded once", not twice, _named(f"{len(rows)} rows", twice))
 
 
 def _counts(tables: _Tables) -> Iterator[Check]:
@@ -167,7 +182,7 @@ def _counts(tables: _Tables) -> Iterator[Check]:
         names[number] = row["shard"]
         for field in ("inputs", "images", "patches", "rejects"):
             ledger[number][field] += row[field]
-    for row in tables.losses:
+    for row in tables.deletions:
         for field in ("images", "patches"):
             ledger[shard_number(row["shard"])][field] += row[field]
         ledger[shard_number(row["shard"])]["removed"] -= row["images"]
@@ -182,7 +197,7 @@ def _counts(tables: _Tables) -> Iterator[Check]:
     detail = "{inputs} inputs = {images} images + {rejects} rejects".format_map(totals)
     if totals["removed"]:
         detail += f" + {totals['removed']} removed"
-    yield Check("inputs = images + rejects", not unbalanced, named(detail, unbalanced))
+    yield Check("inputs = images + rejects", not unbalanced, _named(detail, unbalanced))
     yield _rejects_kept(tables)
     rejected = tables.open_rejects["shard"].to_pylist()
     for name, held in (
@@ -197,7 +212,7 @@ def _counts(tables: _Tables) -> Iterator[Check]:
             elif held[number] != ledger[number][name]:
                 known = ledger[number][name]
                 wrong.append(f"{names[number]} has {held[number]} of {known}")
-        yield Check(f"{name} per shard", not wrong, named(f"{held.total()} rows", wrong))
+        yield Check(f"{name} per shard", not wrong, _named(f"{held.total()} rows", wrong))
 
 
 def _rejects_kept(tables: _Tables) -> Check:
@@ -213,7 +228,26 @@ def _rejects_kept(tables: _Tables) -> Check:
         for entry in held.keys() | known.keys()
         if held[entry] != known.get(entry, 0)
     ]
-    return Check("rejects of every attempt", not wrong, named(f"{held.total()} rows", wrong))
+    return Check("rejects of every attempt", not wrong, _named(f"{held.total()} rows", wrong))
+
+
+def _removals(layout: Layout) -> Iterator[Check]:
+    """What the list of removed pictures names is hidden, and deleted where the ledger says so."""
+    suppressions = read_suppressions(layout)
+    hidden = Tombstones(layout).ids
+    if not suppressions and not len(hidden):
+        return
+    images = ImageTable(layout.images)
+    listed = Selection(hashes=suppressions.hashes, urls=suppressions.urls)
+    seen = find_images(images, listed, hidden, with_copies=False).matched["key"].to_pylist()
+    detail = f"{len(hidden)} pictures, {len(suppressions.hashes)} hashes on the list"
+    yield Check("removed pictures are hidden", not seen, _named(detail, seen))
+    deleted = deleted_images(layout)
+    left = _stored(images, deleted)
+    detail = f"{len(deleted)} pictures deleted"
+    if left:
+        detail += "; a compaction was interrupted, run `arrag-db compact` again"
+    yield Check("deleted pictures are out of the tables", not left, _named(detail, left))
 
 
 def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
@@ -235,7 +269,7 @@ def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
         open_ids.sort()
         twice.update(open_ids[1:][open_ids[1:] == open_ids[:-1]].tolist())
         reach = max(reach, high)
-    return Check(name, not twice, named(f"{total} ids", twice))
+    return Check(name, not twice, _named(f"{total} ids", twice))
 
 
 def _splits(tables: _Tables) -> Check:
@@ -248,7 +282,9 @@ def _splits(tables: _Tables) -> Check:
             held += held_out
             if (row["split"] == "heldout") != held_out:
                 wrong.append(row["key"])
-    return Check("held-out pictures are those of the hash", not wrong, named(f"{held} held", wrong))
+    return Check(
+        "held-out pictures are those of the hash", not wrong, _named(f"{held} held", wrong)
+    )
 
 
 def _owners(tables: _Tables) -> Check:
@@ -260,7 +296,7 @@ def _owners(tables: _Tables) -> Check:
         owners = np.unique(split_patch_ids(batch.column("patch_id").to_numpy())[0])
         strays.update(owners[~np.isin(owners, allowed, assume_unique=True)].tolist())
     detail = f"{len(allowed)} pictures have patches"
-    return Check("patches belong to pictures in the database", not strays, named(detail, strays))
+    return Check("patches belong to pictures in the database", not strays, _named(detail, strays))
 
 
 def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None]) -> Check:
@@ -273,14 +309,14 @@ def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None])
             images = tables.images.scanner(
                 fragments=tables.image_fragments[number],
                 filter=f"shard = '{shard}' AND split = 'database'",
-                limit=None if full else IMAGES_PER_SHARD,
+                limit=None if full else _IMAGES_PER_SHARD,
             ).to_table()
             checked += images.num_rows
             if images.num_rows and not _same_patches(tables, number, images.sort_by("image_id")):
                 wrong.append(shard)
         progress(done, len(shards))
     detail = f"{checked} pictures of {len(shards)} shards recomputed"
-    return Check("keys and next tokens equal the grids", not wrong, named(detail, wrong))
+    return Check("keys and next tokens equal the grids", not wrong, _named(detail, wrong))
 
 
 def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
@@ -323,90 +359,41 @@ def _index(layout: Layout, folder: str) -> Check:
     return Check(name, found == wanted and held == rows, detail)
 
 
-BLOCK = 1 << 20
-
-SEARCHED = 64
-"""So many pictures' own keys are searched for in every index."""
-
-NEIGHBORS = 100
-"""An own key lies at distance 0; hardly a picture shares all of its keys with a hundred others."""
-
-
-def removed_checks(layout: Layout) -> Iterator[Check]:
-    """For `verify`: what the list names is hidden, and gone where the ledger says so."""
-    suppressed = read_suppressed(layout)
-    hidden = Tombstones(layout).ids
-    if not suppressed and not len(hidden):
-        return
-    images = ImageTable(layout.images)
-    wanted = Selection(hashes=suppressed.hashes, urls=suppressed.urls)
-    seen = find_images(images, wanted, hidden, with_copies=False).matched["key"].to_pylist()
-    detail = f"{len(hidden)} pictures, {len(suppressed.hashes)} hashes on the list"
-    yield Check("removed pictures are hidden", not seen, named(detail, seen))
-    booked = booked_removals(layout)
-    left = [
-        image
-        for batch in images.batches(["image_id"], BLOCK)
-        for image in _among(booked, batch.column("image_id").to_numpy())
-    ]
-    detail = f"{len(booked)} pictures compacted away"
-    if left:
-        detail += "; a compaction was interrupted, run `arrag-db compact` again"
-    yield Check("compacted pictures are out of the tables", not left, named(detail, left))
-
-
 def verify_removed(database: str | Path, receipt: str) -> list[Check]:
-    """Whether nothing of a receipt's pictures can be retrieved. receipt: an id, or a file.
+    """Whether nothing of a receipt's pictures can be retrieved: it holds when all checks are ok.
 
-    Raises BadInputError where there is no such receipt.
+    receipt: its id, or its file. Raises BadInputError where there is no such receipt.
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     said = Receipt.read(layout, receipt)
-    gone = np.array(said.image_ids, np.int64)
-    hidden = Tombstones(layout)
-    seen = gone[~hidden.hides(gone)]
+    removed = np.array(said.image_ids, np.int64)
+    tombstones = Tombstones(layout)
+    seen = removed[~tombstones.hides(removed)]
     images = ImageTable(layout.images)
-    listed = f"{len(gone)} pictures of receipt {said.id}, {len(gone) - len(seen)} on the list"
+    stored = _stored(images, removed)
+    detail = f"{len(removed)} pictures of receipt {said.id}, {len(removed) - len(seen)} on the list"
     checks = [
-        Check("every picture is on the list of removed ones", not len(seen), named(listed, seen)),
-        _absent("images", _images(images, gone), hidden),
+        Check("every picture is on the list of removed ones", not len(seen), _named(detail, seen)),
+        _not_shown("images", stored, tombstones),
     ]
     for keys in patch_tables(layout):
-        blocks = (block.patch_ids for block in PatchTable(layout.patches(keys)).blocks(BLOCK))
-        checks.append(_absent(f"patches {keys.name}", _owning(blocks, gone), hidden))
-    grids = images.grids(
-        _spread(np.array(list(_images(images, gone)), np.int64)).tolist(),
-        manifest.tokenizer.grid_height,
-    )
+        blocks = (block.patch_ids for block in PatchTable(layout.patches(keys)).blocks(_BLOCK))
+        checks.append(_not_shown(f"patches {keys.name}", _owning(blocks, removed), tombstones))
+    height = manifest.tokenizer.grid_height
+    grids = list(images.grids(_spread(sorted(stored)), height).values())
     for name in (Path(folder).name for folder in index_folders(layout)):
         try:
-            checks.append(_absent(f"index {name}", index_owners(layout, name, gone), hidden))
-            checks.append(_searched(PatchIndex.open(layout.root, name), list(grids.values()), gone))
+            held = indexed_images(layout, name, removed)
+            checks.append(_not_shown(f"index {name}", held, tombstones))
+            checks.append(_searched(PatchIndex.open(layout.root, name), grids, removed))
         except ArragError as error:
             checks.append(Check(f"index {name} can be opened", False, str(error)))
     return checks
 
 
-def _absent(where: str, found: set[int], hidden: Tombstones) -> Check:
-    """Nothing of these pictures is there, or what is there is hidden."""
-    ids = np.array(sorted(found), np.int64)
-    seen = ids[~hidden.hides(ids)]
-    detail = "holds nothing of them"
-    if len(ids):
-        detail = f"holds {len(ids)} of them, hidden; `arrag-db compact` takes them out"
-    return Check(f"{where} cannot show them", not len(seen), named(detail, seen))
-
-
-def _images(images: ImageTable, gone: Ids) -> set[int]:
-    found: set[int] = set()
-    for batch in images.batches(["image_id"], BLOCK):
-        found.update(_among(gone, batch.column("image_id").to_numpy()))
-    return found
-
-
-def index_owners(layout: Layout, name: str, gone: Ids) -> set[int]:
-    """Those of the pictures that an index holds entries of, as copies of others, too.
+def indexed_images(layout: Layout, name: str, asked: Ids) -> set[int]:
+    """Those of the pictures asked about (sorted ids) of which an index holds entries or copies.
 
     Raises ArragError where it is damaged.
     """
@@ -414,42 +401,59 @@ def index_owners(layout: Layout, name: str, gone: Ids) -> set[int]:
     folder = local_folder(layout.index(name))
     try:
         blocks = index_contents(folder, manifest, read_codebook(layout))
-        return _owning((block.patch_ids for block in blocks), gone)
+        return _owning((block.patch_ids for block in blocks), asked)
     except (OSError, ValueError) as error:
         raise IncompatibleError(
             f"index {name} in {folder} is damaged or incomplete; index again"
         ) from error
 
 
-def _owning(blocks: Iterator[Ids], gone: Ids) -> set[int]:
-    """Those of the pictures that own one of these patches."""
+def _stored(images: ImageTable, asked: Ids) -> set[int]:
+    """Those of the pictures asked about that the images table has rows of."""
     found: set[int] = set()
-    for patch_ids in blocks:
-        found.update(_among(gone, split_patch_ids(np.asarray(patch_ids))[0]))
+    for batch in images.batches(["image_id"], _BLOCK):
+        found.update(_among(batch.column("image_id").to_numpy(), asked))
     return found
 
 
-def _among(ids: Ids, wanted: Ids) -> list[int]:
-    """Those of `wanted` that are among `ids`, once each."""
-    among: list[int] = np.unique(wanted[contains(ids, wanted)]).tolist()
+def _owning(blocks: Iterable[Ids], asked: Ids) -> set[int]:
+    """Those of the pictures asked about that own one of these patches."""
+    found: set[int] = set()
+    for patch_ids in blocks:
+        found.update(_among(split_patch_ids(np.asarray(patch_ids))[0], asked))
+    return found
+
+
+def _among(ids: Ids, asked: Ids) -> list[int]:
+    """Those of `ids` that are among the pictures asked about, once each."""
+    among: list[int] = np.unique(ids[contains(asked, ids)]).tolist()
     return among
 
 
-def _spread(ids: Ids) -> Ids:
-    """Up to `SEARCHED` of these ids, evenly over all of them."""
-    ordered = np.sort(ids)
-    if len(ordered) <= SEARCHED:
-        return ordered
-    return ordered[np.linspace(0, len(ordered) - 1, SEARCHED).astype(np.int64)]
+def _not_shown(where: str, held: set[int], tombstones: Tombstones) -> Check:
+    """Nothing of these pictures is there, or what is there is hidden."""
+    ids = np.array(sorted(held), np.int64)
+    seen = ids[~tombstones.hides(ids)]
+    detail = "holds nothing of them"
+    if len(ids):
+        detail = f"holds {len(ids)} of them, hidden; `arrag-db compact` deletes them"
+    return Check(f"{where} cannot show them", not len(seen), _named(detail, seen))
 
 
-def _searched(opened: PatchIndex, grids: list[npt.NDArray[np.uint16]], gone: Ids) -> Check:
+def _spread(ids: list[int]) -> list[int]:
+    """Up to `_SEARCHED` of these ids, evenly over all of them."""
+    if len(ids) <= _SEARCHED:
+        return ids
+    return [ids[at] for at in np.linspace(0, len(ids) - 1, _SEARCHED).astype(np.int64)]
+
+
+def _searched(opened: PatchIndex, grids: list[npt.NDArray[np.uint16]], removed: Ids) -> Check:
     """A search with the pictures' own keys returns nothing of them."""
     name = f"a search of index {opened.manifest.name} returns none of them"
     if not grids:
-        return Check(name, True, "no grids left to ask with, since they were compacted away")
+        return Check(name, True, "no grids left to ask with, since they were deleted")
     keys = opened.manifest.keys.neighborhood.keys(np.stack(grids))
-    found = opened.search(keys.reshape(-1, keys.shape[-1]), NEIGHBORS)
-    returned = _among(gone, split_patch_ids(found.patch_ids[found.patch_ids >= 0])[0])
+    found = opened.search(keys.reshape(-1, keys.shape[-1]), _NEIGHBORS)
+    returned = _among(split_patch_ids(found.patch_ids[found.patch_ids >= 0])[0], removed)
     detail = f"asked with {keys.shape[0] * keys.shape[1]} keys of {len(grids)} of the pictures"
-    return Check(name, not returned, named(detail, returned))
+    return Check(name, not returned, _named(detail, returned))

@@ -1,4 +1,4 @@
-"""The receipt of a removal: what was taken out of a database, when, why, and from where."""
+"""The receipt of a removal: what was removed from a database, when, why, and by which command."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,36 +10,43 @@ from arrag_runtime.format.manifest import Layout, read_json, write_json
 
 @dataclass(frozen=True)
 class Receipt:
-    """One removal. `when` is UTC; `command` what was typed.
-
-    images: pictures taken out, `heldout` and `copies` of them held out, and there only because
-    their bytes are those of a picture that matched; already: matching ones that were out before;
-    kept_out: entries of the list without a picture here, which only keep out; patches: by table;
-    image_ids: all of the pictures; first: a few of them with key, address and hash;
-    table_versions: those that were looked at, and the one of the list that this wrote.
-    """
+    """One removal, as it is kept in the database's folder of receipts."""
 
     id: str
+    """The receipt's name: the time in UTC and a random part."""
     when: str
+    """The time in UTC, ISO 8601."""
     why: str
+    """The reason that was given."""
     command: str
+    """The command that was typed."""
     images: int
+    """How many pictures were removed."""
     heldout: int
+    """How many of them were held out."""
     copies: int
+    """How many of them were removed only as copies: with the bytes of a picture that matched."""
     already: int
+    """How many more pictures matched and had been removed before."""
     kept_out: int
+    """Entries of the list without a picture here, which are only suppressed."""
     patches: dict[str, int]
+    """How many patches the pictures had, by table."""
     image_ids: tuple[int, ...]
+    """All of the pictures, ascending."""
     first: tuple[dict[str, Any], ...]
+    """A few of them with id, key, address and hash."""
     table_versions: dict[str, int]
+    """The versions of the tables that were looked at, and that of the list which this wrote."""
     indexes: tuple[str, ...]
+    """The indexes that there were."""
 
     def to_text(self, database: object) -> str:
         """What was done, for people, and what is left to do."""
         return (
             f"removed {self.images:,} pictures with {sum(self.patches.values()):,} patches; no search"
             f" returns them any more. Receipt {self.id} is in {database}/receipts.\n"
-            f"Their bytes are still in the tables: `arrag-db compact --db {database}` takes them out."
+            f"Their bytes are still in the tables: `arrag-db compact --db {database}` deletes them."
         )
 
     def write(self, layout: Layout) -> str:

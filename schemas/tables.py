@@ -73,10 +73,10 @@ REMOVED_SCHEMA = pa.schema(
         pa.field("receipt", pa.string(), nullable=False),
     ]
 )
-"""What was taken out. A row with an image_id hides that picture from every search at once.
+"""What was removed. A row with an image_id is a tombstone: every search hides that picture at once.
 
-A sha256 (of the original bytes) or url keeps what has it out of later builds; it is null where
-other pictures that stay have it too. Rows without an image_id only keep out.
+A sha256 (of the original bytes) or url is a suppression: what has it is kept out of later builds. It
+is null where other pictures that stay have it too. A row without an image_id only suppresses.
 """
 
 LEDGER_SCHEMA = pa.schema(

@@ -1,9 +1,15 @@
-"""The direction of imports and the places of the heavy libraries, read off the syntax trees."""
+"""How the house is built, read off the syntax trees.
+
+The direction of imports, the places of the heavy libraries, the size of rooms and their signs, and
+habits of writing.
+"""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,13 +28,33 @@ FILES = [
     ROOT / "cli.py",
 ]
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
+ALL_TREES = TREES | {
+    str(path.relative_to(ROOT)): ast.parse(path.read_text())
+    for name in ("tests", "benchmarks")
+    for path in sorted((ROOT / name).rglob("*.py"))
+}
+ROOMS = sorted({str(Path(path).parent) for path in ALL_TREES} - {".", "benchmarks"})
 LANCE_WRITES = frozenset(
-    (
-        *("write_dataset", "write_fragments", "lance_write_fragments", "commit", "commit_batch"),
-        *("delete", "merge_insert", "add_columns", "drop_columns", "alter_columns"),
-        *("create_index", "create_scalar_index", "compact_files", "optimize", "write_lance"),
-        *("cleanup_old_versions", "restore", "delete_rows"),
-    )
+    [
+        "write_dataset",
+        "write_fragments",
+        "lance_write_fragments",
+        "commit",
+        "commit_batch",
+        "delete",
+        "merge_insert",
+        "add_columns",
+        "drop_columns",
+        "alter_columns",
+        "create_index",
+        "create_scalar_index",
+        "compact_files",
+        "optimize",
+        "write_lance",
+        "cleanup_old_versions",
+        "restore",
+        "delete_rows",
+    ]
 )
 
 
@@ -59,6 +85,67 @@ def roots(tree: ast.AST) -> set[str]:
     return {name.split(".")[0] for name in imported(tree)}
 
 
+def module(path: str) -> str:
+    """The name by which a file is imported; that of a room for its `__init__.py`."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def outside_functions(tree: ast.Module) -> ast.Module:
+    """A file without the bodies of its functions: what runs when it is imported."""
+
+    class WithoutFunctions(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+    kept = WithoutFunctions().visit(ast.parse(ast.unparse(tree)))
+    assert isinstance(kept, ast.Module)
+    return kept
+
+
+def modules_imported(tree: ast.AST, known: Set[str]) -> set[str]:
+    """Those of the known modules that a file imports anywhere, by themselves or something in them."""
+    found = set(imported(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names
+            if names <= known:
+                # What is imported are modules, and nothing of the room itself.
+                found.discard(node.module or "")
+    return found & known
+
+
+def circle(graph: Mapping[str, Set[str]]) -> list[str]:
+    """The modules of an import circle in their order, the first at the end again; none if none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def splats(tree: ast.AST) -> list[int]:
+    """The lines with calls in which a literal tuple or list is splatted."""
+    arguments = (a for node in ast.walk(tree) if isinstance(node, ast.Call) for a in node.args)
+    return [
+        argument.lineno
+        for argument in arguments
+        if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Tuple | ast.List)
+    ]
+
+
+def cut_docstrings(tree: ast.AST) -> list[int]:
+    """The lines of docstrings, those of fields too, whose first sentence a blank line cuts."""
+    strings = (
+        (node.lineno, node.value.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node.value.value, str)
+    )
+    paragraphs = ((line, text.strip().partition("\n\n")) for line, text in strings)
+    return [line for line, (first, cut, _) in paragraphs if cut and first.rstrip()[-1] not in ".:?"]
+
+
 def files_importing(package: str) -> set[str]:
     return {path for path, tree in TREES.items() if package in roots(tree)}
 
@@ -84,6 +171,73 @@ def test_imports_run_one_way(path: str) -> None:
     assert ours <= MAY_IMPORT[path.split("/")[0].removesuffix(".py")]
 
 
+def test_no_import_circle() -> None:
+    """Imports inside functions count too, but for those by which a room opens one of its modules.
+
+    `arrag_runtime`, `tokenizers` and `backends` load what they name by its first use.
+    """
+    known = {module(path) for path in TREES}
+    graph = {}
+    for path, tree in TREES.items():
+        at_import = outside_functions(tree) if path.endswith("__init__.py") else tree
+        graph[module(path)] = modules_imported(at_import, known) - {module(path)}
+    assert sum(map(len, graph.values())) > 300
+    assert circle(graph) == []
+
+
+def test_circles_are_found() -> None:
+    """What the test above relies on."""
+    known = {"a", "a.b", "a.c"}
+    for text, found in (
+        ("import a.b", {"a.b"}),
+        ("from a import b", {"a.b"}),
+        ("from a.b import something", {"a.b"}),
+        ("from a import something, b", {"a", "a.b"}),
+        ("def f():\n  from a import c", {"a.c"}),
+        ("import numpy", set()),
+    ):
+        assert modules_imported(ast.parse(text), known) == found
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert len(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == 4
+    tree = ast.parse("import a\nclass C:\n  def f(self): import b\ndef g(): import c")
+    assert set(imported(outside_functions(tree))) == {"a"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_small_and_say_what_is_in_them(room: str) -> None:
+    """At most 15 files beside `__init__.py`, which names a part where there are more than three."""
+    files = [Path(path).stem for path in ALL_TREES if str(Path(path).parent) == room]
+    modules = set(files) - {"__init__"}
+    assert len(modules) <= 15
+    if not room.startswith("tests"):
+        rooms = {Path(other).name for other in ROOMS if str(Path(other).parent) == room}
+        doc = ast.get_docstring(ALL_TREES[f"{room}/__init__.py"])
+        assert doc
+        named = {name for quoted in re.findall(r"`([\w.]+)`", doc) for name in quoted.split(".")}
+        assert len(modules) + len(rooms) <= 3 or named & (modules | rooms)
+
+
+@pytest.mark.parametrize("path", ALL_TREES)
+def test_no_sentence_is_cut_by_a_blank_line(path: str) -> None:
+    """A docstring begins with a whole sentence."""
+    assert cut_docstrings(ALL_TREES[path]) == []
+
+
+@pytest.mark.parametrize("path", ALL_TREES)
+def test_no_literal_is_splatted_into_a_call(path: str) -> None:
+    """`f(*(a, b), c)` hides which argument is which; `f(a, b, c)` says the same."""
+    assert splats(ALL_TREES[path]) == []
+
+
+def test_habits_of_writing_are_seen() -> None:
+    """What the tests of docstrings and of calls rely on."""
+    whole, cut = '"""Whole.\n\nMore."""', '"""Cut in\n\nthe middle."""'
+    assert cut_docstrings(ast.parse(f"{whole}\nx = 1\n{whole}\n'short'")) == []
+    assert cut_docstrings(ast.parse(f"{whole}\nclass C:\n    x: int = 1\n    {cut}")) == [6]
+    assert splats(ast.parse("f(*a, *b(), **c)\n(*(1, 2), 3)")) == []
+    assert splats(ast.parse("f(1, *(a, b))\ng(\n  *[a])")) == [1, 3]
+
+
 def test_ray_is_imported_in_the_pipeline_only() -> None:
     """Stages and the runtime work without Ray."""
     users = files_importing("ray")
@@ -97,7 +251,7 @@ def test_autofaiss_is_imported_in_one_file() -> None:
 
 
 def test_lance_is_written_in_three_files() -> None:
-    """For what builds bring, what removals take out, and training sets; others that import it read."""
+    """For what builds bring, what removals delete, and training sets; others that import it read."""
     writers = {
         "stages/tables/committer.py",
         "stages/tables/deletion.py",

@@ -3,7 +3,7 @@
 Read this file first, then `janus`.
 
 A generator is named in `BACKENDS` and follows the protocol `Backend`; torch and transformers are
-imported only when one is loaded.
+imported only when one is loaded. Read `janus` first.
 """
 
 from collections.abc import Callable, Sequence

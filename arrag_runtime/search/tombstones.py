@@ -1,7 +1,7 @@
-"""Pictures that were taken out of a database: what every search asks before it answers.
+"""Tombstones: the removed pictures of a database, which every search hides.
 
-In: the list `removed.lance` as any process may extend it at any time. Out: the ids it hides. Lance
-is loaded only where there is a list.
+In: the list `removed.lance`, which any process may extend at any time. Out: the ids that it hides.
+Lance is loaded only where there is a list.
 """
 
 import math
@@ -16,40 +16,41 @@ from arrag_runtime.format.ids import Ids, contains
 from arrag_runtime.format.location import exists, in_store
 from arrag_runtime.format.manifest import Layout
 
-SETTLED_NS = 1_000_000_000
+_SETTLED_NS = 1_000_000_000
 """A folder changed less than this ago may change again within the same tick of its clock."""
 STORE_SECONDS = 10.0
-"""In a bucket, which cannot be asked as cheaply as a folder, so often at most."""
+"""A list in a bucket, which costs more to ask than a folder, is looked at this often at most."""
 
 
 class Tombstones:
-    """The removed pictures of one database. `refresh` before a search, then ask `hides`."""
+    """The tombstones of one database: `refresh` before a search, then ask `hides`."""
 
     def __init__(self, layout: Layout) -> None:
         self._table = layout.removed
         self._seen: int | None = None
         self._looked = -math.inf
         self.ids: Ids = np.empty(0, np.int64)
+        """The hidden pictures, ascending."""
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read the list again if it has changed, and say whether it had. Costs a stat if not.
+        """Read the list again if it has changed, and say whether it had. Costs one stat if not.
 
-        Of a database in a bucket a change is seen after `STORE_SECONDS` at most. Raises ArragError
-        when the list is there and cannot be read: nothing is found rather than something removed.
+        In a bucket a change is seen after `STORE_SECONDS` at most. Raises ArragError when the list
+        is there and cannot be read: better no answer than one with a removed picture.
         """
         before = self.ids
         if in_store(self._table):
             self._look_into_store()
         elif (changed := _changed(Path(self._table) / "_versions")) not in (None, self._seen):
             # Read before the stamp is old enough, the list is read once more at the next refresh.
-            settled = time.time_ns() - changed > SETTLED_NS
+            settled = time.time_ns() - changed > _SETTLED_NS
             self.ids = _read(self._table)[0]
             self._seen = changed if settled else None
         return not np.array_equal(before, self.ids)
 
     def hides(self, image_ids: Ids) -> npt.NDArray[np.bool_]:
-        """For each of these pictures, an array of any shape, whether it was taken out."""
+        """For each of these pictures, an array of any shape, whether it is hidden."""
         return contains(self.ids, image_ids)
 
     def _look_into_store(self) -> None:

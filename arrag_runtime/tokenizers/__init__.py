@@ -1,7 +1,7 @@
 """Tokenizers: pictures to token grids and back. Read this file first, then `vq16`.
 
 A tokenizer is named in `TOKENIZERS` and follows the protocol `Tokenizer`; torch is imported only
-when one is made.
+when one is made. Read `vq16` first.
 """
 
 from collections.abc import Callable

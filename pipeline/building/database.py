@@ -21,7 +21,7 @@ from schemas.settings.source import SourceSettings
 from stages.download.download_links import DownloadSettings
 from stages.sources import GRID_SOURCES
 from stages.tables.committer import create_tables
-from stages.tables.deletion import create_list
+from stages.tables.deletion import create_removed_list
 from stages.tables.ledger import read_ledger
 
 DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
@@ -106,7 +106,7 @@ def create_database(layout: Layout, manifest: DatabaseManifest, codebook: Floats
     """Make the empty tables; the manifest comes last, so where it stands the rest is complete."""
     create_tables(layout, manifest.tokenizer, manifest.keys)
     if in_store(layout.root):
-        create_list(layout)
+        create_removed_list(layout)
     write_codebook(layout, codebook)
     manifest.write(layout)
 

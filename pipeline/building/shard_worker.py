@@ -35,7 +35,7 @@ from schemas.tables import REJECTS_SCHEMA
 from stages.download.download_links import DownloadSettings, download_links
 from stages.encode.encode_images import EncodeSettings, encode_shard
 from stages.encode.extract_patches import extract_patches
-from stages.removal.suppression import read_suppressed, without_removed
+from stages.removal.suppression import read_suppressions, suppress
 from stages.sources import GRID_SOURCES, open_source
 from stages.tables.committer import (
     IMAGES,
@@ -126,16 +126,15 @@ def _inputs(
 ) -> Iterator[ImageRecord | GridRecord | Reject]:
     """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
 
-    What is on the list of removed pictures is turned away: before it is downloaded where its
-    address or hash is known, and before it is kept by its bytes.
+    What is on the list of removed pictures is suppressed: before it is downloaded where its address
+    or hash is known, and else by its bytes, before it is kept.
     """
-    removed = read_suppressed(Layout(settings.database))
+    suppressions = read_suppressions(Layout(settings.database))
     items = open_source(settings.source).read(attempt.shard)
     if attempt.rows:
         items = _only(items, attempt)
-    return download_links(
-        without_removed(items, removed), settings.download, attempt, removed=removed
-    )
+    fresh = suppress(items, suppressions)
+    return download_links(fresh, settings.download, attempt, suppressions=suppressions)
 
 
 def _only(

@@ -26,7 +26,7 @@ from schemas.settings.source import SourceSettings
 from stages.download.download_links import DownloadSettings, download_links
 from stages.encode.decode import DecodeSettings
 from stages.encode.encode_images import EncodeSettings, encode_shard
-from stages.removal.suppression import read_suppressed, without_removed
+from stages.removal.suppression import read_suppressions, suppress
 from stages.sources import open_source
 from stages.tables.committer import write_fragments
 
@@ -88,14 +88,15 @@ def write_shard(worker: TrainsetWorker, shard: Shard) -> Written:
         decode=DecodeSettings(size=worker.manifest.tokenizer.image_size),
     )
     tokenizer = _tokenizer(worker.database, worker.tokenizer_weights, worker.device)
-    removed = read_suppressed(layout)
+    suppressions = read_suppressions(layout)
     spec = worker.manifest.tokenizer
     grid = GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
     source = open_source(replace(worker.source, grid=grid))
     inputs: Iterator[ImageRecord | GridRecord | Reject] = download_links(
-        without_removed(source.read(shard), removed),
-        *(DownloadSettings(), Attempt(shard)),
-        removed=removed,
+        suppress(source.read(shard), suppressions),
+        DownloadSettings(),
+        Attempt(shard),
+        suppressions=suppressions,
     )
     encoded = encode_shard(tokenizer, inputs, settings)
     told = [n for n, image in enumerate(encoded.images) if image.record.caption]

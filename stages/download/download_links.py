@@ -18,14 +18,14 @@ from stages.download.engine import ShardDownload
 from stages.download.fetch import Fetcher, FetchSettings
 from stages.download.keep_images import keep_images
 from stages.download.web_address import FetchError
-from stages.removal.suppression import Suppressed, without_removed
+from stages.removal.suppression import Suppressions, suppress
 
 TRANSIENT = frozenset(
     ("dns", "refused", "timeout", "tls", "http-429", "http-5xx", "broken-response")
 )
 """Reasons that may lie with us or with the moment; others are the link's own."""
 
-NOTHING_REMOVED = Suppressed()
+_NOTHING_SUPPRESSED = Suppressions()
 SUSPICIOUS_SHARE, SUSPICIOUS_LINKS = 0.9, 50
 
 
@@ -73,11 +73,11 @@ def download_links(
     attempt: Attempt,
     *,
     open_fetcher: Callable[[FetchSettings], Fetcher] = Fetcher,
-    removed: Suppressed = NOTHING_REMOVED,
+    suppressions: Suppressions = _NOTHING_SUPPRESSED,
 ) -> Iterator[Ready | ImageRecord | Reject]:
     """A shard's inputs in the order of their rows, links fetched; what is no link passes through.
 
-    Fetched bytes that are on the list `removed` become rejects, and are not kept.
+    Fetched bytes that `suppressions` name become rejects, and are not kept.
     Raises ShardError when the deadline or the room on disk is used up, or when one transient reason
     makes up over 90 % of at least 50 links: a machine that lost its network must not write off its
     shards. Of rejects that are tried again most may fail again.
@@ -109,7 +109,7 @@ def download_links(
         download.run()
         if not attempt.rows:
             _require_plausible(download.refused.values(), len(links))
-        fetched = without_removed(download.records(), removed)
+        fetched = suppress(download.records(), suppressions)
         if settings.keep_images is not None:
             fetched = keep_images(fetched, Path(settings.keep_images), attempt)
         yield from _by_row(ready, fetched)

@@ -1,7 +1,7 @@
-"""Which pictures of a database are meant: by a condition, id, hash or address, and their copies.
+"""Find the pictures that a removal means: by a condition, id, hash or address, and their copies.
 
 In: a selection. Out: the rows of the pictures that match, and of those with the same bytes. The
-images table is streamed a few columns at a time, so the work grows with the table and not with
+images table is streamed, a few columns at a time, so the work grows with the table and not with
 what is asked for.
 """
 
@@ -19,35 +19,37 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains
 from arrag_runtime.format.images import ImageTable
 
-BLOCK = 131_072
-FOUND = ("image_id", "sha256", "url", "key", "source", "split")
+_BLOCK = 131_072
+_COLUMNS = ("image_id", "sha256", "url", "key", "source", "split")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is asked for; a picture matches by any of these.
-
-    where: a Lance filter over the columns of the images table.
-    """
+    """What is asked for; a picture matches by any of these."""
 
     where: str | None = None
+    """A Lance filter over the columns of the images table."""
     image_ids: tuple[int, ...] = ()
     hashes: frozenset[str] = frozenset()
+    """sha256 of original bytes, in hexadecimal."""
     urls: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Found:
-    """Tables of `FOUND`: the pictures that match, and others with the bytes of one of them.
+@dataclass(frozen=True, kw_only=True)
+class FoundImages:
+    """The pictures of a selection that are not hidden yet.
 
-    hidden: how many more match that are taken out already. shared: hashes and addresses of these
-    pictures that pictures which stay have too.
+    Both tables have the columns image_id, sha256, url, key, source and split.
     """
 
     matched: pa.Table
+    """The pictures that match."""
     copies: pa.Table
-    hidden: int
+    """Others with the bytes of one of them."""
+    already_hidden: int
+    """How many more match that are hidden already."""
     shared: frozenset[str]
+    """Hashes and addresses of these pictures that pictures which stay have too."""
 
     @property
     def pictures(self) -> pa.Table:
@@ -57,12 +59,12 @@ class Found:
 
 def find_images(
     images: ImageTable, selection: Selection, hidden: Ids, *, with_copies: bool = True
-) -> Found:
+) -> FoundImages:
     """The pictures of a selection that are not among `hidden` (sorted ids).
 
     Raises BadInputError, naming the columns, for a condition that cannot be used.
     """
-    matched, out = _scan(images, selection, hidden)
+    matched, already = _scan(images, selection, hidden)
     ids = np.sort(matched["image_id"].to_numpy())
     copies = matched.slice(0, 0)
     if with_copies and len(ids):
@@ -71,35 +73,40 @@ def find_images(
         copies = found.filter(pa.array(~contains(ids, found["image_id"].to_numpy())))
         ids = np.sort(np.concatenate([ids, copies["image_id"].to_numpy()]))
     both = pa.concat_tables([matched, copies])
-    return Found(matched, copies, out, _shared(images, both, np.union1d(ids, hidden)))
+    return FoundImages(
+        matched=matched,
+        copies=copies,
+        already_hidden=already,
+        shared=_shared(images, both, np.union1d(ids, hidden)),
+    )
 
 
 def _scan(images: ImageTable, selection: Selection, hidden: Ids) -> tuple[pa.Table, int]:
-    """The rows that match and are not hidden, and how many are."""
+    """The rows that match and are not hidden, and how many match and are."""
     wanted = _value_sets({"sha256": selection.hashes, "url": selection.urls})
     asked = np.array(sorted(selection.image_ids), np.int64)
     kept: list[pa.RecordBatch] = []
-    out = 0
-    for batch in images.batches(list(FOUND), BLOCK, selection.where):
+    already = 0
+    for batch in images.batches(list(_COLUMNS), _BLOCK, selection.where):
         ids = batch.column("image_id").to_numpy()
         match = np.full(len(ids), selection.where is not None) | contains(asked, ids)
         for name, values in wanted.items():
             match |= _is_in(batch.column(name), values)
-        gone = contains(hidden, ids)
-        out += int(np.count_nonzero(match & gone))
-        if (match & ~gone).any():
-            kept.append(batch.filter(pa.array(match & ~gone)))
-    return pa.Table.from_batches(kept, schema=images.schema(FOUND)), out
+        is_hidden = contains(hidden, ids)
+        already += int(np.count_nonzero(match & is_hidden))
+        if (match & ~is_hidden).any():
+            kept.append(batch.filter(pa.array(match & ~is_hidden)))
+    return pa.Table.from_batches(kept, schema=images.schema(_COLUMNS)), already
 
 
-def _shared(images: ImageTable, pictures: pa.Table, gone: Ids) -> frozenset[str]:
-    """The hashes and addresses of these pictures that others have, which are not among `gone`."""
+def _shared(images: ImageTable, pictures: pa.Table, leaving: Ids) -> frozenset[str]:
+    """The hashes and addresses of these pictures that others have, which are not `leaving`."""
     wanted = _value_sets({name: pictures[name].to_pylist() for name in ("sha256", "url")})
     shared: set[str] = set()
     if not wanted:
         return frozenset()
-    for batch in images.batches(["image_id", *wanted], BLOCK):
-        stays = ~contains(gone, batch.column("image_id").to_numpy())
+    for batch in images.batches(["image_id", *wanted], _BLOCK):
+        stays = ~contains(leaving, batch.column("image_id").to_numpy())
         for name, values in wanted.items():
             column = batch.column(name)
             shared.update(column.filter(pa.array(stays & _is_in(column, values))).to_pylist())

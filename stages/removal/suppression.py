@@ -1,7 +1,8 @@
-"""What was removed stays out: inputs that the database's list names become rejects.
+"""Suppression: inputs that the list of removed pictures names are kept out of builds.
 
-In: a shard's inputs and the list. Out: the same inputs, those whose address or original bytes are on
-the list as rejects with the reason `removed`. Links are turned away before they are downloaded.
+In: a shard's inputs and the list. Out: the same inputs, with rejects of the reason `removed` in
+place of those whose address or original bytes are on the list. A link is suppressed before it is
+downloaded.
 """
 
 import hashlib
@@ -16,15 +17,17 @@ from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import Layout
 from schemas.records import GridRecord, ImageRecord, LinkRecord, Reject
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
-class Suppressed:
-    """hashes: sha256 of original bytes, hex; urls: addresses. Neither may come in again."""
+@dataclass(frozen=True, kw_only=True)
+class Suppressions:
+    """What may not come in again; falsy where there is nothing."""
 
     hashes: frozenset[str] = frozenset()
+    """sha256 of original bytes, in hexadecimal."""
     urls: frozenset[str] = frozenset()
+    """Addresses."""
 
     def __bool__(self) -> bool:
         return bool(self.hashes or self.urls)
@@ -40,26 +43,27 @@ class Suppressed:
         return Reject(item.row, item.key, "read", "removed", detail, item.url)
 
 
-def read_suppressed(layout: Layout) -> Suppressed:
-    """The list as it stands now; read anew only when it has changed."""
+def read_suppressions(layout: Layout) -> Suppressions:
+    """The suppressions of a database as they stand now; read anew only when they have changed."""
     if not exists(layout.removed):
-        return Suppressed()
+        return Suppressions()
     return _read(layout.removed, lance.dataset(layout.removed).version)
 
 
 @lru_cache(maxsize=2)
-def _read(table: str, version: int) -> Suppressed:
+def _read(table: str, version: int) -> Suppressions:
     rows = lance.dataset(table, version=version).to_table(columns=["sha256", "url"])
-    return Suppressed(
-        *(frozenset(rows[name].drop_null().to_pylist()) for name in rows.schema.names)
+    return Suppressions(
+        hashes=frozenset(rows["sha256"].drop_null().to_pylist()),
+        urls=frozenset(rows["url"].drop_null().to_pylist()),
     )
 
 
-def without_removed(items: Iterable[Item], suppressed: Suppressed) -> Iterator[Item | Reject]:
-    """These inputs in order, with rejects in place of pictures and links that were removed."""
+def suppress(items: Iterable[_Item], suppressions: Suppressions) -> Iterator[_Item | Reject]:
+    """These inputs in order, with rejects in place of pictures, links and grids that may not come in."""
     for item in items:
         asked = item if isinstance(item, ImageRecord | LinkRecord | GridRecord) else None
-        yield (asked and suppressed.reject(asked)) or item
+        yield (asked and suppressions.reject(asked)) or item
 
 
 def _sha256(item: ImageRecord | LinkRecord | GridRecord) -> str | None:

@@ -84,8 +84,8 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What a compaction takes out of a shard."""
+class Deletion:
+    """What a compaction deletes of a shard."""
 
     shard: str
     """The shard's id."""
@@ -242,18 +242,18 @@ class Committer:
         self._ledger.optimize.compact_files()
         self._ledger.checkout_latest()
 
-    def begin_compaction(self, losses: Iterable[Loss]) -> None:
+    def begin_compaction(self, deletions: Iterable[Deletion]) -> None:
         """Record what the tables are about to lose, before they do."""
         counts = {"inputs": 0, "rejects": 0, "time": _now()}
         rows: list[dict[str, object]] = [
             {"shard": "", "source": "", "attempt": 0, "state": "compacting", "time": _now()}
         ]
         rows += [
-            {"shard": loss.shard, "source": loss.source, "attempt": 0, "state": "removed"}
-            | {"images": -len(loss.images), "heldout": -loss.heldout, "patches": -loss.patches}
-            | {"members": [str(image) for image in loss.images]}
+            {"shard": lost.shard, "source": lost.source, "attempt": 0, "state": "removed"}
+            | {"images": -len(lost.images), "heldout": -lost.heldout, "patches": -lost.patches}
+            | {"members": [str(image) for image in lost.images]}
             | counts
-            for loss in losses
+            for lost in deletions
         ]
         self._append_ledger(rows)
 

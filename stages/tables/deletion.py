@@ -1,4 +1,4 @@
-"""The Lance writer of removals: the list of what is removed, rows deleted, tables compacted.
+"""Deletion, and the list of removed pictures: what removals write with Lance.
 
 The list (`removed.lance`) is only appended to and needs no lease: Lance's own commits keep the rows
 of several writers. Everything else here changes tables that builds write, under their lease.
@@ -20,16 +20,16 @@ from arrag_runtime.format.location import exists, in_store
 from arrag_runtime.format.manifest import Layout
 from schemas.tables import REMOVED_SCHEMA
 
-KEEP_NOTHING = datetime.timedelta(0)
+_KEEP_NOTHING = datetime.timedelta(0)
 
 
 def append_removed(layout: Layout, rows: pa.Table) -> int:
     """Add rows of `REMOVED_SCHEMA` to the list; returns its version. Needs no lease."""
-    create_list(layout)
+    create_removed_list(layout)
     return int(lance.write_dataset(rows, layout.removed, mode="append").version)
 
 
-def create_list(layout: Layout) -> None:
+def create_removed_list(layout: Layout) -> None:
     """Make the empty list where there is none, once, however many processes try it at a time.
 
     Lance creates a table by overwriting, which drops what another process has just added to it. A
@@ -52,14 +52,14 @@ def create_list(layout: Layout) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def booked_removals(layout: Layout) -> Ids:
-    """The ids of the pictures that the ledger says were taken out of the tables, sorted."""
+def deleted_images(layout: Layout) -> Ids:
+    """The ids of the pictures whose deletion the ledger records, sorted."""
     ledger = lance.dataset(layout.ledger)
     rows = ledger.to_table(columns=["members"], filter="state = 'removed'")["members"]
     return np.unique(np.array([int(i) for members in rows.to_pylist() for i in members], np.int64))
 
 
-def delete_pictures(path: str, column: str, gone: Ids) -> int:
+def delete_images(path: str, column: str, images: Ids) -> int:
     """Delete the rows of these pictures (sorted ids) from a table; returns how many there were.
 
     column: "image_id", or "patch_id" for a patches table. One fragment is scanned after the other,
@@ -70,7 +70,7 @@ def delete_pictures(path: str, column: str, gone: Ids) -> int:
     changed, emptied, deleted = [], [], 0
     for fragment in table.get_fragments():
         rows = fragment.scanner(columns=[column], with_row_address=True).to_table()
-        hit = contains(gone, rows[column].to_numpy() >> shift)
+        hit = contains(images, rows[column].to_numpy() >> shift)
         if not hit.any():
             continue
         deleted += int(np.count_nonzero(hit))
@@ -86,7 +86,7 @@ def delete_pictures(path: str, column: str, gone: Ids) -> int:
     return deleted
 
 
-def compact_table(path: str, *, keep: datetime.timedelta = KEEP_NOTHING) -> None:
+def compact_table(path: str, *, keep: datetime.timedelta = _KEEP_NOTHING) -> None:
     """Merge small fragments, write those with deleted rows anew, delete versions older than `keep`.
 
     With nothing kept, everything but the newest version leaves the disk, files of killed writers

@@ -1,4 +1,4 @@
-"""Compaction: bytes that are gone, counts that add up, and what is left when it is interrupted."""
+"""Compaction: bytes that are deleted, counts that add up, and what an interruption leaves."""
 
 import shutil
 import signal
@@ -15,13 +15,14 @@ import pyarrow as pa
 import pytest
 
 import pipeline.compact
+import pipeline.remove
 from arrag_runtime.format.errors import DatabaseBusyError
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import IndexManifest, Layout, read_codebook
 from pipeline.compact import compact
 from pipeline.index import index
 from pipeline.info import info
-from pipeline.remove import RemovalRequest, carry_out, plan_removal
+from pipeline.remove import RemovalRequest
 from pipeline.resources.lease import lease
 from pipeline.verify import verify
 from schemas.settings.index import IndexSettings
@@ -43,9 +44,8 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def remove(layout: Layout, where: str) -> tuple[int, ...]:
-    """Take out what a condition holds for; the ids of those pictures."""
-    removal = plan_removal(layout.root, RemovalRequest(where=where))
-    return carry_out(layout.root, removal, "why", "cmd").image_ids
+    """Remove what a condition holds for; the ids of those pictures."""
+    return pipeline.remove.remove(layout.root, RemovalRequest(where=where), why="why").image_ids
 
 
 def removed_ids(layout: Layout) -> set[int]:
@@ -61,11 +61,11 @@ def tables(layout: Layout) -> dict[str, pa.Table]:
     }
 
 
-def without(rows: dict[str, pa.Table], gone: set[int]) -> dict[str, pa.Table]:
+def without(rows: dict[str, pa.Table], removed: set[int]) -> dict[str, pa.Table]:
     """What is left of the rows without these pictures, found by a loop."""
     images, patches = rows["images"], rows["patches"]
-    stays = [image not in gone for image in images["image_id"].to_pylist()]
-    owned = [patch >> 10 not in gone for patch in patches["patch_id"].to_pylist()]
+    stays = [image not in removed for image in images["image_id"].to_pylist()]
+    owned = [patch >> 10 not in removed for patch in patches["patch_id"].to_pylist()]
     return {"images": images.filter(pa.array(stays)), "patches": patches.filter(pa.array(owned))}
 
 
@@ -88,12 +88,12 @@ def counts(layout: Layout) -> dict[str, Any]:
     return {name: fields[name] for name in names}
 
 
-def test_rows_of_removed_pictures_are_gone_and_no_others(layout: Layout) -> None:
-    before, gone, said = tables(layout), removed_ids(layout), counts(layout)
+def test_rows_of_removed_pictures_are_deleted_and_no_others(layout: Layout) -> None:
+    before, removed, said = tables(layout), removed_ids(layout), counts(layout)
     assert wrong(layout) == []
-    assert said["removed"] == len(gone) == 9
+    assert said["removed"] == len(removed) == 9
     done = compact(layout.root)
-    expected = without(before, gone)
+    expected = without(before, removed)
     for name, rows in tables(layout).items():
         assert rows.equals(expected[name]), name
     assert done.images == len(before["images"]) - len(expected["images"]) == 9
@@ -140,10 +140,10 @@ def test_indexes_hold_nothing_of_them(layout: Layout, settings: IndexSettings) -
     index(layout.root, settings)
     everything = held(layout, name)
     lance.write_dataset(listed, layout.removed, mode="append")
-    gone = removed_ids(layout)
-    assert {patch >> 10 for patch in everything} & gone
+    removed = removed_ids(layout)
+    assert {patch >> 10 for patch in everything} & removed
     assert compact(layout.root).indexes == (name,)
-    assert held(layout, name) == [patch for patch in everything if patch >> 10 not in gone]
+    assert held(layout, name) == [patch for patch in everything if patch >> 10 not in removed]
     assert held(layout, name) == tables(layout)["patches"]["patch_id"].to_pylist()
     assert wrong(layout) == []
     assert compact(layout.root).indexes == ()
@@ -188,9 +188,9 @@ def test_everything_may_be_removed(tmp_path: Path) -> None:
 def test_rows_deleted_before_do_not_shift_what_is_deleted(layout: Layout) -> None:
     """The places of rows in a fragment count deleted ones."""
     lance.dataset(layout.images).delete("key = '1/0.jpg'")
-    before, gone = tables(layout), removed_ids(layout)
+    before, removed = tables(layout), removed_ids(layout)
     compact(layout.root)
-    assert tables(layout)["images"].equals(without(before, gone)["images"])
+    assert tables(layout)["images"].equals(without(before, removed)["images"])
 
 
 def test_marks_of_the_ledger_cover_the_new_fragments(layout: Layout) -> None:
@@ -248,7 +248,7 @@ def interrupt_at(moment: int, end: Callable[[], None], patch: Callable[..., None
 
         return run
 
-    for name in ("delete_pictures", "compact_table", "_build_again"):
+    for name in ("delete_images", "compact_table", "_build_again"):
         patch(pipeline.compact, name, counted(getattr(pipeline.compact, name)))
     patch(Committer, "end_compaction", counted(Committer.end_compaction))
 
@@ -273,13 +273,13 @@ MOMENTS = range(9)
 def test_an_interrupted_compaction_is_repeated(
     layout: Layout, moment: int, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, gone, said = tables(layout), removed_ids(layout), counts(layout)
+    before, removed, said = tables(layout), removed_ids(layout), counts(layout)
     interrupted(layout, moment, monkeypatch)
-    check_recovery(layout, before, gone, said, then)
+    check_recovery(layout, before, removed, said, then)
 
 
 def check_recovery(
-    layout: Layout, before: dict[str, pa.Table], gone: set[int], said: dict[str, Any], then: str
+    layout: Layout, before: dict[str, pa.Table], removed: set[int], said: dict[str, Any], then: str
 ) -> None:
     """After an interruption nothing is lost, and a compaction ends as if nothing had happened."""
     assert counts(layout)["images"] == said["images"]
@@ -295,7 +295,7 @@ def check_recovery(
     late = remove(layout, "key = '3/3.jpg'")
     assert len(late) == 1
     compact(layout.root)
-    rows, expected = tables(layout), without(before, gone | set(late))
+    rows, expected = tables(layout), without(before, removed | set(late))
     assert rows["images"].equals(expected["images"])
     assert more <= set(rows["images"]["key"].to_pylist())
     owners = np.unique(rows["patches"]["patch_id"].to_numpy() >> 10)
@@ -303,7 +303,7 @@ def check_recovery(
     assert owners.tolist() == kept["image_id"].to_pylist()
     assert wrong(layout) == []
     after = counts(layout)
-    assert after["removed"] == len(gone) + 1
+    assert after["removed"] == len(removed) + 1
     assert after["images"] == said["images"] - 1
     assert held(layout, "codebook") == rows["patches"]["patch_id"].to_pylist()
 
@@ -311,7 +311,7 @@ def check_recovery(
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_compaction_is_repeated(layout: Layout, moment: int) -> None:
-    before, gone, said = tables(layout), removed_ids(layout), counts(layout)
+    before, removed, said = tables(layout), removed_ids(layout), counts(layout)
     code = (
         "import os, pathlib, signal, sys\n"
         "from pipeline.compact import compact\n"
@@ -321,7 +321,7 @@ def test_a_killed_compaction_is_repeated(layout: Layout, moment: int) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, layout.root, str(moment)], check=False)
     assert done.returncode == -signal.SIGKILL
-    check_recovery(layout, before, gone, said, "build" if moment % 2 else "compact")
+    check_recovery(layout, before, removed, said, "build" if moment % 2 else "compact")
 
 
 def test_verify_names_what_an_interrupted_compaction_left(
@@ -329,10 +329,8 @@ def test_verify_names_what_an_interrupted_compaction_left(
 ) -> None:
     interrupted(layout, 0, monkeypatch)
     checks = {check.name: check for check in verify(layout.root)}
-    assert not checks["compacted pictures are out of the tables"].ok
-    assert (
-        "run `arrag-db compact` again" in checks["compacted pictures are out of the tables"].detail
-    )
+    assert not checks["deleted pictures are out of the tables"].ok
+    assert "run `arrag-db compact` again" in checks["deleted pictures are out of the tables"].detail
 
 
 def test_the_command(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,5 +341,5 @@ def test_the_command(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit, match="0"):
             main()
     out = capsys.readouterr().out
-    assert out.startswith("took out 9 pictures with ")
+    assert out.startswith("deleted 9 pictures with ")
     assert out.endswith("; built again: codebook\n")

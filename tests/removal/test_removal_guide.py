@@ -1,9 +1,11 @@
-"""The commands of docs/removal.md, in its order, on a small database."""
+"""What docs/removal.md shows, in its order, on a small database."""
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import lance
 import pytest
 
 from arrag_runtime.format.manifest import Layout
@@ -15,10 +17,15 @@ from tests.worlds.removal_world import make_database, picture_bytes, sha256
 GUIDE = Path(__file__).parents[2] / "docs" / "removal.md"
 
 
+def blocks(language: str) -> list[str]:
+    """The guide's blocks of code in this language; commands have none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for named, code in found if named == language]
+
+
 def commands() -> list[list[str]]:
     """Every command of the guide as words, in its order."""
-    blocks = re.findall(r"^```\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for block in blocks("") for line in block.splitlines()]
 
 
 def test_the_guide_can_be_followed(
@@ -41,12 +48,22 @@ def test_the_guide_can_be_followed(
     assert [text.splitlines()[0] for text in said[:2]] == ["3 pictures match", "1 pictures match"]
     assert "removed 3 pictures" in said[2]
     assert all(line.startswith("ok ") for line in (said[3] + said[5]).splitlines())
-    assert said[4].startswith("took out 3 pictures")
+    assert said[4].startswith("deleted 3 pictures")
     assert "+ 3 removed" in said[6]
     assert said[7] == "3 rows: removed.csv\n"
     assert "removed 2 pictures" in said[8]
     assert "1 entries without a picture here" in said[8]
     assert len(said) == 10
+
+
+def test_the_same_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    layout = make_database(tmp_path / "mydb")
+    names: dict[str, Any] = {}
+    [code] = blocks("python")
+    exec(code, names)
+    assert names["receipt"].images == 3
+    assert lance.dataset(layout.images).count_rows() == 15
 
 
 def _meant(word: str, layout: Layout) -> str:

@@ -10,7 +10,7 @@ from arrag_runtime.search.tombstones import Tombstones
 from pipeline.compact import compact
 from pipeline.index import index
 from pipeline.info import info
-from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
+from pipeline.remove import RemovalRequest, export_list, remove
 from pipeline.verify import verify, verify_removed
 from schemas.receipt import Receipt
 from schemas.settings.index import IndexSettings
@@ -30,8 +30,7 @@ def test_a_removal_in_a_bucket(
 ) -> None:
     index(layout.root, IndexSettings())
     hidden = Tombstones(layout)
-    removal = plan_removal(layout.root, RemovalRequest(where="key LIKE '1/%'"))
-    receipt = carry_out(layout.root, removal, "why", "cmd")
+    receipt = remove(layout.root, RemovalRequest(where="key LIKE '1/%'"), why="why")
     assert Receipt.read(layout, receipt.id) == receipt
     assert not hidden.refresh()
     monkeypatch.setattr("arrag_runtime.search.tombstones.STORE_SECONDS", 0.0)

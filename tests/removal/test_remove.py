@@ -9,6 +9,7 @@ import lance
 import numpy as np
 import pytest
 
+import pipeline.remove
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import image_id
 from arrag_runtime.format.images import ImageTable, duplicate_images
@@ -16,11 +17,11 @@ from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.info import info
-from pipeline.remove import RemovalRequest, carry_out, plan_removal, take_out_suppressed
+from pipeline.remove import RemovalRequest, carry_out, hide_suppressed, plan_removal
 from pipeline.resources.lease import lease
 from pipeline.verify import verify
 from schemas.receipt import Receipt
-from stages.removal.suppression import read_suppressed
+from stages.removal.suppression import read_suppressions
 from tests.worlds.removal_world import (
     KEYS,
     PER_IMAGE,
@@ -45,10 +46,8 @@ def rows(layout: Layout) -> list[dict[str, Any]]:
 
 
 def remove(layout: Layout, **request: Any) -> Receipt:
-    """Plan a removal and carry it out."""
-    return carry_out(
-        layout.root, plan_removal(layout.root, RemovalRequest(**request)), "why", "cmd"
-    )
+    """Remove what a request names."""
+    return pipeline.remove.remove(layout.root, RemovalRequest(**request), why="why")
 
 
 def ids(*places: tuple[int, int]) -> list[int]:
@@ -56,7 +55,7 @@ def ids(*places: tuple[int, int]) -> list[int]:
     return sorted(image_id(shard_of(shard).id, row) for shard, row in places)
 
 
-def test_a_condition_takes_out_what_it_holds_for(layout: Layout) -> None:
+def test_a_condition_removes_what_it_holds_for(layout: Layout) -> None:
     removal = plan_removal(layout.root, RemovalRequest(where="url LIKE '%a.org%'"))
     assert not exists(layout.removed)
     images = {row["image_id"]: row for row in lance.dataset(layout.images).to_table().to_pylist()}
@@ -97,30 +96,30 @@ def test_copies_go_too_and_are_named(layout: Layout) -> None:
     assert receipt.image_ids == tuple(ids((0, 3), (3, 0), (3, 2)))
     assert receipt.copies == 2
     again = plan_removal(layout.root, RemovalRequest(hashes=(sha256(3).upper(),)))
-    assert (again.images, again.found.hidden, again.is_empty) == (0, 3, True)
+    assert (again.images, again.found.already_hidden, again.is_empty) == (0, 3, True)
 
 
-def test_copies_that_stay_are_not_kept_out(layout: Layout) -> None:
+def test_copies_that_stay_are_not_suppressed(layout: Layout) -> None:
     """Otherwise the next build would turn away what the database still holds."""
     add_shard(layout, 3, [3, 100])
     remove(layout, image_ids=(ids((0, 3))[0],), only_these=True)
     [row] = rows(layout)
     assert (row["sha256"], row["url"]) == (None, "http://b.org/0/3.jpg")
-    assert read_suppressed(layout).hashes == frozenset()
+    assert read_suppressions(layout).hashes == frozenset()
     remove(layout, image_ids=(ids((3, 0))[0],), only_these=True)
-    assert read_suppressed(layout).hashes == {sha256(3)}
+    assert read_suppressions(layout).hashes == {sha256(3)}
 
 
-def test_an_address_that_others_share_is_not_kept_out(layout: Layout) -> None:
+def test_an_address_that_others_share_is_not_suppressed(layout: Layout) -> None:
     table = lance.dataset(layout.images)
     table.update({"url": "'http://album.org/'"}, f"image_id IN {tuple(ids((0, 1), (1, 1)))}")
     remove(layout, image_ids=(ids((0, 1))[0],))
-    assert read_suppressed(layout).urls == frozenset()
+    assert read_suppressions(layout).urls == frozenset()
     remove(layout, where="url = 'http://album.org/'")
-    assert read_suppressed(layout).urls == {"http://album.org/"}
+    assert read_suppressions(layout).urls == {"http://album.org/"}
 
 
-def test_a_file_or_a_hash_without_a_picture_here_is_kept_out(
+def test_a_file_or_a_hash_without_a_picture_here_is_suppressed(
     layout: Layout, tmp_path: Path
 ) -> None:
     file = tmp_path / "7.jpg"
@@ -129,11 +128,11 @@ def test_a_file_or_a_hash_without_a_picture_here_is_kept_out(
     file.write_bytes(picture_bytes(500))
     receipt = remove(layout, like=(file,))
     assert (receipt.images, receipt.kept_out) == (0, 1)
-    assert read_suppressed(layout).hashes == {sha256(7), sha256(500)}
+    assert read_suppressions(layout).hashes == {sha256(7), sha256(500)}
     assert plan_removal(layout.root, RemovalRequest(hashes=(sha256(500),))).is_empty
 
 
-def test_another_databases_list_takes_out_and_keeps_out(layout: Layout, tmp_path: Path) -> None:
+def test_another_databases_list_hides_and_suppresses(layout: Layout, tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text(
         f"sha256,url,why\n{sha256(4)},http://elsewhere.org/4.jpg,\n"
@@ -141,10 +140,12 @@ def test_another_databases_list_takes_out_and_keeps_out(layout: Layout, tmp_path
     )
     receipt = remove(layout, listed=path)
     assert receipt.image_ids == tuple(ids((0, 4), (1, 2)))
-    known = read_suppressed(layout)
+    known = read_suppressions(layout)
     assert known.hashes == {sha256(4), sha256(8), sha256(900)}
     assert known.urls == {
-        *("http://elsewhere.org/4.jpg", "http://b.org/0/4.jpg", "http://b.org/1/2.jpg")
+        "http://elsewhere.org/4.jpg",
+        "http://b.org/0/4.jpg",
+        "http://b.org/1/2.jpg",
     }
     assert {row["why"] for row in rows(layout)} == {"why", "a judge said so"}
     assert plan_removal(layout.root, RemovalRequest(listed=path)).is_empty
@@ -157,12 +158,12 @@ def test_nothing_matches(layout: Layout) -> None:
     assert plan_removal(layout.root, RemovalRequest(image_ids=(5,))).is_empty
 
 
-def test_what_came_in_during_a_removal_is_taken_out(layout: Layout) -> None:
+def test_what_came_in_during_a_removal_is_hidden(layout: Layout) -> None:
     remove(layout, image_ids=(ids((0, 3))[0],))
-    assert take_out_suppressed(layout.root, "arrag-db build") is None
+    assert hide_suppressed(layout.root, "arrag-db build") is None
     add_shard(layout, 3, [100, 3])
     assert "removed pictures are hidden" in {c.name for c in verify(layout.root) if not c.ok}
-    receipt = take_out_suppressed(layout.root, "arrag-db build")
+    receipt = hide_suppressed(layout.root, "arrag-db build")
     assert receipt is not None
     assert receipt.image_ids == tuple(ids((3, 1)))
     assert [c for c in verify(layout.root, full=True) if not c.ok] == []

@@ -10,11 +10,12 @@ from typing import Any
 import lance
 import pytest
 
+import pipeline.remove
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.patch_index import PatchIndex
 from pipeline.compact import compact
 from pipeline.index import index
-from pipeline.remove import RemovalRequest, carry_out, plan_removal
+from pipeline.remove import RemovalRequest
 from pipeline.verify import verify_removed
 from schemas.receipt import Receipt
 from schemas.settings.index import IndexSettings
@@ -32,9 +33,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def remove(layout: Layout, where: str) -> Receipt:
-    return carry_out(
-        layout.root, plan_removal(layout.root, RemovalRequest(where=where)), "why", "cmd"
-    )
+    return pipeline.remove.remove(layout.root, RemovalRequest(where=where), why="why")
 
 
 def failed(layout: Layout, receipt: Receipt) -> list[str]:
@@ -73,6 +72,7 @@ def test_a_removal_holds_before_and_after_compaction(
 SEARCHER = """
 import sys
 from arrag_runtime import PatchIndex
+import pipeline.remove
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.images import ImageTable
 index = PatchIndex.open(sys.argv[1])

@@ -167,7 +167,7 @@ def test_what_is_hidden_is_made_up_for(
     removing: bool,
     keeping: bool,
 ) -> None:
-    """Excluded a query, taken out of the database, or outside the pictures to search in.
+    """Excluded a query, removed from the database, or outside the pictures to search in.
 
     An entry whose lowest id is hidden stays with another id and fewer copies; with all of them
     hidden it goes.

@@ -1,4 +1,4 @@
-"""The list of removed pictures: hiding, keeping out, and what goes to and comes from files."""
+"""The list of removed pictures: tombstones, suppressions, and the list as a file."""
 
 import json
 import multiprocessing
@@ -17,8 +17,8 @@ from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.tombstones import Tombstones
 from schemas.records import ImageRecord, LinkRecord, Reject
 from schemas.tables import REMOVED_SCHEMA
-from stages.removal.list_exchange import Entry, export_removed, import_removed
-from stages.removal.suppression import Suppressed, read_suppressed, without_removed
+from stages.removal.removed_list_file import RemovedEntry, export_removed, import_removed
+from stages.removal.suppression import Suppressions, read_suppressions, suppress
 from stages.tables.deletion import append_removed
 from tests.worlds.removal_world import sha256
 
@@ -135,14 +135,15 @@ def test_several_processes_may_add_at_once(tmp_path: Path) -> None:
     assert Tombstones(Layout(tmp_path)).ids.tolist() == [0, 1, 2, 100, 101, 102]
 
 
-def test_what_is_on_the_list_becomes_a_reject(tmp_path: Path) -> None:
+def test_what_is_on_the_list_is_suppressed(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    assert not read_suppressed(layout)
+    assert not read_suppressions(layout)
     append_removed(layout, listed(None, sha256=sha256(1), url="http://a.org/1.jpg"))
     append_removed(layout, listed(7, url="http://a.org/2.jpg"))
-    known = read_suppressed(layout)
-    assert known == Suppressed(
-        frozenset([sha256(1)]), frozenset(["http://a.org/1.jpg", "http://a.org/2.jpg"])
+    known = read_suppressions(layout)
+    assert known == Suppressions(
+        hashes=frozenset([sha256(1)]),
+        urls=frozenset(["http://a.org/1.jpg", "http://a.org/2.jpg"]),
     )
     bytes_of_1 = b"the bytes of picture 1"
     broken = Reject(0, "0", "read", "missing", "gone", "http://a.org/1.jpg")
@@ -156,7 +157,7 @@ def test_what_is_on_the_list_becomes_a_reject(tmp_path: Path) -> None:
         stays,
         LinkRecord(6, "6", "http://b.org/", sha256=sha256(2)),
     ]
-    outcome = list(without_removed(inputs, known))
+    outcome = list(suppress(inputs, known))
     assert outcome[0] is broken
     assert outcome[5:] == [stays, inputs[6]]
     rejects = [item for item in outcome[1:5] if isinstance(item, Reject)]
@@ -182,8 +183,8 @@ def test_the_list_travels_by_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"list.{suffix}"
     assert export_removed(layout, path) == 2
     assert import_removed(path) == (
-        Entry(sha256(1), "http://a.org/ü,1.jpg", "007", None, why),
-        Entry(None, "http://a.org/2.jpg", None, None, "asked to"),
+        RemovedEntry(sha256=sha256(1), url="http://a.org/ü,1.jpg", key="007", why=why),
+        RemovedEntry(url="http://a.org/2.jpg", why="asked to"),
     )
 
 
@@ -197,10 +198,10 @@ def test_an_empty_list_travels_too(tmp_path: Path, suffix: str) -> None:
 def test_lists_that_people_write(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text("url,note\nhttp://a.org/1.jpg,x\n,y\n")
-    assert import_removed(path) == (Entry(url="http://a.org/1.jpg"), Entry())
+    assert import_removed(path) == (RemovedEntry(url="http://a.org/1.jpg"), RemovedEntry())
     path = tmp_path / "list.jsonl"
     path.write_text(json.dumps({"sha256": sha256(1).upper(), "key": 7}) + "\n\n")
-    assert import_removed(path) == (Entry(sha256=sha256(1), key="7"),)
+    assert import_removed(path) == (RemovedEntry(sha256=sha256(1), key="7"),)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from arrag_runtime.format.errors import BadInputError, ShardError
 from arrag_runtime.format.list_columns import list_values
 from schemas.records import GridRecord, GridShape, ImageRecord, Reject, Shard
 from stages.encode.encode_images import encode_shard
-from stages.removal.suppression import Suppressed, without_removed
+from stages.removal.suppression import Suppressions, suppress
 from stages.sources.reading.grids import Misfit, grid_bytes
 from tests.conftest import jpeg
 from tests.encode.test_encode_images import Brightness, small
@@ -182,9 +182,9 @@ def test_a_removed_grid_stays_out() -> None:
     """A takedown names the grid's hash, which is what the images table holds of it."""
     grid = np.array([0, 1, 2, 3], "<u2").tobytes()
     (image,) = encode_shard(Brightness(), [GridRecord(0, "g", grid)], small()).images
-    list_ = Suppressed(hashes=frozenset((image.sha256,)))
+    list_ = Suppressions(hashes=frozenset((image.sha256,)))
     kept, gone = GridRecord(0, "other", grid[::-1]), GridRecord(1, "g", grid)
-    first, second = without_removed([kept, gone], list_)
+    first, second = suppress([kept, gone], list_)
     assert first == kept
     assert isinstance(second, Reject)
     assert (second.row, second.key, second.reason) == (1, "g", "removed")

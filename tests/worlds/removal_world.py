@@ -20,7 +20,7 @@ from stages.tables.committer import (
     table_paths,
     write_fragments,
 )
-from stages.tables.deletion import create_list
+from stages.tables.deletion import create_removed_list
 from stages.tables.ledger import read_ledger
 
 SPEC = TokenizerSpec("toy", 112, 7, 7, 24, 4, "centre crop", "0" * 64)
@@ -46,7 +46,7 @@ def make_database(root: str | Path, shards: int = 3) -> Layout:
     layout = Layout(root)
     create_tables(layout, SPEC, KEYS)
     if in_store(layout.root):
-        create_list(layout)
+        create_removed_list(layout)
     write_codebook(layout, normalised(np.random.default_rng(1).normal(size=(24, 4))))
     encoder = EncoderSettings("cpu", "float32", 1)
     DatabaseManifest(SPEC, None, encoder, KEYS, HELD_OUT).write(layout)
@@ -79,7 +79,10 @@ def write_shard(
                 caption=f"caption of picture {content}",
                 url=f"http://{'a' if content % PER_SHARD == 0 else 'b'}.org/{number}/{row}.jpg",
             ),
-            *(640, 480, sha256(content), is_held_out(sha256(content), HELD_OUT)),
+            640,
+            480,
+            sha256(content),
+            is_held_out(sha256(content), HELD_OUT),
         )
         for row, content in enumerate(contents, start=first_row)
     )
@@ -102,7 +105,9 @@ def write_shard(
     }
     paths = table_paths(layout, KEYS)
     return ShardResult(
-        *(shard.id, shard.source, 2 if again else 1),
+        shard.id,
+        shard.source,
+        2 if again else 1,
         inputs=0 if again else len(images) + 1,
         images=len(images),
         heldout=int(np.count_nonzero(~kept)),

@@ -1,4 +1,4 @@
-"""Removal where rejects are tried again: links that are turned away, attempts around compactions."""
+"""Removal where rejects are tried again: links that are suppressed, attempts around compactions."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,12 +9,13 @@ import lance
 import pyarrow as pa
 import pytest
 
+import pipeline.remove
 from arrag_runtime.format.manifest import Layout
 from pipeline.building.plan_shards import next_attempts
 from pipeline.building.shard_worker import read_shard, shard_rows
 from pipeline.compact import compact
 from pipeline.info import info
-from pipeline.remove import RemovalRequest, carry_out, plan_removal
+from pipeline.remove import RemovalRequest
 from pipeline.verify import verify
 from schemas.records import Attempt, Reject, unpack_records
 from schemas.settings.source import SourceSettings
@@ -79,8 +80,7 @@ def test_links_on_the_list_are_not_downloaded_and_bytes_on_it_not_kept(
 
 
 def remove(layout: Layout, where: str) -> int:
-    removal = plan_removal(layout.root, RemovalRequest(where=where))
-    return carry_out(layout.root, removal, "why", "cmd").images
+    return pipeline.remove.remove(layout.root, RemovalRequest(where=where), why="why").images
 
 
 def assert_sound(layout: Layout, images: int, rejects: int, removed: int) -> None:

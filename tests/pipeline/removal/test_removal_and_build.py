@@ -4,17 +4,19 @@ import csv
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lance
 import pytest
 
+import pipeline.remove
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.build import BuildReport, build
 from pipeline.building.shard_worker import WorkerSettings, read_shard, shard_rows
 from pipeline.compact import compact
 from pipeline.info import info
-from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
+from pipeline.remove import RemovalRequest, export_list
 from pipeline.verify import verify
 from schemas.records import Attempt, Reject, unpack_records
 from schemas.settings.source import SourceSettings
@@ -26,11 +28,9 @@ from tests.worlds.database_rows import all_rows
 from tests.worlds.removal_world import KEYS, make_database
 
 
-def remove(database: Path, **request: object) -> None:
-    """Take out what a request names."""
-    removal = plan_removal(database, RemovalRequest(**request))  # type: ignore[arg-type]
-    assert removal.images
-    carry_out(database, removal, "asked to", "arrag-db remove")
+def remove(database: str | Path, **request: Any) -> None:
+    """Remove what a request names."""
+    assert pipeline.remove.remove(database, RemovalRequest(**request), why="asked to").images
 
 
 def visible(database: Path) -> dict[str, str]:
@@ -54,20 +54,20 @@ def test_a_removal_beside_a_running_build_holds(
     for number, source in enumerate([1, 2, 4, 5, 7, 1, 8, 1, 2, 1]):
         shutil.copy(pictures / f"{source:02}.jpg", folder / f"{number:02}.jpg")
     database = tmp_path / "db"
-    taken: list[str] = []
+    removed: list[str] = []
 
-    def take_one_out(_total: int, report: BuildReport) -> None:
-        if report.shards_done and not taken:
+    def remove_one(_total: int, report: BuildReport) -> None:
+        if report.shards_done and not removed:
             image = lance.dataset(Layout(database).images).to_table(limit=1).to_pylist()[0]
-            taken.append(image["sha256"])
+            removed.append(image["sha256"])
             remove(database, image_ids=(image["image_id"],))
 
-    report = build(settings(database, folder, hold_out=0.0), take_one_out)
+    report = build(settings(database, folder, hold_out=0.0), remove_one)
     assert not report.failed
     held = visible(database)
-    assert taken[0] not in held.values()
+    assert removed[0] not in held.values()
     every = all_rows(database)["images"]["sha256"].to_pylist()
-    assert len(held) == len(every) - every.count(taken[0])
+    assert len(held) == len(every) - every.count(removed[0])
     fields = info(database)
     assert fields["inputs"] == 10
     assert fields["inputs"] == (
@@ -109,8 +109,8 @@ def test_what_was_removed_stays_out_of_later_builds(
     assert sorted(visible(other)) == ["01.jpg"]
     build(settings(other, grown))
     rejects = all_rows(other)["rejects"].to_pylist()
-    turned_away = {r["key"]: r["detail"].split()[1] for r in rejects if r["reason"] == "removed"}
-    assert turned_away == {"a-copy.jpg": "bytes", "05.jpg": "address"}
+    details = {r["key"]: r["detail"].split()[1] for r in rejects if r["reason"] == "removed"}
+    assert details == {"a-copy.jpg": "bytes", "05.jpg": "address"}
     assert wrong(other) == []
 
 
@@ -137,11 +137,7 @@ def test_a_shard_is_read_without_what_was_removed(tmp_path: Path) -> None:
     entries = tmp_path / "list.csv"
     digest = hashlib.sha256(b"bytes of c").hexdigest()
     entries.write_text(f"sha256,url\n,http://b.org/\n{digest},\n")
-    carry_out(
-        database.root,
-        plan_removal(database.root, RemovalRequest(listed=entries)),
-        *("asked to", "arrag-db remove"),
-    )
+    pipeline.remove.remove(database.root, RemovalRequest(listed=entries), why="asked to")
     assert reasons() == {"a.jpg": None, "b.jpg": "removed", "c.jpg": "removed"}
 
 

@@ -1,4 +1,4 @@
-"""The list of removed pictures as a file, to be taken to another database: csv, jsonl or parquet."""
+"""The list of removed pictures as a file, exported and imported: csv, jsonl or parquet."""
 
 import json
 from dataclasses import dataclass
@@ -15,18 +15,23 @@ from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import Layout
 from schemas.tables import REMOVED_SCHEMA
 
-SUFFIXES = (".csv", ".jsonl", ".parquet")
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What keeps a picture out: the sha256 of its original bytes, its address, or both."""
+@dataclass(frozen=True, kw_only=True)
+class RemovedEntry:
+    """A row of such a file: an input to suppress, and to hide where the database has it."""
 
     sha256: str | None = None
+    """The sha256 of its original bytes, in hexadecimal."""
     url: str | None = None
+    """Its address."""
     key: str | None = None
+    """The name it had in its source."""
     source: str | None = None
+    """The source it came from."""
     why: str | None = None
+    """The reason; by default that of the removal which imports it."""
 
 
 def export_removed(layout: Layout, path: Path) -> int:
@@ -49,7 +54,7 @@ def export_removed(layout: Layout, path: Path) -> int:
     return int(table.num_rows)
 
 
-def import_removed(path: Path) -> tuple[Entry, ...]:
+def import_removed(path: Path) -> tuple[RemovedEntry, ...]:
     """The entries of a file that `export_removed`, or a person, wrote.
 
     It needs a column sha256 or url. Raises BadInputError for a file that cannot be used.
@@ -88,12 +93,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _entry(row: dict[str, Any], path: Path) -> Entry:
+def _entry(row: dict[str, Any], path: Path) -> RemovedEntry:
     names = ("sha256", "url", "key", "source", "why")
     values = {name: str(row[name]) for name in names if row.get(name)}
     if "sha256" in values:
         values["sha256"] = require_hash(values["sha256"], f"--import '{path}'")
-    return Entry(**values)
+    return RemovedEntry(**values)
 
 
 def require_hash(text: str, where: str) -> str:
@@ -105,7 +110,7 @@ def require_hash(text: str, where: str) -> str:
 
 
 def _require_suffix(path: Path, option: str) -> None:
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in _SUFFIXES:
         raise BadInputError(
-            f"{option} '{path}' has no known ending; name it with one of {', '.join(SUFFIXES)}"
+            f"{option} '{path}' has no known ending; name it with one of {', '.join(_SUFFIXES)}"
         )
