@@ -17,7 +17,7 @@ import numpy as np
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.ids import Ids, contains
 from arrag_runtime.format.images import ImageTable
-from arrag_runtime.format.location import delete_place, exists
+from arrag_runtime.format.location import delete_place, exists, stored_bytes
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable, patch_tables
 from arrag_runtime.search.patch_index import index_folders
