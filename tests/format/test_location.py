@@ -8,6 +8,7 @@ import pytest
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.location import (
     building_folder,
+    cache_folder,
     delete_place,
     exists,
     finish_replacements,
@@ -156,3 +157,15 @@ def test_a_store_that_does_not_answer_is_one_line(
     assert err.count("\n") == 1
     assert len(err) < 400
     assert "check the bucket's name, the network and the credentials" in err
+
+
+def test_the_cache_is_where_it_is_asked_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As given, else as the environment says, else in the home; always an absolute path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ARRAG_CACHE", "kept")
+    assert cache_folder("given") == tmp_path / "given"
+    assert cache_folder() == tmp_path / "kept"
+    monkeypatch.delenv("ARRAG_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "arrag"
