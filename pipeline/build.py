@@ -37,7 +37,8 @@ from stages.download.download_links import DownloadSettings
 from stages.download.fetch import user_agent
 from stages.encode.decode import DecodeSettings
 from stages.encode.encode_images import EncodeSettings
-from stages.sources import Source, locate_source, open_source
+from stages.sources import locate_source, open_source
+from stages.sources.reading.source_kind import Source
 from stages.tables.committer import Committer, ShardResult
 from stages.tables.ledger import LedgerState, read_ledger
 

@@ -17,12 +17,12 @@ from typing import Literal
 from arrag_runtime.device import available_memory
 from arrag_runtime.format.location import in_store
 from pipeline.plan import Forecast, size
+from stages.sources import source_kind
 
 Verdict = Literal["ok", "warn", "FAIL"]
 OPEN_FILES_WANTED = 4096
 SHM_WANTED = 2 << 30
 """Ray keeps pictures on their way in shared memory; below this it writes them to disk instead."""
-GATED = frozenset(("journeydb",))
 SPARE = 1.2
 """Tables are compacted and indexes are built beside old ones, so a little room must be left."""
 
@@ -155,7 +155,7 @@ def _gpu(machine: Machine, gpus: int, address: str | None) -> Finding:
 def _token(machine: Machine, plan: Forecast | None) -> Finding:
     if machine.hub_token:
         return Finding("hub token", "ok", "there is one")
-    gated = plan is not None and plan.source in GATED
+    gated = plan is not None and source_kind(plan.source).gated
     step = "`hf auth login` with an account that was granted access"
     detail = "none" + ("; this data set is gated" if gated else "; gated data sets stay closed")
     return Finding("hub token", "FAIL" if gated else "warn", detail, step)

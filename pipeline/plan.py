@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from arrag_runtime.format.specs import KeySpec, key_spec
@@ -27,7 +26,7 @@ from schemas.settings.index import (
     default_kind,
 )
 from schemas.settings.source import SourceSettings
-from stages.sources import locate_source, open_source
+from stages.sources import count_inputs
 
 GRID, DIMENSION = (24, 24), 8
 """Of VQ-16 and of the bundled tokenizer; a database that exists says its own."""
@@ -40,8 +39,6 @@ CODE_BYTES = {"codebook": 9, "ivfpq": 18}
 """Resident bytes a key: the packed codes, or codes and ids, with what next tokens take."""
 SECONDS_A_SEARCH = 0.3e-3
 """Look-up tables and coarse search, once a query."""
-PUBLISHED_LINES = 12_423_374
-"""Of Conceptual 12M."""
 SUCCESS = 0.9
 """Share of published addresses that still answered two years on."""
 
@@ -96,7 +93,7 @@ class Forecast:
 def forecast(settings: ForecastSettings) -> Forecast:
     """Count the source's inputs and work out what they become. Raises BadInputError."""
     manifest = _manifest(settings.database)
-    return work_out(settings, _count(settings.source), manifest, _recorded(settings))
+    return work_out(settings, count_inputs(settings.source), manifest, _recorded(settings))
 
 
 def work_out(
@@ -211,22 +208,6 @@ def _measured(manifest: DatabaseManifest | None) -> float | None:
         if hours and run.get("images"):
             return float(run["images"] / hours / 3600)
     return None
-
-
-def _count(source: SourceSettings) -> Count:
-    """The source's inputs; a list that would have to be fetched first is not."""
-    if source.name != "cc12m":
-        return open_source(locate_source(source)).count()
-    if not source.input and source.where is None:
-        lines = min(PUBLISHED_LINES, source.limit or PUBLISHED_LINES)
-        note = "as many lines as its publisher says"
-        return Count(lines, exact=False, note=note, links=True)
-    if not source.input or any(i.startswith(("http://", "https://")) for i in source.input):
-        raise BadInputError(
-            "a plan fetches no list, and so cannot look into it; fetch it yourself and pass its"
-            " path with --input"
-        )
-    return open_source(locate_source(source)).count()
 
 
 def to_text(made: Forecast) -> str:

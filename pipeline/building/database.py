@@ -19,7 +19,7 @@ from arrag_runtime.tokenizers import load_tokenizer
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
 from stages.download.download_links import DownloadSettings
-from stages.sources import GRID_SOURCES
+from stages.sources import source_kind
 from stages.tables.committer import create_tables
 from stages.tables.deletion import create_removed_list
 from stages.tables.ledger import read_ledger
@@ -64,7 +64,7 @@ def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseM
         raise BadInputError(
             f"unknown precision '{settings.precision}'; choose one of {', '.join(PRECISIONS)}"
         )
-    grids = settings.source.name in GRID_SOURCES
+    grids = source_kind(settings.source.name).grids
     if grids and settings.tokenizer is None:
         raise BadInputError(
             f"--source {settings.source.name} needs --tokenizer: the one that made the grids"
@@ -155,7 +155,7 @@ def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:
     """Raise IncompatibleError for the first setting that is given and differs."""
     keys, encoder = manifest.keys, manifest.encoder
     # Grids meet no encoder, so any machine may add them.
-    if _device(settings) != encoder.device and settings.source.name not in GRID_SOURCES:
+    if _device(settings) != encoder.device and not source_kind(settings.source.name).grids:
         raise IncompatibleError(
             f"this database was encoded on {encoder.device}, and a {_device(settings)} gives a few"
             f" other ids; pass --gpus {int(encoder.device == 'cuda')}, or name another folder with"

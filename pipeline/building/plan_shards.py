@@ -18,7 +18,7 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import SHARD_BITS, shard_number
 from arrag_runtime.format.manifest import Layout
 from schemas.records import REASONS, Attempt, RecordedShard, Shard
-from stages.sources import Source
+from stages.sources.reading.source_kind import Source
 from stages.tables.ledger import LedgerState
 
 

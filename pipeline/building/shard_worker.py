@@ -36,7 +36,7 @@ from stages.download.download_links import DownloadSettings, download_links
 from stages.encode.encode_images import EncodeSettings, encode_shard
 from stages.encode.extract_patches import extract_patches
 from stages.removal.suppression import read_suppressions, suppress
-from stages.sources import GRID_SOURCES, open_source
+from stages.sources import open_source, source_kind
 from stages.tables.committer import (
     IMAGES,
     PATCHES,
@@ -168,7 +168,7 @@ class EncodeWorker:
         self._settings = settings
         self._measured = False
         self._tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_weights)
-        if settings.source.name not in GRID_SOURCES:
+        if not source_kind(settings.source.name).grids:
             self._tokenizer.setup(
                 settings.device, precision=settings.precision, compile=settings.compile
             )

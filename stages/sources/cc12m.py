@@ -1,7 +1,7 @@
 """The `cc12m` source: lines `address<TAB>caption`, as Conceptual 12M is published.
 
 --input: a tsv file, plain or gzip, as a path or an http(s) address; without it the publisher's. The
-list is read as a stream, 10,000 lines a shard. A shard's id comes from the content of its lines and
+list is read as a stream, 10,000 lines per shard. A shard's id comes from the content of its lines and
 their place, so a list that moved, was packed or grew at its end keeps its shards. Its members say
 where its bytes begin and end: a worker reads those alone (of a gzip file it has to skip what comes
 before). The file must lie where every node sees it. Every line is an input; one that names no
@@ -9,7 +9,7 @@ picture is a reject.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,9 +21,11 @@ from arrag_runtime.format.errors import BadInputError
 from schemas.records import Count, LinkRecord, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.columns import Record
-from stages.sources.reading.files import SourceFile, find_file, find_files
-from stages.sources.reading.fingerprint import make_shard, require_input, require_shard_size
-from stages.sources.reading.row_ranges import Piece, Wanted, pending, remaining, windows
+from stages.sources.reading.files import SourceFile, local_inputs
+from stages.sources.reading.fingerprint import make_shard, require_input
+from stages.sources.reading.publisher import cache_folder, fetch_published
+from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
+from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.text_lines import (
     Line,
     Scan,
@@ -34,25 +36,29 @@ from stages.sources.reading.text_lines import (
 )
 from stages.sources.reading.where import parse_where, table_of, taken
 
-PUBLISHED = "https://storage.googleapis.com/conceptual_12m/cc12m.tsv"
-ENDINGS = (".tsv", ".tsv.gz")
-COLUMNS = ("url", "caption")
-LINES_A_SHARD = 10_000
-LINES_AT_ONCE = 1000
-SAMPLE = 1 << 20
+_PUBLISHED = "https://storage.googleapis.com/conceptual_12m/cc12m.tsv"
+_PUBLISHED_LINES = 12_423_374
+_ENDINGS = (".tsv", ".tsv.gz")
+_COLUMNS = ("url", "caption")
+_LINES_PER_SHARD = 10_000
+_LINES_AT_ONCE = 1000
+_SAMPLE_BYTES = 1 << 20
 """Bytes read to estimate how many lines a file has."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where the lines of a shard are: bytes of the unpacked file, and the hash of the lines."""
+    """Where the lines of a shard are in the unpacked file, and what they are."""
 
     begin: int
+    """The offset of the first byte."""
     end: int
+    """The offset after the last byte."""
     content: str
+    """The hash of the lines, 16 hex digits."""
 
     def members(self) -> tuple[str, str]:
-        """As the ledger keeps it, after the piece's first member."""
+        """As the ledger keeps it, after the range's first member."""
         return (f"bytes {self.begin} {self.end}", f"content {self.content}")
 
     @staticmethod
@@ -68,116 +74,89 @@ class Cc12mSource:
 
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name
-        self._limit, self._seed = settings.limit, settings.shuffle_seed
-        require_shard_size(settings.shard_size)
-        self._size = settings.shard_size or LINES_A_SHARD
-        self._inputs = require_input(self.name, settings.input)
-        self._where: str | None = None
+        given = require_input(self.name, settings.input)
+        self._selection = RowSelection.of(settings, given, _ENDINGS)
+        self._size = settings.shard_size or _LINES_PER_SHARD
         if settings.where is not None:
             expression = parse_where(settings.where)
-            expression.require(COLUMNS)
-            expression.mask(table_of([dict.fromkeys(COLUMNS, "")]))
-            self._where = expression.text
+            expression.require(_COLUMNS)
+            expression.mask(table_of([dict.fromkeys(_COLUMNS, "")]))
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`. A file that is recorded to its end is not read again."""
-        files = find_files(self._inputs, ENDINGS, self.name)
-        prints = {file.print for file in files}
-        reachable, lost = pending(recorded, prints)
-        here = [r for r in recorded if Piece.of(r.shard).print in prints]
-        elsewhere = [r for r in recorded if Piece.of(r.shard).print not in prints]
-        spans = {(p.start, p.stop) for p in (Piece.of(r.shard) for r in elsewhere)}
-        first = self._limit if self._seed is None and self._where is None else None
+        selection = self._selection
+        files = selection.files()
+        here = [r for r in recorded if RowRange.of(r.shard).print in files]
+        elsewhere = [r for r in recorded if RowRange.of(r.shard).print not in files]
+        spans = {(r.start, r.stop) for r in (RowRange.of(r.shard) for r in elsewhere)}
+        first = selection.limit if selection.seed is None and selection.where is None else None
         if first is not None:
             # A shard of other options may begin before the limit and end after it.
             first = max([first, *(stop for start, stop in spans if start < first)])
-        scans: dict[str, tuple[SourceFile, Scan]] = {}
-        for file in files:
+        scans: dict[str, Scan] = {}
+        for print_, file in files.items():
             # Under a limit its lines count, recorded or not.
-            if self._limit is None and _recorded_to_the_end(file, here, self._where):
+            if selection.limit is None and _recorded_to_the_end(file, here, selection.where):
                 continue
-            scan = scan_lines(file, self._size, spans, stop=first)
-            scans[file.print] = (file, scan)
-            for entry in elsewhere:
-                if moved := _same_lines(entry.shard, file, scan):
-                    here.append(replace(entry, shard=moved))
-                    if entry.inputs is None:
-                        reachable, lost = [*reachable, moved], lost - 1
-        wanted = windows(
-            [(p, scan.lines, file.name, self._size) for p, (file, scan) in scans.items()],
-            self._seed,
+            scans[print_] = scan_lines(file, self._size, spans, stop=first)
+            moved = (_same_lines(entry, file, scans[print_]) for entry in elsewhere)
+            here += [entry for entry in moved if entry is not None]
+        ranges = selection.missing(
+            [(p, scan.lines, files[p].name, self._size) for p, scan in scans.items()],
+            here,
+            lambda lines: self._numbers(files[lines.print], scans[lines.print], lines),
         )
-        if self._limit is not None:
-            wanted = list(self._first(wanted, self._limit, scans))
-        pieces = remaining(wanted, here, self._where, self._seed)
+        found = {entry.shard.id for entry in here}
+        reachable, lost = pending(
+            [*here, *(entry for entry in elsewhere if entry.shard.id not in found)], files
+        )
         known = {entry.shard.id for entry in recorded}
-        fresh = (self._shard(*scans[piece.print], piece) for piece in pieces)
-        notes = [f"{lost} shards planned earlier are not in this --input"] if lost > 0 else []
-        return Listing(reachable + [s for s in fresh if s.id not in known], notes)
+        fresh = (self._shard(files[r.print], scans[r.print], r) for r in ranges)
+        return Listing(reachable + [shard for shard in fresh if shard.id not in known], lost)
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """See `Source.read`."""
-        piece, extent = Piece.of(shard), Extent.of(shard)
-        file = find_file(self._inputs, ENDINGS, self.name, piece.name, piece.print)
-        if file is None:
-            raise BadInputError(
-                f"the list {piece.name} of shard {shard.id} is not in --input any more, or has"
-                " changed; every node must see it at the same place"
-            )
-        found = _taken(file, piece, extent.begin)
-        if piece.seed is not None:
-            held = list(found)
-            found = (held[index] for index in piece.order(len(held)))
+        lines = RowRange.of(shard)
+        file = self._selection.file_of(lines)
+        found = lines.in_order(_taken(file, lines, Extent.of(shard).begin))
         for row, (number, line) in enumerate(found):
             yield to_link(row, str(number), line)
 
     def count(self) -> Count:
         """See `Source.count`: by the files' sizes and the first lines of each."""
+        selection = self._selection
         total, exact, seen, passed = 0, True, 0, 0
-        for file in find_files(self._inputs, ENDINGS, self.name):
+        for file in selection.files().values():
             lines, consumed, whole = _sample(file)
             total += len(lines) if whole else round(len(lines) * file.size / max(consumed, 1))
             exact &= whole
             seen += len(lines)
-            if self._where is not None and lines:
-                passed += int(taken(table_of([_fields(line) for line in lines]), self._where).sum())
+            if selection.where is not None and lines:
+                table = table_of([_fields(line) for line in lines])
+                passed += int(taken(table, selection.where).sum())
         notes = [] if exact else ["lines estimated from sizes and a sample"]
-        if self._where is not None:
+        if selection.where is not None:
             total, exact = round(total * passed / max(seen, 1)), False
             notes.append(f"{passed:,} of {seen:,} lines looked at pass --where")
-        limited = total if self._limit is None else min(total, self._limit)
-        return Count(limited, exact, "; ".join(notes), links=True)
+        return Count(selection.at_most(total), exact, "; ".join(notes), links=True)
 
-    def _first(
-        self, wanted: Sequence[Wanted], limit: int, scans: dict[str, tuple[SourceFile, Scan]]
-    ) -> Iterator[Wanted]:
-        """The windows up to the `limit`th line that is taken, the last one cut after it."""
-        for window in wanted:
-            if limit <= 0:
-                return
-            if self._where is None:
-                yield replace(window, stop=min(window.stop, window.start + limit))
-                limit -= window.stop - window.start
-                continue
-            file, scan = scans[window.print]
-            piece = Piece(window.print, window.start, window.stop, window.name, self._where)
-            found = _taken(file, piece, scan.offsets[window.start])
-            numbers = [number for number, _ in islice(found, limit)]
-            cut = numbers[-1] + 1 if len(numbers) == limit else window.stop
-            yield replace(window, stop=cut)
-            limit -= len(numbers)
+    def _numbers(self, file: SourceFile, scan: Scan, lines: RowRange) -> Iterable[int]:
+        """The numbers of the lines that a range takes."""
+        if lines.where is None:
+            return range(lines.start, lines.stop)
+        return (number for number, _ in _taken(file, lines, scan.offsets[lines.start]))
 
-    def _shard(self, file: SourceFile, scan: Scan, piece: Piece) -> Shard:
-        """The shard of a piece: its id from its lines, their place and its conditions."""
-        span = (piece.start, piece.stop)
+    def _shard(self, file: SourceFile, scan: Scan, lines: RowRange) -> Shard:
+        """The shard of a range: its id from its lines, their place and its conditions."""
+        span = (lines.start, lines.stop)
         if span not in scan.digests:
-            near = max(number for number in scan.offsets if number <= piece.start)
+            near = max(number for number in scan.offsets if number <= lines.start)
             begin = (near, scan.offsets[near])
-            scan = scan_lines(file, None, {span}, first=begin, stop=piece.stop)
+            scan = scan_lines(file, None, {span}, first=begin, stop=lines.stop)
         extent = Extent(scan.offsets[span[0]], scan.offsets[span[1]], scan.digests[span])
-        head, *conditions = piece.members()
+        head, *conditions = lines.members()
         identity = make_shard(
-            self.name, [f"{piece.start} {piece.stop} {extent.content}", *conditions]
+            self.name, [f"{lines.start} {lines.stop} {extent.content}", *conditions]
         )
         return Shard(self.name, identity.id, (head, *extent.members(), *conditions))
 
@@ -187,34 +166,36 @@ def _recorded_to_the_end(
 ) -> bool:
     """Whether the ledger has every line of a plain file under this condition, or under none."""
     reached = end = 0
-    shards = (r.shard for r in recorded if Piece.of(r.shard).print == file.print)
-    for shard in sorted(shards, key=lambda shard: Piece.of(shard).start):
-        piece = Piece.of(shard)
-        if piece.where in (None, where) and piece.start <= reached < piece.stop:
-            reached, end = piece.stop, Extent.of(shard).end
+    shards = (r.shard for r in recorded if RowRange.of(r.shard).print == file.print)
+    for shard in sorted(shards, key=lambda shard: RowRange.of(shard).start):
+        lines = RowRange.of(shard)
+        if lines.where in (None, where) and lines.start <= reached < lines.stop:
+            reached, end = lines.stop, Extent.of(shard).end
     return end == file.size and not is_packed(file)
 
 
-def _same_lines(shard: Shard, file: SourceFile, scan: Scan) -> Shard | None:
+def _same_lines(entry: RecordedShard, file: SourceFile, scan: Scan) -> RecordedShard | None:
     """A shard of another file as one of this file, where the same lines stand at its place."""
-    piece, extent = Piece.of(shard), Extent.of(shard)
-    if scan.digests.get((piece.start, piece.stop)) != extent.content:
+    shard = entry.shard
+    lines, extent = RowRange.of(shard), Extent.of(shard)
+    if scan.digests.get((lines.start, lines.stop)) != extent.content:
         return None
-    there = Extent(scan.offsets[piece.start], scan.offsets[piece.stop], extent.content)
-    head, *conditions = replace(piece, print=file.print, name=file.name).members()
-    return Shard(shard.source, shard.id, (head, *there.members(), *conditions))
+    there = Extent(scan.offsets[lines.start], scan.offsets[lines.stop], extent.content)
+    head, *conditions = replace(lines, print=file.print, name=file.name).members()
+    moved = Shard(shard.source, shard.id, (head, *there.members(), *conditions))
+    return replace(entry, shard=moved)
 
 
-def _taken(file: SourceFile, piece: Piece, offset: int) -> Iterator[tuple[int, Line]]:
-    """The lines a piece takes, with their numbers in the file; `offset` is its first byte."""
-    number = piece.start
+def _taken(file: SourceFile, lines: RowRange, offset: int) -> Iterator[tuple[int, Line]]:
+    """The lines a range takes, with their numbers in the file; `offset` is its first byte."""
+    number = lines.start
     with closing(lines_from(file, offset)) as stream:
-        lines = islice(stream, piece.stop - piece.start)
-        while few := list(islice(lines, LINES_AT_ONCE)):
+        within = islice(stream, lines.stop - lines.start)
+        while few := list(islice(within, _LINES_AT_ONCE)):
             mask = np.ones(len(few), bool)
-            if piece.where is not None or piece.without:
+            if lines.where is not None or lines.without:
                 table = table_of([_fields(line) for line in few])
-                mask = taken(table, piece.where, piece.without)
+                mask = taken(table, lines.where, lines.without)
             for line, wanted in zip(few, mask, strict=True):
                 if wanted:
                     yield number, line
@@ -255,7 +236,7 @@ def _fields(line: Line) -> dict[str, Any]:
     found = to_link(0, "", line)
     if isinstance(found, LinkRecord):
         return {"url": found.url, "caption": found.caption}
-    return dict.fromkeys(COLUMNS)
+    return dict.fromkeys(_COLUMNS)
 
 
 def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
@@ -266,8 +247,38 @@ def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
         for line in stream:
             lines.append(line)
             read += len(line.data) + 1
-            if read > SAMPLE:
+            if read > _SAMPLE_BYTES:
                 break
         else:
             return lines, file.size, True
     return lines, packed_size(file, read) if is_packed(file) else read, False
+
+
+def _is_address(given: str) -> bool:
+    return given.startswith(("http://", "https://"))
+
+
+def _locate(settings: SourceSettings) -> tuple[str, ...]:
+    """The lists' paths, those that are given by address being fetched."""
+    cache = cache_folder(settings.cache)
+    paths = (
+        str(fetch_published(given, cache)) if _is_address(given) else given
+        for given in settings.input or (_PUBLISHED,)
+    )
+    return local_inputs(replace(settings, input=tuple(paths)))
+
+
+def _unfetched(settings: SourceSettings) -> Count | None:
+    """What the publisher says of its list. Raises BadInputError for what takes a look into one."""
+    if settings.input and not any(map(_is_address, settings.input)):
+        return None
+    if settings.input or settings.where is not None:
+        raise BadInputError(
+            "a plan fetches no list, and so cannot look into it; fetch it yourself and pass its"
+            " path with --input"
+        )
+    lines = min(_PUBLISHED_LINES, settings.limit or _PUBLISHED_LINES)
+    return Count(lines, exact=False, note="as many lines as its publisher says", links=True)
+
+
+SOURCE = SourceKind(open=Cc12mSource, locate=_locate, reads=_ENDINGS, unfetched=_unfetched)

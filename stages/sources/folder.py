@@ -19,6 +19,7 @@ import numpy as np
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import Count, ImageRecord, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
+from stages.sources.reading.files import name_as_text
 from stages.sources.reading.fingerprint import (
     fingerprint,
     make_shard,
@@ -26,18 +27,17 @@ from stages.sources.reading.fingerprint import (
     require_shard_size,
 )
 from stages.sources.reading.folder_metadata import read_metadata, take_text, with_numbers
+from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.where import parse_where, table_of
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
-CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
-LICENCE_COLUMNS = ("licence", "license")
-BESIDE = frozenset((".txt", ".json", ".jsonl", ".csv", ".parquet", ".md"))
+_PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
+_LICENCE_COLUMNS = ("licence", "license")
+_BESIDE = frozenset((".txt", ".json", ".jsonl", ".csv", ".parquet", ".md"))
 """What may stand beside pictures without a note about it."""
-READ_BY = {".tar": "webdataset", ".parquet": "parquet", ".tsv": "cc12m", ".tgz": "journeydb"}
-"""Which source reads files that this one does not."""
-UNREADABLE = "0" * 16
-SMALLEST_SHARD, LARGEST_SHARD, FEWEST_SHARDS = 16, 1000, 8
-SHARD_BYTES = 256 << 20
+_UNREADABLE = "0" * 16
+_FEWEST_FILES, _MOST_FILES, _FEWEST_SHARDS = 16, 1000, 8
+_SHARD_BYTES = 256 << 20
 """A shard travels in memory, so large pictures make shards of fewer of them."""
 
 
@@ -50,7 +50,7 @@ class FolderSource:
     def __init__(
         self,
         settings: SourceSettings,
-        suffixes: frozenset[str] = SUFFIXES,
+        suffixes: Sequence[str] = _PICTURES,
         kind: str = "pictures",
     ) -> None:
         self.name = settings.name
@@ -79,7 +79,7 @@ class FolderSource:
         pending = [r.shard for r in recorded if r.inputs is None]
         reachable = [s for s in pending if any(m in here or self._is_there(m) for m in s.members)]
         # What could not be read when it was listed is known by its name alone.
-        unread = {name for listed, name in map(_parts, known) if listed == UNREADABLE}
+        unread = {name for listed, name in map(_parts, known) if listed == _UNREADABLE}
         fresh = [m for m in here if m not in known and _parts(m)[1] not in unread]
         size = self._shard_size or _shard_size(len(fresh))
         # A shard is of one root, so that a build that is given some of the roots finds theirs whole.
@@ -113,11 +113,11 @@ class FolderSource:
     def _record(self, row: int, name: str, root: Path, relative: str) -> ImageRecord:
         data = (root / relative).read_bytes()
         fields = dict(read_metadata(root).get(relative, {}))
-        caption = take_text(fields, CAPTION_COLUMNS)
+        caption = take_text(fields, _CAPTION_COLUMNS)
         beside = (root / relative).with_suffix(".txt")
         if caption is None and beside.exists():
             caption = beside.read_text(encoding="utf-8", errors="replace").strip() or None
-        url, licence = take_text(fields, ("url",)), take_text(fields, LICENCE_COLUMNS)
+        url, licence = take_text(fields, ("url",)), take_text(fields, _LICENCE_COLUMNS)
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
         return ImageRecord(row, name, data, caption, url, licence, rest)
 
@@ -134,24 +134,18 @@ class FolderSource:
                 if self._limit is not None and count >= self._limit:
                     break
                 content, size = _content(root / relative)
-                members.setdefault(f"{content} {_to_text(relative)}", (root, size))
+                members.setdefault(f"{content} {name_as_text(relative)}", (root, size))
             self._require_some(found)
             self._listed = members
         return self._listed
 
     def _require_some(self, found: int) -> None:
-        """Raise BadInputError where there is nothing to take, and say what lies there instead."""
+        """Raise BadInputError where there is nothing to take."""
         if found or self._where is not None:
             return
         names = ", ".join(str(root) for root in self._roots)
         looked = ", ".join(sorted(self._suffixes))
-        hints = (
-            f"; there are {suffix} files, which --source {source} reads"
-            for suffix, source in READ_BY.items()
-            if any(next(root.rglob(f"*{suffix}"), None) for root in self._roots)
-        )
-        hint = next(hints, "")
-        raise BadInputError(f"no {self._kind} below {names}; looked for {looked}{hint}")
+        raise BadInputError(f"no {self._kind} below {names}; looked for {looked}")
 
     def _wanted(self) -> Iterable[tuple[Path, str]]:
         """Root and relative path of every file that --where takes, in the order asked for."""
@@ -192,7 +186,7 @@ class FolderSource:
                 suffix = Path(name).suffix.lower()
                 if suffix in self._suffixes and not name.startswith("."):
                     yield str((Path(folder) / name).relative_to(root))
-                elif suffix not in BESIDE and not name.startswith("."):
+                elif suffix not in _BESIDE and not name.startswith("."):
                     others[suffix or "no ending"] += 1
         if others:
             listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
@@ -208,7 +202,7 @@ class FolderSource:
         for root in self._roots:
             for relative in dict.fromkeys((name, _from_text(name))):
                 path = root / relative
-                if path.is_file() and listed in (fingerprint(path), UNREADABLE):
+                if path.is_file() and listed in (fingerprint(path), _UNREADABLE):
                     return root, relative
         return None
 
@@ -218,7 +212,7 @@ def _content(path: Path) -> tuple[str, int]:
     try:
         return fingerprint(path), path.stat().st_size
     except OSError:
-        return UNREADABLE, 0
+        return _UNREADABLE, 0
 
 
 def _parts(member: str) -> tuple[str, str]:
@@ -230,12 +224,12 @@ def _parts(member: str) -> tuple[str, str]:
 def _cut(
     members: Sequence[str], found: Mapping[str, tuple[Path, int]], count: int
 ) -> Iterator[list[str]]:
-    """Groups of up to `count` members and `SHARD_BYTES`, in order."""
+    """Groups of up to `count` members and `_SHARD_BYTES`, in order."""
     group: list[str] = []
     held = 0
     for member in members:
         size = found[member][1]
-        if group and (len(group) == count or held + size > SHARD_BYTES):
+        if group and (len(group) == count or held + size > _SHARD_BYTES):
             yield group
             group, held = [], 0
         group.append(member)
@@ -244,19 +238,17 @@ def _cut(
         yield group
 
 
-def _to_text(relative: str) -> str:
-    """A file name as text that tables can hold: bytes that are no UTF-8 are written \\xNN."""
-    return os.fsencode(relative).decode("utf-8", "backslashreplace")
-
-
 def _from_text(name: str) -> str:
-    """The file name that `_to_text` wrote, its \\xNN being bytes again."""
+    """The file name that `name_as_text` wrote, its \\xNN being bytes again."""
     return re.sub(r"\\x([89a-f][0-9a-f])", lambda m: os.fsdecode(bytes([int(m[1], 16)])), name)
 
 
 def _shard_size(pictures: int) -> int:
     """At least eight shards where there are pictures enough, each a power of two up to 1,000."""
-    if pictures <= SMALLEST_SHARD:
-        return SMALLEST_SHARD
-    wanted = 2 ** math.ceil(math.log2(pictures / FEWEST_SHARDS))
-    return int(min(max(wanted, SMALLEST_SHARD), LARGEST_SHARD))
+    if pictures <= _FEWEST_FILES:
+        return _FEWEST_FILES
+    wanted = 2 ** math.ceil(math.log2(pictures / _FEWEST_SHARDS))
+    return int(min(max(wanted, _FEWEST_FILES), _MOST_FILES))
+
+
+SOURCE = SourceKind(open=FolderSource, reads=_PICTURES)

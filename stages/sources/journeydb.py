@@ -2,7 +2,7 @@
 
 --input: the data set's folder (or its `train` folder), or archives and annotation files; without it
 the data set on the hub, which is gated and needs the user's own token. Archives are `NNN.tgz` with
-`NNN/x.jpg` inside; annotations are `…anno….jsonl`, plain or in a tgz of its own, with a line a
+`NNN/x.jpg` inside; annotations are `…anno….jsonl`, plain or in a tgz of its own, with a line per
 picture: `img_path` (`./NNN/x.jpg`), `prompt`, `Task1`, `Task2` {`Caption`}, `Task3`. Nothing is
 unpacked to disk: of the annotations a worker keeps the lines that name its archive's folder.
 The caption is Task2's, or the prompt with `--caption prompt`; null where that one is missing. The
@@ -20,20 +20,20 @@ from typing import Any
 from arrag_runtime.format.errors import BadInputError, ShardError
 from schemas.records import ImageRecord, Reject
 from schemas.settings.source import SourceSettings
-from stages.sources.reading.archives import ArchiveSource
+from stages.sources.reading.archives import PICTURE_SUFFIXES, ArchiveSource
 from stages.sources.reading.columns import metadata_text
-from stages.sources.reading.files import SourceFile, find_files, require_reached
+from stages.sources.reading.files import SourceFile, find_files, hub_inputs, require_reached
 from stages.sources.reading.fingerprint import require_input
+from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.tar_samples import Sample, open_tar
 
-ARCHIVES, ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
-IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))
-CAPTIONS = ("task2", "prompt")
-HUB_INPUT = "hf://datasets/JourneyDB/JourneyDB/data/train"
+_ARCHIVES, _ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
+_CAPTIONS = ("task2", "prompt")
+_HUB_INPUT = "hf://datasets/JourneyDB/JourneyDB/data/train"
 
 
 class JourneyDbLayout:
-    """How JourneyDB lays out an archive; follows the protocol `Layout`."""
+    """How JourneyDB lays out an archive; follows the protocol `ArchiveLayout`."""
 
     def __init__(self, annotations: Sequence[SourceFile], caption: str) -> None:
         self._annotations = annotations
@@ -42,13 +42,13 @@ class JourneyDbLayout:
 
     def takes(self, name: str) -> bool:
         """The archives of annotations are none of pictures."""
-        return not name.endswith(ANNOTATIONS)
+        return not name.endswith(_ANNOTATIONS)
 
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """Every picture is a sample of its own."""
         path = PurePosixPath(member.name)
         suffix = path.suffix[1:].lower()
-        ours = member.isreg() and suffix in IMAGE_SUFFIXES and not path.name.startswith(".")
+        ours = member.isreg() and suffix in PICTURE_SUFFIXES and not path.name.startswith(".")
         return (_normal(member.name), suffix) if ours else (None, "")
 
     def fields(self, archive: SourceFile, sample: Sample) -> dict[str, Any]:
@@ -76,23 +76,23 @@ class JourneyDbLayout:
         return ImageRecord(row, sample.key, data, text, metadata=metadata_text(rest))
 
 
-def journeydb_source(settings: SourceSettings) -> ArchiveSource:
+def _open(settings: SourceSettings) -> ArchiveSource:
     """JourneyDB's archives with their annotations. Raises BadInputError for an unknown caption."""
     caption = settings.caption or "task2"
-    if caption not in CAPTIONS:
-        raise BadInputError(f"--caption '{caption}' is not one of {', '.join(CAPTIONS)}")
+    if caption not in _CAPTIONS:
+        raise BadInputError(f"--caption '{caption}' is not one of {', '.join(_CAPTIONS)}")
     given = require_input(settings.name, settings.input)
-    lists = [path for path in given if path.endswith(ANNOTATIONS)]
+    lists = [path for path in given if path.endswith(_ANNOTATIONS)]
     archives = [path for path in given if path not in lists]
     try:
-        below = find_files(archives, ANNOTATIONS, settings.name) if not lists else []
-        annotations = below or find_files(lists, ANNOTATIONS, settings.name)
+        below = find_files(archives, _ANNOTATIONS, settings.name) if not lists else []
+        annotations = below or find_files(lists, _ANNOTATIONS, settings.name)
     except BadInputError:
         annotations = []
-    annotations = [file for file in annotations if file.location.endswith(ANNOTATIONS)]
+    annotations = [file for file in annotations if file.location.endswith(_ANNOTATIONS)]
     notes = () if annotations else ("no annotations (…anno….jsonl) are there: no captions",)
     layout = JourneyDbLayout(annotations, caption)
-    return ArchiveSource(settings, archives, ARCHIVES, layout, notes)
+    return ArchiveSource(settings, archives, _ARCHIVES, layout, notes)
 
 
 def read_annotations(file: SourceFile, folder: str | None) -> Iterator[dict[str, Any]]:
@@ -137,3 +137,12 @@ def _folder(archive: SourceFile) -> str | None:
 
 def _normal(path: str) -> str:
     return path.removeprefix("./").removeprefix("imgs/")
+
+
+def _locate(settings: SourceSettings) -> tuple[str, ...]:
+    return hub_inputs(settings, _HUB_INPUT)
+
+
+SOURCE = SourceKind(
+    open=_open, locate=_locate, options=("caption", "revision"), reads=_ARCHIVES, gated=True
+)

@@ -6,11 +6,12 @@ from pathlib import Path
 from arrag_runtime.format.errors import BadInputError
 from schemas.settings.source import SourceSettings
 from stages.sources.folder import FolderSource
+from stages.sources.reading.source_kind import SourceKind
 
 PICTURES = Path(__file__).parent / "sample_images"
 
 
-def sample_source(settings: SourceSettings) -> FolderSource:
+def _open(settings: SourceSettings) -> FolderSource:
     """The bundled pictures, read as a folder. Raises BadInputError when an --input is given."""
     if settings.input:
         raise BadInputError(
@@ -18,3 +19,6 @@ def sample_source(settings: SourceSettings) -> FolderSource:
             " used; for your own pictures pass --source folder"
         )
     return FolderSource(replace(settings, input=(str(PICTURES),)))
+
+
+SOURCE = SourceKind(open=_open)

@@ -1,6 +1,6 @@
 """The `tokens` source: token grids that users already have, so that no model has to run.
 
---input: LlamaGen's `.npy` files (one a picture; a folder of them), HDF5 files with a data set
+--input: LlamaGen's `.npy` files (one per picture; a folder of them), HDF5 files with a data set
 `indices`, or Arrow and Parquet files with a grid column. The grids are taken for those of
 `--tokenizer`, and each is checked against its grid and codebook. There are no latents in them that
 could be trusted to be the tokenizer's own, so latent key space is refused by the build.
@@ -27,14 +27,15 @@ from schemas.records import (
 from schemas.settings.source import SourceSettings
 from stages.sources.folder import FolderSource
 from stages.sources.reading.columns import Record
-from stages.sources.reading.files import HUB
+from stages.sources.reading.files import HUB, hub_inputs
 from stages.sources.reading.fingerprint import require_input, require_shard_size
 from stages.sources.reading.grids import Misfit, grid_bytes
 from stages.sources.reading.row_files import ENDINGS
 from stages.sources.reading.rows import RowSource
+from stages.sources.reading.source_kind import SourceKind
 
-NPY = frozenset((".npy",))
-NPY_SHARD = 1000
+_NPY = (".npy",)
+_GRIDS_PER_SHARD = 1000
 
 
 class NpySource:
@@ -44,7 +45,9 @@ class NpySource:
         self.name = settings.name
         self._grid = settings.grid
         self._folder = FolderSource(
-            replace(settings, shard_size=settings.shard_size or NPY_SHARD), NPY, "token files"
+            replace(settings, shard_size=settings.shard_size or _GRIDS_PER_SHARD),
+            _NPY,
+            "token files",
         )
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
@@ -92,7 +95,7 @@ class TokensSource:
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """See `Source.read`. What kind it is follows from the shard: workers look at no tree."""
-        single = shard.members[0].lower().endswith(tuple(NPY))
+        single = shard.members[0].lower().endswith(_NPY)
         return self._of_kind(single).read(shard)
 
     def count(self) -> Count:
@@ -113,3 +116,12 @@ class TokensSource:
 
     def _of_kind(self, single: bool) -> NpySource | RowSource:
         return NpySource(self._settings) if single else RowSource(self._settings, grids=True)
+
+
+SOURCE = SourceKind(
+    open=TokensSource,
+    locate=hub_inputs,
+    options=("columns", "revision"),
+    reads=(*_NPY, *ENDINGS),
+    grids=True,
+)

@@ -1,9 +1,9 @@
 """The `webdataset` source: tars of KEY.jpg + KEY.txt + KEY.json, as img2dataset writes them.
 
 --input: tar paths, brace patterns (`{00000..00099}.tar`), glob patterns or folders of tars. See
-`stages.sources.reading.archives` for what a shard is. Of the json, `caption`, `url`, `licence` and `unblurred_faces` are taken,
-the rest, such as img2dataset's and DataComp's
-`sha256`, `uid`, sizes and scores, is kept as metadata and is what `--where` sees.
+`stages.sources.reading.archives` for what a shard is. Of the json, `caption`, `url`, `licence` and
+`unblurred_faces` are taken; the rest, such as img2dataset's and DataComp's `sha256`, `uid`, sizes
+and scores, is kept as metadata and is what `--where` sees.
 """
 
 import json
@@ -18,18 +18,18 @@ from braceexpand import braceexpand
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import ImageRecord, Reject
 from schemas.settings.source import SourceSettings
-from stages.sources.reading.archives import ArchiveSource
+from stages.sources.reading.archives import PICTURE_SUFFIXES, ArchiveSource
 from stages.sources.reading.columns import boxes
 from stages.sources.reading.files import SourceFile
 from stages.sources.reading.fingerprint import require_input
+from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.tar_samples import Sample
 
-TARS = (".tar",)
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_TARS = (".tar",)
 
 
 class WebdatasetLayout:
-    """How img2dataset lays out a tar; follows the protocol `Layout`."""
+    """How img2dataset lays out a tar; follows the protocol `ArchiveLayout`."""
 
     def takes(self, name: str) -> bool:
         """Any file that --input names may be a tar."""
@@ -56,7 +56,7 @@ class WebdatasetLayout:
         if sample.twice is not None:
             detail = f"the sample holds two files .{sample.twice}"
             return Reject(row, sample.key, "read", "name-twice", detail, url)
-        data = next((sample.files[s] for s in IMAGE_SUFFIXES if s in sample.files), None)
+        data = next((sample.files[s] for s in PICTURE_SUFFIXES if s in sample.files), None)
         if data is None:
             detail = f"the sample holds {', '.join(sample.files)}"
             return Reject(row, sample.key, "read", "no-image", detail, url)
@@ -68,11 +68,11 @@ class WebdatasetLayout:
         return ImageRecord(row, sample.key, data, caption, url, licence, rest, faces)
 
 
-def webdataset_source(settings: SourceSettings) -> ArchiveSource:
+def _open(settings: SourceSettings) -> ArchiveSource:
     """The tars of --input. Raises BadInputError for a pattern that cannot be read."""
     given = require_input(settings.name, settings.input)
     inputs = [path for pattern in given for path in _expand_braces(pattern)]
-    return ArchiveSource(settings, inputs, TARS, WebdatasetLayout())
+    return ArchiveSource(settings, inputs, _TARS, WebdatasetLayout())
 
 
 def _expand_braces(given: str) -> list[str]:
@@ -98,3 +98,6 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
 
 def _text(value: object) -> str | None:
     return (str(value).strip() or None) if value is not None else None
+
+
+SOURCE = SourceKind(open=_open, reads=_TARS)

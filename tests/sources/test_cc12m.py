@@ -256,7 +256,7 @@ def test_a_list_that_cannot_be_resumed_is_fetched_anew(
     handler.etag = None if change == "no version" else handler.etag
     handler.at_most = 1000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.sources.reading.publisher.TRIES", 1)
+        patch.setattr("stages.sources.reading.publisher._TRIES", 1)
         patch.setattr("stages.sources.reading.publisher._begins_at", lambda _range, _start: False)
         with pytest.raises(BadInputError, match="the same command goes on"):
             fetch_published(url, tmp_path / "cache", pause=0)

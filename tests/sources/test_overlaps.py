@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from schemas.records import ImageRecord, LinkRecord, RecordedShard
-from stages.sources import Source
+from stages.sources.reading.source_kind import Source
 from tests.conftest import jpeg
 from tests.worlds.source_cases import (
     datacomp_rows,

@@ -188,7 +188,7 @@ def test_shards_of_pictures_are_as_heavy_as_memory_allows(tmp_path: Path) -> Non
     rows = [{"image": noise + bytes([n]), "id": str(n)} for n in range(40)]
     path = parquet_of(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.sources.reading.rows.SHARD_BYTES", 6_000_000)
+        patch.setattr("stages.sources.reading.rows._SHARD_BYTES", 6_000_000)
         listed = open_at("parquet", path).listing(()).shards
     sizes = [int(s.members[0].split()[2]) - int(s.members[0].split()[1]) for s in listed]
     assert sizes == [19, 19, 2]

@@ -23,7 +23,8 @@ from schemas.records import (
     unpack_records,
 )
 from schemas.settings.source import SourceSettings
-from stages.sources import Source, open_source
+from stages.sources import open_source
+from stages.sources.reading.source_kind import Source
 from stages.sources.webdataset import WebdatasetLayout
 from tests.conftest import encoded, jpeg, picture
 from tests.worlds.source_cases import Items, packable, read_all, records

@@ -12,6 +12,7 @@ from schemas.records import Count, LinkRecord, Listing, RecordedShard, Reject, S
 from schemas.settings.source import SourceSettings
 from stages.sources import SOURCES
 from stages.sources.reading.fingerprint import make_shard
+from stages.sources.reading.source_kind import SourceKind
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LinkSource:
                 yield LinkRecord(row, f"line{row}", url, caption or None, sha256=sha256 or None)
 
 
-SOURCES["links"] = LinkSource
+SOURCE = SourceKind(open=LinkSource)
+SOURCES["links"] = __name__
 
 
 def link_settings(path: Path, shard_size: int = 100) -> LinkSettings:

@@ -23,7 +23,8 @@ from schemas.records import (
     Shard,
 )
 from schemas.settings.source import SourceSettings
-from stages.sources import Source, locate_source, open_source
+from stages.sources import locate_source, open_source
+from stages.sources.reading.source_kind import Source
 from tests.conftest import jpeg
 
 Item = ImageRecord | LinkRecord | GridRecord | Reject

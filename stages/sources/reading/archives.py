@@ -1,6 +1,6 @@
 """Archives of pictures, read as streams: what `webdataset` and `journeydb` have in common.
 
-A member is a `Piece`: a range of an archive's samples. Samples cannot be counted without reading an
+A shard is a `RowRange` of an archive's samples. Samples cannot be counted without reading an
 archive's headers, so an archive is listed range by range, the next one once the one before proved
 full; where conditions or an order are asked for, its samples are counted first. A damaged archive
 gives what came before the damage, and one reject.
@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
 
-from arrag_runtime.format.errors import BadInputError
 from schemas.records import (
     MAX_ROWS_PER_SHARD,
     Count,
@@ -24,17 +23,23 @@ from schemas.records import (
     Shard,
 )
 from schemas.settings.source import SourceSettings
-from stages.sources.reading.files import SourceFile, find_file, find_files
-from stages.sources.reading.fingerprint import require_shard_size
-from stages.sources.reading.row_ranges import Piece, Wanted, pending, remaining, windows
-from stages.sources.reading.tar_samples import BLOCK, Damage, Sample, count_samples, read_samples
+from stages.sources.reading.files import SourceFile
+from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
+from stages.sources.reading.tar_samples import (
+    TAR_BLOCK,
+    Damage,
+    Sample,
+    count_samples,
+    read_samples,
+)
 from stages.sources.reading.where import parse_where, table_of, taken
 
-LOOKED_AT, SAMPLED_ARCHIVES = 64, 3
+PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_LOOKED_AT, _SAMPLED_ARCHIVES = 64, 3
 """Samples read to learn the columns or to estimate a count, and archives they are read from."""
 
 
-class Layout(Protocol):
+class ArchiveLayout(Protocol):
     """How a kind of archive is to be read."""
 
     def takes(self, name: str) -> bool:
@@ -57,50 +62,52 @@ class ArchiveSource:
         self,
         settings: SourceSettings,
         inputs: Sequence[str],
-        endings: Sequence[str],
-        layout: Layout,
+        endings: tuple[str, ...],
+        layout: ArchiveLayout,
         notes: Sequence[str] = (),
     ) -> None:
         self.name = settings.name
-        self._limit, self._seed = settings.limit, settings.shuffle_seed
-        self._where = parse_where(settings.where).text if settings.where is not None else None
-        require_shard_size(settings.shard_size)
+        self._selection = RowSelection.of(settings, inputs, endings)
         self._size = settings.shard_size or MAX_ROWS_PER_SHARD
-        self._inputs, self._endings = inputs, endings
         self._found: dict[str, SourceFile] = {}
         self._counts: dict[str, int] = {}
         self._layout = layout
-        self._notes = list(notes)
+        self._notes = notes
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`."""
-        if self._where is not None:
-            self._require_columns(self._where)
+        selection = self._selection
+        if selection.where is not None:
+            self._require_columns(selection.where)
         archives = self._archives()
         reachable, lost = pending(recorded, archives)
-        notes = list(self._notes)
-        if lost:
-            notes.append(f"{lost} shards planned earlier are not in this --input")
-        ours = [r for r in recorded if Piece.of(r.shard).print in archives]
+        ours = [r for r in recorded if RowRange.of(r.shard).print in archives]
         # A range under a condition, or one that a shuffle chose, may have left others before it.
-        in_order = all(Piece.of(r.shard).plain for r in ours)
-        if self._where is None and self._seed is None and in_order:
-            pieces = self._next_ranges(ours)
+        in_order = all(RowRange.of(r.shard).is_plain for r in ours)
+        if selection.where is None and selection.seed is None and in_order:
+            ranges = self._next_ranges(ours)
         else:
-            pieces = self._counted(ours)
-        return Listing(reachable + [piece.shard(self.name) for piece in pieces], notes)
+            for print_, archive in archives.items():
+                if print_ not in self._counts:
+                    self._counts[print_] = count_samples(archive, self._layout.key)
+            ranges = selection.missing(
+                [(p, self._counts[p], archive.name, self._size) for p, archive in archives.items()],
+                ours,
+                lambda samples: (number for number, _ in self._taken(samples)),
+            )
+        return Listing(reachable + [r.shard(self.name) for r in ranges], [*self._notes, *lost])
 
-    def _next_ranges(self, recorded: Sequence[RecordedShard]) -> list[Piece]:
+    def _next_ranges(self, recorded: Sequence[RecordedShard]) -> list[RowRange]:
         """The next range of every archive that has not been seen to its end."""
         covered: dict[str, int] = {}
         closed: set[str] = set()
         for known in recorded:
-            piece = Piece.of(known.shard)
-            covered[piece.print] = max(covered.get(piece.print, 0), piece.stop)
-            if known.inputs is None or known.inputs < piece.stop - piece.start:
-                closed.add(piece.print)
-        pieces = []
-        left = self._limit
+            done = RowRange.of(known.shard)
+            covered[done.print] = max(covered.get(done.print, 0), done.stop)
+            if known.inputs is None or known.inputs < done.stop - done.start:
+                closed.add(done.print)
+        ranges = []
+        left = self._selection.limit
         for print_, archive in self._archives().items():
             if left == 0:
                 break
@@ -110,82 +117,48 @@ class ArchiveSource:
                 held = count_samples(archive, self._layout.key, stop=left)
                 stop, left = min(stop, held), left - held
             if print_ not in closed and start < stop:
-                pieces.append(Piece(print_, start, stop, archive.name))
-        return pieces
-
-    def _counted(self, recorded: Sequence[RecordedShard]) -> list[Piece]:
-        """What is wanted of every archive and not recorded, its samples being counted."""
-        for print_, archive in self._archives().items():
-            if print_ not in self._counts:
-                self._counts[print_] = count_samples(archive, self._layout.key)
-        counts = [
-            (print_, self._counts[print_], archive.name, self._size)
-            for print_, archive in self._archives().items()
-        ]
-        wanted = windows(counts, self._seed)
-        if self._limit is not None:
-            wanted = list(self._first(wanted, self._limit))
-        return list(remaining(wanted, recorded, self._where, self._seed))
-
-    def _first(self, wanted: Sequence[Wanted], limit: int) -> Iterator[Wanted]:
-        """The windows up to the `limit`th sample that is taken, the last one cut after it."""
-        for window in wanted:
-            if limit <= 0:
-                return
-            piece = Piece(window.print, window.start, window.stop, window.name, self._where)
-            numbers = [n for n, _ in islice(self._taken(piece), limit)]
-            cut = numbers[-1] + 1 if len(numbers) == limit else window.stop
-            yield replace(window, stop=cut)
-            limit -= len(numbers)
+                ranges.append(RowRange(print_, start, stop, archive.name))
+        return ranges
 
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
         """See `Source.read`."""
-        piece = Piece.of(shard)
-        found = self._taken(piece)
-        if piece.seed is not None:
-            held = list(found)
-            found = (held[index] for index in piece.order(len(held)))
-        for row, (_, record) in enumerate(found):
+        samples = RowRange.of(shard)
+        for row, (_, record) in enumerate(samples.in_order(self._taken(samples))):
             yield replace(record, row=row)
 
     def count(self) -> Count:
         """See `Source.count`: from the first samples of a few archives, by the bytes they took."""
         archives = list(self._archives().values())
-        step = max(1, len(archives) // SAMPLED_ARCHIVES)
-        chosen = archives[::step][:SAMPLED_ARCHIVES]
+        step = max(1, len(archives) // _SAMPLED_ARCHIVES)
+        chosen = archives[::step][:_SAMPLED_ARCHIVES]
         samples = passed = read = 0
         complete = len(chosen) == len(archives)
         for archive in chosen:
             with closing(read_samples(archive, self._layout.key)) as stream:
-                seen = list(islice(stream, LOOKED_AT))
+                seen = list(islice(stream, _LOOKED_AT))
                 complete &= next(stream, None) is None
             samples += len(seen)
             whole = [sample for sample in seen if isinstance(sample, Sample)]
             passed += len(seen) - len(whole)
-            passed += sum(self._passes(archive, s, self._where, ()) for s in whole)
-            read += sum(len(data) + BLOCK for sample in whole for data in sample.files.values())
+            passed += sum(self._passes(archive, s, self._selection.where, ()) for s in whole)
+            read += sum(len(data) + TAR_BLOCK for sample in whole for data in sample.files.values())
         total = sum(archive.size for archive in archives)
         inputs = passed if complete else round(total / max(read, 1) * passed)
         note = "" if complete else f"estimated from {samples} samples and {total:,} bytes"
-        return Count(min(inputs, self._limit or inputs), complete, note)
+        return Count(self._selection.at_most(inputs), complete, note)
 
     def _archives(self) -> dict[str, SourceFile]:
         """Every archive by its fingerprint; copies of one appear once."""
         if not self._found:
-            files = find_files(self._inputs, self._endings, self.name)
-            self._found = {f.print: f for f in files if self._layout.takes(f.name)}
+            files = self._selection.files()
+            self._found = {p: file for p, file in files.items() if self._layout.takes(file.name)}
         return self._found
-
-    def _archive(self, piece: Piece) -> SourceFile | None:
-        if piece.print in self._found:
-            return self._found[piece.print]
-        return find_file(self._inputs, self._endings, self.name, piece.name, piece.print)
 
     def _require_columns(self, where: str) -> None:
         """Refuse columns that none of the first samples has."""
         for archive in self._archives().values():
             with closing(read_samples(archive, self._layout.key)) as stream:
-                seen = [s for s in islice(stream, LOOKED_AT) if isinstance(s, Sample)]
+                seen = [s for s in islice(stream, _LOOKED_AT) if isinstance(s, Sample)]
             rows = [self._layout.fields(archive, sample) for sample in seen]
             if rows:
                 table = table_of(rows)
@@ -194,22 +167,17 @@ class ArchiveSource:
                 expression.mask(table)
                 return
 
-    def _taken(self, piece: Piece) -> Iterator[tuple[int, ImageRecord | Reject]]:
-        """The samples a piece takes, with their numbers in the archive; damage is taken always."""
-        archive = self._archive(piece)
-        if archive is None:
-            raise BadInputError(
-                f"the archive {piece.name} of this shard is not in --input any more, or has"
-                " changed; every node must see it at the same place"
-            )
+    def _taken(self, samples: RowRange) -> Iterator[tuple[int, ImageRecord | Reject]]:
+        """The samples a range takes, with their numbers in the archive; damage is taken always."""
+        archive = self._found.get(samples.print) or self._selection.file_of(samples)
         with closing(read_samples(archive, self._layout.key)) as stream:
-            for number, sample in enumerate(islice(stream, piece.stop)):
-                if number < piece.start:
+            for number, sample in enumerate(islice(stream, samples.stop)):
+                if number < samples.start:
                     continue
                 if isinstance(sample, Damage):
                     detail = sample.detail
-                    yield number, Reject(0, piece.name, "read", "broken-archive", detail)
-                elif self._passes(archive, sample, piece.where, piece.without):
+                    yield number, Reject(0, samples.name, "read", "broken-archive", detail)
+                elif self._passes(archive, sample, samples.where, samples.without):
                     fields = self._layout.fields(archive, sample)
                     yield number, self._layout.record(0, sample, fields)
 

@@ -17,24 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from arrag_runtime.format.errors import BadInputError, ShardError
+from schemas.settings.source import SourceSettings
 from stages.sources.reading.fingerprint import fingerprint
 
 HUB = "hf://"
-HUB_DATASETS = f"{HUB}datasets/"
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-BLOCK = 4 << 20
+_HUB_DATASETS = f"{HUB}datasets/"
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_BYTES_AT_ONCE = 4 << 20
 """Bytes asked of the hub at a time."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file: where it is, its name for people, its bytes and its fingerprint."""
+    """One file."""
 
     location: str
+    """Where it is: a path, or a hub address."""
     name: str
+    """Its name for people: relative to the folder or data set that was given."""
     size: int
+    """Its bytes; 0 where they are not known."""
     print: str
+    """Its fingerprint, 16 hex digits."""
 
     def open(self) -> Any:
         """A seekable binary stream of the file.
@@ -44,7 +49,7 @@ class SourceFile:
         must fail the shard rather than become a reject.
         """
         if self.location.startswith(HUB):
-            return io.BufferedReader(_HubStream(self.location), BLOCK)
+            return io.BufferedReader(_HubStream(self.location), _BYTES_AT_ONCE)
         return Path(self.location).open("rb")
 
 
@@ -68,7 +73,7 @@ class _HubStream(io.RawIOBase):
     def __init__(self, location: str) -> None:
         super().__init__()
         self._location = location
-        self._stream = self._try(lambda: _hub().open(location, "rb", block_size=BLOCK))
+        self._stream = self._try(lambda: _hub().open(location, "rb", block_size=_BYTES_AT_ONCE))
 
     def readinto(self, buffer: Any) -> int:
         """See `io.RawIOBase.readinto`."""
@@ -109,9 +114,20 @@ def locate(given: str, revision: str | None) -> str:
     if given.startswith(HUB):
         return _pin(given, revision)
     path = Path(given).expanduser()
-    if HUB_ID.fullmatch(given) and not path.exists():
-        return _pin(HUB_DATASETS + given, revision)
+    if _HUB_ID.fullmatch(given) and not path.exists():
+        return _pin(_HUB_DATASETS + given, revision)
     return str(path.absolute())
+
+
+def local_inputs(settings: SourceSettings) -> tuple[str, ...]:
+    """The inputs as absolute paths or patterns."""
+    return tuple(str(Path(given).expanduser().absolute()) for given in settings.input)
+
+
+def hub_inputs(settings: SourceSettings, default: str | None = None) -> tuple[str, ...]:
+    """The inputs, or else `default`, each a path or a data set on the hub; see `locate`."""
+    given = settings.input or ((default,) if default is not None else ())
+    return tuple(locate(path, settings.revision) for path in given)
 
 
 def find_files(inputs: Sequence[str], endings: Sequence[str], source: str) -> list[SourceFile]:
@@ -160,10 +176,10 @@ def _local_paths(given: str, endings: Sequence[str]) -> list[tuple[Path, str]]:
         paths = [Path(p) for p in sorted(glob.glob(given, recursive=True))]  # noqa: PTH207
         paths = [p for p in paths if p.is_file()]
     root = path if path.is_dir() else None
-    return [(p, _to_text(str(p.relative_to(root)) if root else p.name)) for p in paths]
+    return [(p, name_as_text(str(p.relative_to(root)) if root else p.name)) for p in paths]
 
 
-def _to_text(name: str) -> str:
+def name_as_text(name: str) -> str:
     """A file name as text that tables can hold: bytes that are no UTF-8 are written \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
@@ -188,15 +204,15 @@ def _hub() -> Any:
 
 def _pin(address: str, revision: str | None) -> str:
     """The address with the commit its revision (default: main) stands for now."""
-    if not address.startswith(HUB_DATASETS):
+    if not address.startswith(_HUB_DATASETS):
         raise BadInputError(
-            f"--input '{address}' is no data set on the hub; write {HUB_DATASETS}OWNER/NAME"
+            f"--input '{address}' is no data set on the hub; write {_HUB_DATASETS}OWNER/NAME"
         )
-    owner, _, rest = address.removeprefix(HUB_DATASETS).partition("/")
+    owner, _, rest = address.removeprefix(_HUB_DATASETS).partition("/")
     name, slash, path = rest.partition("/")
     name, _, written = name.partition("@")
     wanted = written or revision or "main"
-    if not COMMIT.fullmatch(wanted):
+    if not _COMMIT.fullmatch(wanted):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -213,7 +229,7 @@ def _pin(address: str, revision: str | None) -> str:
                 f" ({str(error).splitlines()[0]}); check the network, or download it and pass its"
                 " folder as --input"
             ) from error
-    return f"{HUB_DATASETS}{owner}/{name}@{wanted}{slash}{path}"
+    return f"{_HUB_DATASETS}{owner}/{name}@{wanted}{slash}{path}"
 
 
 def _on_hub(address: str, endings: Sequence[str]) -> list[SourceFile]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import MAX_ROWS_PER_SHARD, Shard
 
-WINDOW, WINDOWS = 8 * 1024, 16
+_WINDOW, _WINDOWS = 8 * 1024, 16
 
 
 def fingerprint(path: Path) -> str:
@@ -20,12 +20,12 @@ def fingerprint(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with path.open("rb") as stream:
-        if size <= WINDOW * WINDOWS:
+        if size <= _WINDOW * _WINDOWS:
             digest.update(stream.read())
         else:
-            for window in range(WINDOWS):
-                stream.seek((size - WINDOW) * window // (WINDOWS - 1))
-                digest.update(stream.read(WINDOW))
+            for window in range(_WINDOWS):
+                stream.seek((size - _WINDOW) * window // (_WINDOWS - 1))
+                digest.update(stream.read(_WINDOW))
     return digest.hexdigest()
 
 

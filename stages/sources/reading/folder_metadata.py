@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 
 from arrag_runtime.format.errors import BadInputError
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 
 
 def read_metadata(root: Path) -> Mapping[str, dict[str, Any]]:
     """The rows of a folder's metadata file by file name; empty where there is none."""
-    for name in METADATA_FILES:
+    for name in _METADATA_FILES:
         path = root / name
         if path.exists():
             return _read_metadata(path, path.stat().st_mtime_ns)
@@ -45,10 +45,10 @@ def _read_metadata(path: Path, _changed: int) -> Mapping[str, dict[str, Any]]:
         reason = str(error).strip().splitlines()[0]
         raise BadInputError(f"cannot read {path}: {reason}; mend it or move it away") from error
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    column = next((name for name in FILE_COLUMNS if name in columns), None)
+    column = next((name for name in _FILE_COLUMNS if name in columns), None)
     if rows and column is None:
         raise BadInputError(
-            f"{path} has columns {', '.join(columns)}, but none of {', '.join(FILE_COLUMNS)};"
+            f"{path} has columns {', '.join(columns)}, but none of {', '.join(_FILE_COLUMNS)};"
             " name the file column file_name"
         )
     return {os.path.normpath(str(row.pop(column))): _present(row) for row in rows if column in row}

@@ -19,11 +19,11 @@ from arrag_runtime.format.errors import BadInputError
 
 log = logging.getLogger(__name__)
 
-TRIES = 8
+_TRIES = 8
 """Attempts in a row that bring nothing new; any progress starts counting anew."""
-TIMEOUT = 60
-CHUNK = 1 << 20
-AGENT = "arrag"
+_TIMEOUT = 60
+_CHUNK = 1 << 20
+_AGENT = "arrag"
 
 
 def cache_folder(given: str | None) -> Path:
@@ -62,7 +62,7 @@ def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
         failures = 0 if part.exists() and part.stat().st_size > had else failures + 1
-        if failures == TRIES:
+        if failures == _TRIES:
             raise BadInputError(
                 f"cannot fetch {url} ({reason}); the same command goes on where it broke off, or"
                 " download the list and pass its path as --input"
@@ -78,12 +78,12 @@ def _fetch_rest(url: str, part: Path) -> None:
     """Append what is missing of the file; raises when the stream ends before the file does."""
     had = part.stat().st_size if part.exists() else 0
     version = _version(part).read_text() if _version(part).exists() else ""
-    headers = {"User-Agent": AGENT, "Accept-Encoding": "identity"}
+    headers = {"User-Agent": _AGENT, "Accept-Encoding": "identity"}
     if had and version:
         # The server sends the whole file instead where it has another version by now.
         headers |= {"Range": f"bytes={had}-", "If-Range": version}
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
         resumed = answer.status == 206 and _begins_at(answer.headers.get("Content-Range"), had)
         if answer.status == 206 and not resumed:
             raise ValueError(f"a range that was not asked for: {answer.headers['Content-Range']}")
@@ -92,7 +92,7 @@ def _fetch_rest(url: str, part: Path) -> None:
         version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         _version(part).write_text("" if version.startswith("W/") else version)
         with part.open("ab" if resumed else "wb") as file:
-            shutil.copyfileobj(answer, file, CHUNK)
+            shutil.copyfileobj(answer, file, _CHUNK)
     if length is not None and part.stat().st_size != start + int(length):
         missing = start + int(length) - part.stat().st_size
         raise ValueError(f"{missing} bytes are missing")

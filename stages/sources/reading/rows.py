@@ -1,24 +1,24 @@
-"""Sources whose inputs are rows of tables: `parquet`, `datacomp`, and `tokens` in tables.
+"""Sources whose inputs are rows of tables: of pictures, of their addresses, or of token grids.
 
 --input: Parquet, Arrow or HDF5 files, glob patterns, folders, or a data set on the hub. Rows are
-counted in the files' footers, so a listing reads no row unless `--limit` meets `--where`. A shard is
-a `Piece` of one file; its rows are read where the shard runs. A file whose footer cannot be read is
-one reject; where a file is damaged further on, what came before is kept and the rest is one reject.
+counted in the files' footers, so a listing reads no row unless `--limit` meets `--where`. A shard
+is a `RowRange` of one file; its rows are read where the shard runs. A file whose footer cannot be
+read is one reject; where a file is damaged further on, what came before is kept and the rest is one
+reject.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from arrag_runtime.format.errors import BadInputError
 from schemas.records import Count, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.columns import Record, column_map, to_record, to_rows, wanted_columns
-from stages.sources.reading.files import SourceFile, find_file, find_files
-from stages.sources.reading.fingerprint import require_input, require_shard_size
+from stages.sources.reading.files import SourceFile
+from stages.sources.reading.fingerprint import require_input
 from stages.sources.reading.row_files import (
     ENDINGS,
     PARQUET,
@@ -27,15 +27,14 @@ from stages.sources.reading.row_files import (
     open_rows,
     split_columns,
 )
-from stages.sources.reading.row_ranges import Piece, Wanted, pending, remaining, windows
+from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
 from stages.sources.reading.where import needed, parse_where, taken
 
-LINKS_A_SHARD = 10_000
-SHARD_BYTES = 256 << 20
+_LINKS_PER_SHARD = 10_000
+_SHARD_BYTES = 256 << 20
 """A shard with pictures in it travels in memory; this is about what it may weigh."""
-SMALLEST_SHARD, LARGEST_SHARD = 16, 2000
-DATACOMP_SCALES = ("small", "medium", "large", "xlarge")
-SAMPLED_FILES, FOOTERS_AT_ONCE = 4, 16
+_FEWEST_ROWS, _MOST_ROWS = 16, 2000
+_SAMPLED_FILES, _FOOTERS_AT_ONCE = 4, 16
 
 
 @dataclass(frozen=True)
@@ -55,89 +54,66 @@ class RowSource:
     def __init__(self, settings: SourceSettings, *, grids: bool = False) -> None:
         self.name = settings.name
         self._settings = settings
-        self._inputs = require_input(self.name, settings.input)
         self._grids = grids
-        require_shard_size(settings.shard_size)
-        self._where = parse_where(settings.where).text if settings.where is not None else None
-        self._endings = ENDINGS if grids else PARQUET
+        given = require_input(self.name, settings.input)
+        self._selection = RowSelection.of(settings, given, ENDINGS if grids else PARQUET)
         self._measured: list[_Measured] = []
         self._notes: list[str] = []
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`."""
-        measured, notes = self._measure(), list(self._notes)
-        seed, limit = self._settings.shuffle_seed, self._settings.limit
-        wanted = windows(
-            [(m.file.print, m.rows, m.file.name, m.shard_size) for m in measured], seed
+        by_print = {m.file.print: m for m in self._measure()}
+        reachable, lost = pending(recorded, by_print)
+        ranges = self._selection.missing(
+            [(m.file.print, m.rows, m.file.name, m.shard_size) for m in by_print.values()],
+            recorded,
+            lambda rows: self._numbers(by_print[rows.print], rows),
+            damaged={m.file.print for m in by_print.values() if m.damaged},
         )
-        if limit is not None:
-            wanted = list(self._first(wanted, limit))
-        reachable, lost = pending(recorded, [m.file.print for m in measured])
-        if lost:
-            notes.append(f"{lost} shards planned earlier are not in this --input")
-        # A file that cannot be read is a reject whatever the conditions are.
-        damaged = {m.file.print for m in measured if m.damaged}
-        pieces = [
-            *remaining([w for w in wanted if w.print not in damaged], recorded, self._where, seed),
-            *remaining([w for w in wanted if w.print in damaged], recorded, None, None),
-        ]
-        return Listing(reachable + [piece.shard(self.name) for piece in pieces], notes)
+        return Listing(reachable + [r.shard(self.name) for r in ranges], [*self._notes, *lost])
 
     def read(self, shard: Shard) -> Iterator[Record]:
         """See `Source.read`."""
-        piece = Piece.of(shard)
-        file = self._file(piece)
+        wanted = RowRange.of(shard)
+        file = self._selection.file_of(wanted)
         row = 0
         try:
             rows = open_rows(file)
-            chosen = column_map(self._columns(), rows.schema, grids=self._grids)
+            chosen = column_map(self._settings.columns, rows.schema, grids=self._grids)
             if self._settings.keep_faces:
                 chosen = replace(chosen, faces=None)
             columns = wanted_columns(chosen, rows.schema)
-            for number, fields in self._taken(rows, piece, columns):
-                key = f"{piece.name}/{number}"
+            for number, fields in wanted.in_order(_rows_of(rows, wanted, columns)):
+                key = f"{wanted.name}/{number}"
                 yield to_record(row, fields, chosen, key, self._settings.grid)
                 row += 1
         except DamagedFileError as error:
-            yield Reject(row, piece.name, "read", "broken-archive", str(error))
+            yield Reject(row, wanted.name, "read", "broken-archive", str(error))
 
     def count(self) -> Count:
         """See `Source.count`. Rows are counted in the footers; conditions on a few files."""
         measured = self._measure()
         total = sum(m.rows for m in measured)
         exact, note = True, ""
-        if self._where is not None:
-            step = max(1, len(measured) // SAMPLED_FILES)
+        if self._selection.where is not None:
+            step = max(1, len(measured) // _SAMPLED_FILES)
             seen = passed = 0
-            for m in measured[::step][:SAMPLED_FILES]:
-                rows = min(m.rows, LINKS_A_SHARD)
-                piece = Piece(m.file.print, 0, rows, m.file.name, self._where)
+            for m in measured[::step][:_SAMPLED_FILES]:
+                rows = min(m.rows, _LINKS_PER_SHARD)
+                looked_at = RowRange(m.file.print, 0, rows, m.file.name, self._selection.where)
                 seen += rows
-                passed += len(list(self._numbers(m.file, piece, rows)))
+                passed += sum(1 for _ in _numbers_of(m.file, looked_at))
             exact, note = False, f"{passed:,} of {seen:,} rows looked at pass --where"
             total = round(total * passed / max(seen, 1))
-        limit = self._settings.limit
-        limited = total if limit is None else min(total, limit)
-        return Count(limited, exact, note, links=any(m.links for m in measured))
-
-    def _columns(self) -> str | None:
-        return self._settings.columns or ("datacomp" if self.name == "datacomp" else None)
-
-    def _file(self, piece: Piece) -> SourceFile:
-        file = find_file(self._inputs, self._endings, self.name, piece.name, piece.print)
-        if file is None:
-            raise BadInputError(
-                f"the file {piece.name} of this shard is not in --input any more, or has changed;"
-                " every node must see it at the same place"
-            )
-        return file
+        links = any(m.links for m in measured)
+        return Count(self._selection.at_most(total), exact, note, links=links)
 
     def _measure(self) -> list[_Measured]:
         """Every file with its rows, read off its footer once."""
         if self._measured:
             return self._measured
-        files = find_files(self._inputs, self._endings, self.name)
-        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+        files = list(self._selection.files().values())
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
             footers = list(threads.map(_footer, files))
         for file, footer in zip(files, footers, strict=True):
             if isinstance(footer, DamagedFileError):
@@ -145,9 +121,9 @@ class RowSource:
                 self._measured.append(_Measured(file, 1, 1, damaged=True))
                 continue
             count, schema = footer
-            chosen = column_map(self._columns(), schema, grids=self._grids)
-            if self._where is not None:
-                expression = parse_where(self._where)
+            chosen = column_map(self._settings.columns, schema, grids=self._grids)
+            if self._selection.where is not None:
+                expression = parse_where(self._selection.where)
                 expression.require(split_columns(schema).plain)
                 expression.mask(schema.empty_table())
             row_bytes = file.size / max(count, 1)
@@ -160,74 +136,40 @@ class RowSource:
         if self._settings.shard_size:
             return self._settings.shard_size
         if not split_columns(schema).heavy:
-            return LINKS_A_SHARD
-        fits = int(SHARD_BYTES / max(row_bytes, 1))
-        return min(max(fits, SMALLEST_SHARD), LARGEST_SHARD)
+            return _LINKS_PER_SHARD
+        fits = int(_SHARD_BYTES / max(row_bytes, 1))
+        return min(max(fits, _FEWEST_ROWS), _MOST_ROWS)
 
-    def _first(self, wanted: list[Wanted], limit: int) -> Iterator[Wanted]:
-        """The windows up to the `limit`th row that is taken, the last one cut after it."""
-        by_print = {m.file.print: m for m in self._measure()}
-        for window in wanted:
-            if limit <= 0:
-                return
-            rows = window.stop - window.start
-            measured = by_print[window.print]
-            if self._where is None or measured.damaged:
-                yield replace(window, stop=window.start + min(rows, limit))
-                limit -= rows
-                continue
-            piece = Piece(window.print, window.start, window.stop, window.name, self._where)
-            numbers = list(self._numbers(measured.file, piece, limit))
-            cut = numbers[-1] + 1 if len(numbers) == limit else window.stop
-            yield replace(window, stop=cut)
-            limit -= len(numbers)
+    def _numbers(self, measured: _Measured, rows: RowRange) -> Iterable[int]:
+        if self._selection.where is None or measured.damaged:
+            return range(rows.start, rows.stop)
+        return _numbers_of(measured.file, rows)
 
-    def _numbers(self, file: SourceFile, piece: Piece, most: int) -> Iterator[int]:
-        """The numbers of the rows a piece takes, `most` of them, by the condition's columns alone."""
-        try:
-            rows = open_rows(file)
-            at = piece.start
-            for table in rows.tables(piece.start, piece.stop, needed(piece.where, piece.without)):
-                for index in taken(table, piece.where, piece.without).nonzero()[0].tolist():
-                    yield at + index
-                    most -= 1
-                    if most == 0:
-                        return
-                at += table.num_rows
-        except DamagedFileError:
-            return
 
-    def _taken(
-        self, rows: RowFile, piece: Piece, columns: Sequence[str]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows a piece takes, with their numbers in the file, in the piece's order."""
-        extra = [n for n in needed(piece.where, piece.without) if n not in columns]
-        read = [*columns, *(name for name in extra if name in rows.schema.names)]
-        found = self._in_order(rows, piece, read, columns)
-        if piece.seed is None:
-            yield from found
-            return
-        # A shuffled shard is held whole; its size is bounded as any shard's.
-        held: list[tuple[int, dict[str, Any]]] = []
-        damage: DamagedFileError | None = None
-        try:
-            held.extend(found)
-        except DamagedFileError as error:
-            damage = error
-        for index in piece.order(len(held)):
-            yield held[index]
-        if damage is not None:
-            raise damage
-
-    def _in_order(
-        self, rows: RowFile, piece: Piece, read: Sequence[str], columns: Sequence[str]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        at = piece.start
-        for table in rows.tables(piece.start, piece.stop, read):
-            mask = taken(table, piece.where, piece.without)
-            kept = table.select(list(columns)).filter(pa.array(mask))
-            yield from zip((at + mask.nonzero()[0]).tolist(), to_rows(kept), strict=True)
+def _numbers_of(file: SourceFile, wanted: RowRange) -> Iterator[int]:
+    """The numbers of the rows that a range takes, by the condition's columns alone."""
+    try:
+        at = wanted.start
+        columns = needed(wanted.where, wanted.without)
+        for table in open_rows(file).tables(wanted.start, wanted.stop, columns):
+            yield from (at + taken(table, wanted.where, wanted.without).nonzero()[0]).tolist()
             at += table.num_rows
+    except DamagedFileError:
+        return
+
+
+def _rows_of(
+    rows: RowFile, wanted: RowRange, columns: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows that a range takes with their numbers in the file, in the file's order."""
+    extra = [n for n in needed(wanted.where, wanted.without) if n not in columns]
+    read = [*columns, *(name for name in extra if name in rows.schema.names)]
+    at = wanted.start
+    for table in rows.tables(wanted.start, wanted.stop, read):
+        mask = taken(table, wanted.where, wanted.without)
+        kept = table.select(list(columns)).filter(pa.array(mask))
+        yield from zip((at + mask.nonzero()[0]).tolist(), to_rows(kept), strict=True)
+        at += table.num_rows
 
 
 def _footer(file: SourceFile) -> tuple[int, pa.Schema] | DamagedFileError:
@@ -237,17 +179,3 @@ def _footer(file: SourceFile) -> tuple[int, pa.Schema] | DamagedFileError:
     except DamagedFileError as error:
         return error
     return rows.count, rows.schema
-
-
-def datacomp_source(settings: SourceSettings) -> RowSource:
-    """DataComp's metadata: from --input, else the publisher's at --scale."""
-    if settings.scale is not None and settings.scale not in DATACOMP_SCALES:
-        raise BadInputError(
-            f"--scale '{settings.scale}' is not one of {', '.join(DATACOMP_SCALES)}"
-        )
-    return RowSource(settings)
-
-
-def datacomp_default(settings: SourceSettings) -> str:
-    """The publisher's data set of this scale on the hub."""
-    return f"mlfoundations/datacomp_{settings.scale or 'small'}"

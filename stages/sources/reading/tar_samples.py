@@ -17,8 +17,8 @@ from stages.sources.reading.files import SourceFile, require_reached
 
 KeyOf = Callable[[tarfile.TarInfo], tuple[str | None, str]]
 """The sample a file belongs to and its extension; None for a file that is no part of one."""
-BLOCK = 512
-UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
+TAR_BLOCK = 512
+_UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
@@ -89,7 +89,7 @@ def open_tar(file: Any) -> tarfile.TarFile:
     """
     start = file.read(6)
     file.seek(0)
-    unpack = next((u for magic, u in UNPACKERS.items() if start.startswith(magic)), None)
+    unpack = next((u for magic, u in _UNPACKERS.items() if start.startswith(magic)), None)
     stream: Any = file if unpack is None else _Careful(unpack(file))
     return tarfile.open(fileobj=stream, mode="r|")
 
@@ -122,11 +122,11 @@ class _Careful:
 def _ends_early(archive: SourceFile) -> bool:
     """Whether an uncompressed tar lacks the zero blocks at its end, as one that was cut off does."""
     with archive.open() as stream:
-        if stream.read(6).startswith(tuple(UNPACKERS)):
+        if stream.read(6).startswith(tuple(_UNPACKERS)):
             return False
         size = stream.seek(0, 2)
-        stream.seek(max(0, size - BLOCK))
-        return size % BLOCK != 0 or any(stream.read())
+        stream.seek(max(0, size - TAR_BLOCK))
+        return size % TAR_BLOCK != 0 or any(stream.read())
 
 
 def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) -> int:

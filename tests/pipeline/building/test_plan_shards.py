@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.building.plan_shards import plan_attempts
 from schemas.records import Attempt, RecordedShard, Reject
-from stages.sources import Source
+from stages.sources.reading.source_kind import Source
 from stages.tables.ledger import LedgerState
 from tests.worlds.source_cases import folder_of, open_at, open_folder, tsv_of
 
