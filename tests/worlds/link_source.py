@@ -51,4 +51,4 @@ SOURCES["links"] = LinkSource
 
 def link_settings(path: Path, shard_size: int = 100) -> LinkSettings:
     """Settings of the source of this file."""
-    return LinkSettings("links", (str(path),), shard_size=shard_size)
+    return LinkSettings(name="links", input=(str(path),), shard_size=shard_size)

@@ -10,7 +10,7 @@ from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.specs import key_spec
 from arrag_runtime.format.training_set import CODEBOOK, MANIFEST, TrainsetManifest, trainset_schema
-from arrag_runtime.training.train import TrainSettings
+from arrag_runtime.training.settings import TrainSettings
 from tests.worlds.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
 from tests.worlds.patch_world import CODES, SPEC
 
