@@ -8,13 +8,14 @@ Source: AR-RAG (arXiv 2506.06962), section 3.2: p = (1 - λ) · p_model + λ · 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.search.neighbors import Neighbors
+from arrag_runtime.settings import Option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,20 +26,18 @@ LAMBDA, TAU = 0.05, 0.6
 """The paper's constants. τ was tuned on distances of a lossy index, so it is a starting value."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DaidSettings:
-    """How retrieved tokens are mixed in.
+    """How retrieved tokens are mixed in."""
 
-    lam: λ, the share of the retrieved distribution, 0..1. tau: τ > 0, in units of squared L2
-    distance. merge: "nearest" lets entries of one token count by the nearest (as released), "sum"
-    adds them up (as kNN-LM does). entropy_above: mix only where the entropy of the model's own
-    distribution, in nats, is above this; None mixes everywhere.
-    """
-
-    lam: float = LAMBDA
-    tau: float = TAU
-    merge: Merge = "nearest"
-    entropy_above: float | None = None
+    lam: Annotated[float, Option(flags="--lambda")] = LAMBDA
+    """DAiD: λ, the share of what was retrieved, 0..1."""
+    tau: Annotated[float, Option()] = TAU
+    """DAiD: τ, the temperature of distances, in units of squared L2, above 0."""
+    merge: Annotated[Merge, Option()] = "nearest"
+    """DAiD: entries of one token count by the nearest (as released), or by their sum (as kNN-LM)."""
+    entropy_above: Annotated[float | None, Option(shown="everywhere")] = None
+    """DAiD: only where the model's entropy, in nats, is above this."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
@@ -65,7 +64,7 @@ def merge(
     lam: λ in 0..1; with 0 the result is p_model bit for bit. tau: τ, in squared L2.
     Raises BadInputError for λ, τ or merge out of range, or neighbours of another number of rows.
     """
-    settings = DaidSettings(lam, tau, merge)
+    settings = DaidSettings(lam=lam, tau=tau, merge=merge)
     return mix(p_model, neighbors, settings)
 
 

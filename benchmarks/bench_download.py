@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import finish, machine
 
 from schemas.records import Attempt, ImageRecord, LinkRecord, Shard, pack_records
-from stages.download.download_links import DownloadSettings, download_links
+from schemas.settings.download import DownloadSettings
+from stages.download.download_links import download_links
 from stages.download.engine import load_engine
 
 SHARD = 10_000
@@ -116,7 +117,7 @@ def run_ours(urls: list[str], threads: int) -> dict[str, float]:
     """Seconds and successes of our shards, from the list of links to the packed shard."""
     load_engine()
     sums = [hashlib.sha256(data).hexdigest() for data in pictures()]
-    settings = DownloadSettings(threads, allow_private_hosts=True)
+    settings = DownloadSettings(threads=threads, allow_private_hosts=True)
     seconds, fetched = 0.0, 0
     for start in range(0, len(urls), SHARD):
         links = [

@@ -51,7 +51,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 def run_pipeline(args: argparse.Namespace, tars: Path, database: Path) -> dict[str, Any]:
     """Build a database of the tars; rates, and what the workers did with their time."""
     from pipeline.build import BuildReport, build
-    from pipeline.building.database import BuildSettings
+    from schemas.settings.build import BuildSettings
     from schemas.settings.resources import RayResources
     from schemas.settings.source import SourceSettings
 
@@ -64,7 +64,7 @@ def run_pipeline(args: argparse.Namespace, tars: Path, database: Path) -> dict[s
     workers = args.workers or max(1, args.threads // args.worker_threads)
     settings = BuildSettings(
         database=database,
-        source=SourceSettings("webdataset", (str(tars),)),
+        source=SourceSettings(name="webdataset", input=(str(tars),)),
         tokenizer=args.tokenizer,
         tokenizer_weights=args.tokenizer_weights,
         precision=args.precision,

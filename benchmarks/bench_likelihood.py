@@ -48,7 +48,8 @@ from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.training_set import TrainingSet
-from arrag_runtime.training.train import TrainSettings, train
+from arrag_runtime.training.settings import TrainSettings
+from arrag_runtime.training.train import train
 
 LAMBDAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 TAUS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0)

@@ -24,9 +24,10 @@ from arrag_runtime.tokenizers import load_tokenizer
 from pipeline import build as build_module
 from pipeline.build import BuildReport, build
 from pipeline.building import run_shards as ray_run
-from pipeline.building.database import BuildSettings, create_database, resolve_database
+from pipeline.building.database import create_database, resolve_database
 from pipeline.building.shard_worker import WorkerSettings
 from schemas.records import ImageRecord, Listing, RecordedShard, Reject, Shard
+from schemas.settings.build import BuildSettings
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
 from schemas.tables import images_schema, patches_schema
@@ -82,7 +83,9 @@ def blank_result(shard: str, layout: Layout, spec: TokenizerSpec, keys: KeySpec)
 
 def blank_writer(layout: Layout) -> tuple[KeySpec, Callable[[str], ShardResult]]:
     """A new database as a build makes it; its keys, and what writes a blank shard to it by id."""
-    manifest, codes = resolve_database(layout, BuildSettings(layout.root, SourceSettings(NAME)))
+    manifest, codes = resolve_database(
+        layout, BuildSettings(database=layout.root, source=SourceSettings(name=NAME))
+    )
     create_database(layout, manifest, codes)
     keys, spec = manifest.keys, manifest.tokenizer
     return keys, lambda shard: blank_result(shard, layout, spec, keys)
@@ -130,7 +133,9 @@ def build_blank(
         setattr(module, name, stand_in)
     try:
         settings = BuildSettings(
-            database, SourceSettings(NAME), resources=RayResources(workers=workers)
+            database=database,
+            source=SourceSettings(name=NAME),
+            resources=RayResources(workers=workers),
         )
         return build(settings, progress)
     finally:

@@ -30,7 +30,9 @@ def read_pictures(data: Path, count: int) -> list[bytes]:
             f"no pictures at '{data}'; name a folder of pictures or tars with --data"
         )
     tars = data.is_file() or any(data.rglob("*.tar"))
-    source = open_source(SourceSettings("webdataset" if tars else "folder", (str(data),)))
+    source = open_source(
+        SourceSettings(name="webdataset" if tars else "folder", input=(str(data),))
+    )
 
     def usable() -> Iterator[bytes]:
         for item in (item for shard in source.listing([]).shards for item in source.read(shard)):

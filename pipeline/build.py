@@ -18,7 +18,8 @@ from typing import Any
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
-from pipeline.building.database import BuildSettings, create_database, resolve_database
+from arrag_runtime.settings import values_of
+from pipeline.building.database import create_database, resolve_database
 from pipeline.building.plan_shards import (
     Plan,
     next_attempts,
@@ -33,7 +34,8 @@ from pipeline.resources.lease import lease
 from pipeline.resources.malloc import return_free_memory
 from pipeline.resources.ray_session import EncoderPool, encoder_pool, ray_cluster
 from schemas.records import Attempt, GridShape
-from stages.download.download_links import DownloadSettings
+from schemas.settings.build import BuildSettings
+from schemas.settings.download import DownloadSettings
 from stages.download.fetch import user_agent
 from stages.encode.decode import DecodeSettings
 from stages.encode.encode_images import EncodeSettings
@@ -69,7 +71,7 @@ class BuildReport:
 
     @property
     def images_per_second(self) -> float:
-        """Pictures committed a second, from the first shard's start to the last commit."""
+        """Pictures committed per second, from the first shard's start to the last commit."""
         return self.images / self.encode_seconds if self.encode_seconds else 0.0
 
     def add(self, result: ShardResult) -> None:
@@ -86,17 +88,21 @@ class BuildReport:
             self.agreement = min(self.agreement or 1.0, result.agreement)
 
 
-Progress = Callable[[int, BuildReport], None]
+BuildProgress = Callable[[int, BuildReport], None]
 """Called with the number of shards to do and the report so far, after every change."""
 
 
 def build(
-    settings: BuildSettings, progress: Progress = lambda _total, _report: None
+    settings: BuildSettings, progress: BuildProgress = lambda _total, _report: None
 ) -> BuildReport:
     """Build the database, or add to it what it lacks of the source.
 
-    Raises ArragError for input the user can mend; shards that failed `ATTEMPTS` times are in the
-    report, the others are done.
+        pictures = SourceSettings(name="folder", input=("pictures",), limit=10_000)
+        report = build(BuildSettings(database="mydb", source=pictures, hold_out=0.1))
+        print(report.images, report.rejects)
+
+    It is not indexed yet; `pipeline.index` does that. Raises ArragError for input that the
+    user can mend; shards that failed `ATTEMPTS` times are in the report, the others are done.
     """
     started = time.perf_counter()
     layout = Layout(settings.database)
@@ -233,7 +239,7 @@ def _run(
     committer: Committer,
     report: BuildReport,
     total: int,
-    progress: Progress,
+    progress: BuildProgress,
 ) -> None:
     """Run the planned shards, failed ones again, and commit what comes back."""
     started = time.perf_counter()
@@ -272,7 +278,7 @@ def _plan_again(
 def _describe_run(
     layout: Layout, manifest: DatabaseManifest, settings: BuildSettings, report: BuildReport
 ) -> None:
-    """Add this run to the manifest: versions, settings, time a stage."""
+    """Add this run to the manifest: versions, settings, time per stage."""
     packages = ("torch", "transformers", "pylance", "pyarrow", "numpy", "pillow", "ray")
     run: dict[str, Any] = {
         "source": settings.source.name,
@@ -291,6 +297,7 @@ def _describe_run(
         "seconds": report.seconds,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
+        "settings": _kept(settings),
     }
     if not report.shards_done and settings.source.name in manifest.sources:
         return
@@ -299,3 +306,13 @@ def _describe_run(
         sources=tuple(dict.fromkeys((*manifest.sources, settings.source.name))),
         runs=(*manifest.runs, run),
     ).write(layout)
+
+
+def _kept(settings: BuildSettings) -> dict[str, Any]:
+    """The options in force, by the names that a `--config` file has, but for the contact's."""
+    private = {"db", "user-agent-contact"}
+    return {
+        name: value
+        for name, value in values_of(settings).items()
+        if value is not None and name not in private
+    }

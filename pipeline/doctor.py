@@ -16,7 +16,8 @@ from typing import Literal
 
 from arrag_runtime.device import available_memory
 from arrag_runtime.format.location import in_store
-from pipeline.plan import Forecast, size
+from pipeline.plan import Forecast, forecast, size
+from schemas.settings.plan import DoctorSettings, ForecastSettings
 from stages.sources import source_kind
 
 Verdict = Literal["ok", "warn", "FAIL"]
@@ -53,6 +54,20 @@ class Machine:
     shared_memory: int | None
     ray_auth: str
     ray_token: bool
+
+
+def doctor(settings: DoctorSettings) -> list[Finding]:
+    """Look at this machine, and judge it for a source's plan or for work in general.
+
+    for finding in doctor(DoctorSettings(database="mydb", gpus=1)):
+        print(finding.verdict, finding.name, finding.detail)
+    """
+    plan = None
+    if settings.source is not None:
+        wanted = ForecastSettings(source=settings.source, database=settings.database)
+        plan = forecast(wanted)
+    machine = examine(settings.database)
+    return diagnose(machine, plan, gpus=settings.gpus, address=settings.ray)
 
 
 def examine(database: str | Path) -> Machine:

@@ -1,14 +1,13 @@
 """Evaluate a database: what its indexes retrieve for positions whose next token is known.
 
-In: a database and which of its indexes. Out: for each the figures of `stages/measure/evaluate_tokens.py`, from
-the same held-out pictures (where there are none, from pictures of the database with their own patches
-left out), side by side as text, JSON or a drawing.
+In: a database and which of its indexes. Out: for each the figures of
+`stages/measure/evaluate_tokens.py`, from the same held-out pictures (where there are none, from
+pictures of the database with their own patches left out), side by side as text, JSON or a drawing.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,13 @@ from arrag_runtime.format.location import local_folder
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.progress import Progress, silent
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.patch_index import PatchIndex, index_folders, open_engine
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.indexing.exact import copies_left_aside, exact_neighbors
+from schemas.settings.evaluate import EvaluateSettings
 from schemas.settings.resources import RayResources
 from stages.index.index_contents import left_out
 from stages.measure.evaluate_tokens import (
@@ -43,22 +44,6 @@ PRIOR_ROWS = 4_000_000
 """The corpus prior is counted over the whole table up to this size, and over a sample beyond."""
 EXACT_KINDS = ("flat", "codebook")
 """Kinds whose distances are true; others report approximations."""
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """indexes: names; all of the database's by default. k: results a query, as DAiD asks them.
-
-    ray: the address of a cluster for exact search over large tables.
-    """
-
-    database: str | Path
-    indexes: tuple[str, ...] = ()
-    pictures: int = 200
-    queries: int = 2000
-    k: int = 2048
-    seed: int = 0
-    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,12 +133,15 @@ class Evaluation:
 
 def evaluate(
     settings: EvaluateSettings,
-    progress: Callable[[str, int, int], None] = lambda _step, _done, _total: None,
+    progress: Progress = silent,
     announce: Callable[[str], None] = lambda _cost: None,
 ) -> Evaluation:
-    """Evaluate indexes of a database. progress: called with a step, rows done and in all.
+    """Evaluate indexes of a database.
 
-    Raises BadInputError where the database has no such index, or no pictures to ask with.
+        found = evaluate(EvaluateSettings(database="mydb", indexes=("codebook",), k=100))
+        print(found.to_text())
+
+    progress counts rows; announce is told what a long search will cost before it starts. Raises BadInputError where the database has no such index, or no pictures to ask with.
     """
     layout = Layout(settings.database)
     manifest = DatabaseManifest.read(layout)
@@ -175,7 +163,9 @@ def evaluate(
         table = PatchTable(layout.patches(made.keys), made.table_version)
         if made.keys.name not in asked:
             asked[made.keys.name] = sample_queries(
-                *(images, manifest.tokenizer, made.keys),
+                images,
+                manifest.tokenizer,
+                made.keys,
                 pictures=settings.pictures,
                 queries=settings.queries,
                 seed=settings.seed,
@@ -187,11 +177,14 @@ def evaluate(
         metric = (made.keys.name, table.version, made.weights, _digest(skip), _digest(without))
         if metric not in exact:
             exact[metric] = exact_neighbors(
-                *(table, codes, queries, RANKS),
+                table,
+                codes,
+                queries,
+                RANKS,
                 weights=made.weights,
                 skip=skip,
                 left_out=without,
-                resources=RayResources(settings.ray) if settings.ray else None,
+                resources=RayResources(address=settings.ray) if settings.ray else None,
                 announce=announce,
                 progress=lambda done, total: progress("searching exactly", done, total),
             )
@@ -205,7 +198,12 @@ def evaluate(
             ids = answer.patch_ids[:, :RANKS]
             distances = true_distances(table.blocks(), codes, queries, ids, weights=made.weights)
         figures = evaluate_tokens(
-            *(queries, answer, exact[metric], distances, codes, priors[corpus]),
+            queries,
+            answer,
+            exact[metric],
+            distances,
+            codes,
+            priors[corpus],
             seed=settings.seed,
         )
         gain = None
@@ -213,8 +211,15 @@ def evaluate(
             gain = likelihood_gain(found[0].figures, figures, queries.images, seed=settings.seed)
         found.append(
             EvaluatedIndex(
-                *(name, made.kind, made.keys.name, made.count, index.nprobe, made.weights),
-                *(queries.protocol, figures, gain),
+                name=name,
+                kind=made.kind,
+                keys=made.keys.name,
+                count=made.count,
+                nprobe=index.nprobe,
+                weights=made.weights,
+                protocol=queries.protocol,
+                figures=figures,
+                gain=gain,
             )
         )
     return Evaluation(layout.root, settings.k, tuple(found))

@@ -19,13 +19,12 @@ from schemas.records import Count
 from schemas.settings.index import (
     IMBALANCE,
     PROBES,
-    QUERY_MS,
     SCAN_NS,
     choose_ivfpq_lists,
     choose_lists,
     default_kind,
 )
-from schemas.settings.source import SourceSettings
+from schemas.settings.plan import ForecastSettings
 from stages.sources import count_inputs
 
 GRID, DIMENSION = (24, 24), 8
@@ -41,24 +40,6 @@ SECONDS_A_SEARCH = 0.3e-3
 """Look-up tables and coarse search, once a query."""
 SUCCESS = 0.9
 """Share of published addresses that still answered two years on."""
-
-
-@dataclass(frozen=True)
-class ForecastSettings:
-    """rate: addresses fetched a second. images_per_second: encoded, all GPUs together; None takes
-    what the database's last build measured. success: share of addresses that become pictures;
-    None is `SUCCESS` for sources of addresses and 1 for others. query_ms: wanted a query.
-    """
-
-    source: SourceSettings
-    database: str | Path | None = None
-    rate: float = 300.0
-    images_per_second: float | None = None
-    success: float | None = None
-    neighborhood: str = "causal-1"
-    border: str = "skip"
-    hold_out: float = 0.0
-    query_ms: float = QUERY_MS
 
 
 @dataclass(frozen=True)
@@ -91,7 +72,13 @@ class Forecast:
 
 
 def forecast(settings: ForecastSettings) -> Forecast:
-    """Count the source's inputs and work out what they become. Raises BadInputError."""
+    """Count the source's inputs and work out what they become.
+
+        links = SourceSettings(name="cc12m", input=("cc12m.tsv",))
+        print(to_text(forecast(ForecastSettings(source=links, images_per_second=300))))
+
+    Raises BadInputError for inputs that are not there or would have to be fetched.
+    """
     manifest = _manifest(settings.database)
     return work_out(settings, count_inputs(settings.source), manifest, _recorded(settings))
 
@@ -186,14 +173,14 @@ def _grid(manifest: DatabaseManifest | None) -> tuple[int, int, int]:
     return spec.grid_height, spec.grid_width, spec.dimension
 
 
-def _manifest(database: str | Path | None) -> DatabaseManifest | None:
-    layout = Layout(database) if database else None
-    return DatabaseManifest.read(layout) if layout and exists(layout.manifest) else None
+def _manifest(database: str | Path) -> DatabaseManifest | None:
+    layout = Layout(database)
+    return DatabaseManifest.read(layout) if exists(layout.manifest) else None
 
 
 def _recorded(settings: ForecastSettings) -> int:
     """How many inputs of this source the database has already."""
-    if _manifest(settings.database) is None or settings.database is None:
+    if _manifest(settings.database) is None:
         return 0
     from stages.tables.ledger import read_ledger
 

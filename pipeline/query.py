@@ -18,35 +18,8 @@ from arrag_runtime.search.index_group import IndexGroup
 from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.tokenizers import Tokenizer, load_tokenizer
+from schemas.settings.query import QuerySettings
 from stages.encode.decode import DecodeSettings, UndecodableError, decode
-
-
-@dataclass(frozen=True)
-class QuerySettings:
-    """Either `image`, with or without a position, or `tokens`. `k` neighbours each.
-
-    exclude_self leaves out what comes from the image itself and its copies, known by the hash of
-    their bytes. tokenizer_weights says where the database's weights are now, if they have moved.
-    others: databases searched together with the first; where: a filter on the images' columns, such
-    as "source = 'cc12m'", to search in these pictures only.
-    """
-
-    database: str | Path
-    image: Path | None = None
-    row: int | None = None
-    col: int | None = None
-    tokens: tuple[int, ...] | None = None
-    k: int = 10
-    index: str | None = None
-    exclude_self: bool = False
-    tokenizer_weights: str | None = None
-    others: tuple[str | Path, ...] = ()
-    where: str | None = None
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """Where the databases are."""
-        return tuple(Layout(database) for database in (self.database, *self.others))
 
 
 @dataclass(frozen=True)
@@ -115,8 +88,16 @@ class QueryAnswer:
 
 
 def query(settings: QuerySettings) -> QueryAnswer:
-    """Answer a query. Raises BadInputError for a picture, position or token that cannot be used."""
-    layout = Layout(settings.database)
+    """Answer a query.
+
+        answer = query(QuerySettings(databases=("mydb",), image=Path("hat.jpg"), row=12, col=11))
+        for neighbor in answer.results[0].neighbors:
+            print(neighbor.distance, neighbor.token, neighbor.url)
+
+    Raises BadInputError for a picture, position or token that cannot be used.
+    """
+    layouts = [Layout(database) for database in settings.databases]
+    layout = layouts[0]
     manifest = DatabaseManifest.read(layout)
     if (settings.image is None) == (settings.tokens is None):
         raise BadInputError("give either --image FILE or --tokens 'a,b,c,d'")
@@ -124,8 +105,8 @@ def query(settings: QuerySettings) -> QueryAnswer:
         raise BadInputError("--row and --col say where in an --image; with --tokens leave them out")
     if (settings.row is None) != (settings.col is None):
         raise BadInputError("--row and --col go together; give both, or neither for every position")
-    index = IndexGroup([PatchIndex.open(one.root, settings.index) for one in settings.layouts])
-    keep, notes = _kept(settings)
+    index = IndexGroup([PatchIndex.open(one.root, settings.index) for one in layouts])
+    keep, notes = _kept(settings, layouts)
     grid = None
     if settings.tokens is not None:
         positions: list[tuple[int | None, int | None]] = [(None, None)]
@@ -138,30 +119,32 @@ def query(settings: QuerySettings) -> QueryAnswer:
             manifest,
         )
         positions, keys = _picture_keys(grid, settings, manifest)
-    own = _own_images(settings)
+    own = _own_images(settings, layouts)
     exclude = np.tile(np.array(own, np.int64), (len(keys), 1)) if own else None
     found = index.search(keys, settings.k, exclude=exclude, keep=keep)
-    rows = _image_rows(settings.layouts, found)
+    rows = _image_rows(layouts, found)
     results = tuple(
         PositionResult(
             row,
             col,
             tuple(keys[n].tolist()),
             None if grid is None else int(grid[row, col]),
-            _trace(found, n, rows, settings.layouts, manifest.tokenizer.grid_width),
+            _trace(found, n, rows, layouts, manifest.tokenizer.grid_width),
         )
         for n, (row, col) in enumerate(positions)
     )
     return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid, notes)
 
 
-def _kept(settings: QuerySettings) -> tuple[list[Ids | None] | None, tuple[str, ...]]:
+def _kept(
+    settings: QuerySettings, layouts: Sequence[Layout]
+) -> tuple[list[Ids | None] | None, tuple[str, ...]]:
     """For each database the pictures that the filter keeps, ascending, and what that costs."""
     if settings.where is None:
         return None, ()
     kept: list[Ids | None] = []
     total = 0
-    for layout in settings.layouts:
+    for layout in layouts:
         images = ImageTable(layout.images)
         batches = images.batches(["image_id"], 1 << 18, settings.where)
         ids = [batch.column("image_id").to_numpy() for batch in batches]
@@ -177,7 +160,7 @@ def _kept(settings: QuerySettings) -> tuple[list[Ids | None] | None, tuple[str, 
     )
 
 
-def _own_images(settings: QuerySettings) -> list[int]:
+def _own_images(settings: QuerySettings, layouts: Sequence[Layout]) -> list[int]:
     """The ids of the query's own picture and its copies, where they are to be left out."""
     if not settings.exclude_self:
         return []
@@ -185,7 +168,7 @@ def _own_images(settings: QuerySettings) -> list[int]:
         raise BadInputError("--exclude-self leaves out the --image itself; --tokens names none")
     sha256 = hashlib.sha256(_read(settings.image)).hexdigest()
     own: list[int] = []
-    for layout in settings.layouts:
+    for layout in layouts:
         own += ImageTable(layout.images).copies([sha256]).get(sha256, [])
     return own
 

@@ -5,7 +5,7 @@ The patch that comes next is framed; the neighbours that form the key are outlin
 """
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.generation.picture_grid import FAINT, INK, font
+from arrag_runtime.progress import Progress, silent
 from arrag_runtime.tokenizers import Tokenizer
 from pipeline.query import Neighbor, PositionResult, QueryAnswer
 
@@ -28,7 +29,7 @@ def draw_sheet(
     answer: QueryAnswer,
     tokenizer: Tokenizer,
     title: str,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = silent,
 ) -> Image.Image:
     """Draw up to eight of the answer's positions, spread evenly, with up to eight results each."""
     results = _spread(answer.results, MAX_ROWS)
@@ -86,11 +87,11 @@ def _spread(results: Sequence[PositionResult], count: int) -> list[PositionResul
 def _reconstruct(
     grids: dict[int, npt.NDArray[np.uint16]],
     tokenizer: Tokenizer,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
     for done, (image, grid) in enumerate(grids.items(), start=1):
         yield image, tokenizer.decode(grid[None])[0]
-        progress(done, len(grids))
+        progress("reconstructing", done, len(grids))
 
 
 def _cut(

@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from arrag_runtime.backends import Backend, load_backend
 from arrag_runtime.backends.compatibility import require_fit
-from arrag_runtime.daid import DaidSettings
 from arrag_runtime.device import default_device
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.generation.augmenter import Augmenter
 from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
 from arrag_runtime.generation.generate import Generated, generate
 from arrag_runtime.generation.picture_grid import comparison, grid_picture, save_png
+from arrag_runtime.generation.settings import GenerateSettings
 from arrag_runtime.generation.trace import Origin, SourceImage, Tracer, source_weights, trace_json
 from arrag_runtime.generation.trace_sheet import Traced, draw_trace, heaviest_sources
 from arrag_runtime.search.index_group import IndexGroup
@@ -31,56 +31,9 @@ from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.search.retriever import Retriever
 from arrag_runtime.tokenizers import Pixels
 
-MODES = ("plain", "daid", "faid", "compare")
 _LABELS = {"plain": "plain", "daid": "DAiD", "faid": "FAiD"}
-PAPERS = DaidSettings()
 _MOST_TRACED_ROWS = 8
 _Show = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What to generate and how; see `arrag generate --help`.
-
-    mode: "compare" runs plain, DAiD and, where there is an adapter, FAiD on the same seeds.
-    traced: whether to keep what a trace needs.
-    """
-
-    model: str
-    prompts: tuple[str, ...]
-    mode: str
-    databases: tuple[str | Path, ...]
-    index: str | None = None
-    adapter: Path | None = None
-    images: int = 1
-    seed: int = 0
-    k: int = 2048
-    daid: DaidSettings = PAPERS
-    guidance: float | None = None
-    temperature: float | None = None
-    device: str | None = None
-    precision: str | None = None
-    batch_size: int = 8
-    traced: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise BadInputError(f"unknown --mode '{self.mode}'; choose one of {', '.join(MODES)}")
-        if self.mode == "faid" and self.adapter is None:
-            raise BadInputError(
-                "--mode faid needs an adapter; train one with `arrag train` and name it with --adapter"
-            )
-        if self.mode in ("plain", "daid") and self.adapter is not None:
-            raise BadInputError(f"--mode {self.mode} uses no adapter; use --mode faid or compare")
-        if self.mode == "plain" and self.traced:
-            raise BadInputError("--mode plain retrieves nothing to trace; use --mode daid")
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods to run, in order."""
-        if self.mode != "compare":
-            return (self.mode,)
-        return ("plain", "daid") if self.adapter is None else ("plain", "daid", "faid")
 
 
 @dataclass(frozen=True)

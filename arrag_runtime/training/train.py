@@ -23,51 +23,13 @@ from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.compatibility import require_same_grids
 from arrag_runtime.backends.janus import JanusBackend
 from arrag_runtime.device import require_device, torch_dtype
-from arrag_runtime.faid.attach import CANDIDATES
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples, TrainingSet
 from arrag_runtime.training.model import TrainingModel, training_spec
 from arrag_runtime.training.run import Metrics, TrainingRun
+from arrag_runtime.training.settings import TrainSettings
 
 _ADAPTER = "adapter.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """model: "sample", a folder or a hub id; data: a training set; out: the run's folder.
-
-    The rest is the paper's recipe: steps None for `epochs` epochs; warmup: the share of the steps in
-    which the learning rate rises; global_batch: examples a step over all processes; batch_size: at
-    once on one process. precision: of the forward pass; trained weights are float32 in any case.
-    """
-
-    model: str
-    data: Path
-    out: Path
-    hops: tuple[int, ...] = (1, 2)
-    blenders: int = 2
-    k: int = CANDIDATES
-    lora_rank: int = 128
-    lora_alpha: int = 256
-    lora_dropout: float = 0.05
-    learning_rate: float = 2e-4
-    warmup: float = 0.1
-    clip: float = 1.0
-    global_batch: int = 256
-    batch_size: int = 4
-    epochs: float = 1.0
-    steps: int | None = None
-    caption_tokens: int = 512
-    precision: str = "bfloat16"
-    device: str = "cpu"
-    seed: int = 0
-    checkpoint_every: int = 25
-
-    def recipe(self) -> dict[str, Any]:
-        """What a run's results follow from, as checkpoints hold it; the rest may change."""
-        free = {"out", "data", "device", "batch_size", "checkpoint_every"}
-        fields = {name: value for name, value in vars(self).items() if name not in free}
-        return fields | {"hops": list(self.hops)}
 
 
 @dataclass(frozen=True)
@@ -108,7 +70,6 @@ def train(
     Raises ArragError for what the user can mend: a set that does not fit the generator, a run of
     other settings in `out`, a loss that is no number.
     """
-    _check(settings)
     before = torch.get_float32_matmul_precision()
     if settings.precision == "bfloat16" and settings.device != "cpu":
         # Blenders are folded in float32, which then may take a GPU's tensor cores too.
@@ -251,19 +212,3 @@ def _accelerator(settings: TrainSettings) -> Any:
     require_device(settings.device, "--device cpu")
     # The training model chooses the precision of its forward pass itself.
     return Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
-
-
-def _check(settings: TrainSettings) -> None:
-    """Raise BadInputError for the first setting that cannot be."""
-    for option, value, good, meaning in (
-        ("--k", settings.k, settings.k >= 1, "1 or more"),
-        ("--lora-rank", settings.lora_rank, settings.lora_rank >= 0, "0 (no LoRA) or more"),
-        ("--lora-dropout", settings.lora_dropout, 0 <= settings.lora_dropout < 1, "0 to below 1"),
-        ("--learning-rate", settings.learning_rate, settings.learning_rate > 0, "more than 0"),
-        ("--warmup", settings.warmup, 0 <= settings.warmup <= 1, "a share from 0 to 1"),
-        ("--epochs", settings.epochs, settings.epochs > 0, "more than 0"),
-        ("--steps", settings.steps, settings.steps is None or settings.steps >= 1, "1 or more"),
-        ("--device", settings.device, settings.device in ("cpu", "cuda"), "cpu or cuda"),
-    ):
-        if not good:
-            raise BadInputError(f"{option} is {value}; give {meaning}")

@@ -1,13 +1,11 @@
 """The database a build writes to: the one that exists, checked against the settings, or a new one."""
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import require_grid_fits
 from arrag_runtime.format.location import exists, in_store, names_in
 from arrag_runtime.format.manifest import (
-    PRECISIONS,
     DatabaseManifest,
     EncoderSettings,
     Layout,
@@ -16,9 +14,7 @@ from arrag_runtime.format.manifest import (
 )
 from arrag_runtime.format.specs import Floats, KeySpec, key_spec, require_same_tokenizer
 from arrag_runtime.tokenizers import load_tokenizer
-from schemas.settings.resources import RayResources
-from schemas.settings.source import SourceSettings
-from stages.download.download_links import DownloadSettings
+from schemas.settings.build import BuildSettings
 from stages.sources import source_kind
 from stages.tables.committer import create_tables
 from stages.tables.deletion import create_removed_list
@@ -28,42 +24,12 @@ DEFAULT_BATCH = {"cpu": 1, "cuda": 32}
 """On a CPU single pictures were the fastest (docs/log.md); a GPU wants to be filled."""
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """None where a setting is the database's own, or, for a new one, the default.
-
-    retry_rejects: reasons; where there are any, the rejects that have them are tried again, and
-    nothing else is done.
-    """
-
-    database: str | Path
-    source: SourceSettings
-    tokenizer: str | None = None
-    tokenizer_weights: str | None = None
-    neighborhood: str | None = None
-    border: str | None = None
-    key_space: str | None = None
-    hold_out: float | None = None
-    precision: str | None = None
-    batch_size: int | None = None
-    compile: bool = False
-    min_side: int = 32
-    max_pixels: int = 80_000_000
-    resources: RayResources = field(default_factory=RayResources)
-    download: DownloadSettings = field(default_factory=DownloadSettings)
-    retry_rejects: tuple[str, ...] = ()
-
-
 def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseManifest, Floats]:
     """The manifest of the database at `layout`, or of the one to be created, and its codebook.
 
     Writes nothing. Raises IncompatibleError, with both sides named, when the settings differ from
     those of a database that exists.
     """
-    if settings.precision not in (None, *PRECISIONS):
-        raise BadInputError(
-            f"unknown precision '{settings.precision}'; choose one of {', '.join(PRECISIONS)}"
-        )
     grids = source_kind(settings.source.name).grids
     if grids and settings.tokenizer is None:
         raise BadInputError(

@@ -30,9 +30,10 @@ from schemas.records import (
     pack_records,
     unpack_records,
 )
+from schemas.settings.download import DownloadSettings
 from schemas.settings.source import SourceSettings
 from schemas.tables import REJECTS_SCHEMA
-from stages.download.download_links import DownloadSettings, download_links
+from stages.download.download_links import download_links
 from stages.encode.encode_images import EncodeSettings, encode_shard
 from stages.encode.extract_patches import extract_patches
 from stages.removal.suppression import read_suppressions, suppress

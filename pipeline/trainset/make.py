@@ -6,8 +6,8 @@ batches on Ray → commit each in order → describe the set in its manifest.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from arrag_runtime.format.training_set import (
     TrainsetManifest,
     trainset_schema,
 )
+from arrag_runtime.progress import Progress, silent
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.resources.lease import lease
@@ -45,46 +46,27 @@ from pipeline.trainset.worker import TrainsetWorker, Written, write_pictures, wr
 from schemas.records import Shard
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
+from schemas.settings.trainset import TrainsetSettings
 from stages.sources import locate_source, open_source
 from stages.tables.row_table import RowTable
 
 IMAGES_PER_TASK = 32
 """Pictures a task of the database's own: some 16,000 searches on a 24 x 24 grid."""
 
-PICTURES = ("heldout", "database")
-
-
-@dataclass(frozen=True)
-class TrainsetSettings:
-    """What to make. pictures: "heldout" or "database", None for held-out ones where there are any.
-
-    source: another source to take the pictures from; limit: pictures at most (of a source: its
-    inputs); out: the folder, None for `DB/trainset`; index: its name, None for the newest.
-    """
-
-    database: str | Path
-    k: int = 10
-    limit: int | None = 50_000
-    pictures: str | None = None
-    source: SourceSettings | None = None
-    out: str | Path | None = None
-    index: str | None = None
-    tokenizer_weights: str | None = None
-    resources: RayResources = field(default_factory=RayResources)
-
 
 @dataclass(frozen=True)
 class TrainsetReport:
-    """folder: where it is; images: rows in it; added: by this run; captionless: pictures left out,
-
-    0 for another source, whose captionless pictures are not counted.
-    """
+    """What was made."""
 
     folder: str
+    """Where it is."""
     manifest: TrainsetManifest
     images: int
+    """Rows in it."""
     added: int
+    """Rows of this run."""
     captionless: int
+    """Pictures left out for want of a caption; those of another source are not counted."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -112,16 +94,18 @@ class TrainsetReport:
 Task = list[int] | Shard
 """What one Ray task works on: pictures of the database by id, or a shard of another source."""
 
-Progress = Callable[[int, int], None]
 
-
-def make_trainset(
-    settings: TrainsetSettings, progress: Progress = lambda _done, _total: None
-) -> TrainsetReport:
+def make_trainset(settings: TrainsetSettings, progress: Progress = silent) -> TrainsetReport:
     """Make the training set, or add to it what it lacks; an interrupted one goes on.
 
-    progress is called with tasks done and to do. Raises ArragError for what the user can mend.
+        made = make_trainset(TrainsetSettings(database="mydb", limit=50_000))
+        print(made.folder, made.images)
+
+    progress counts tasks. Raises ArragError for what the user can mend.
     """
+    if settings.source is not None and settings.source.limit is None:
+        limited = replace(settings.source, limit=settings.limit)
+        settings = replace(settings, source=limited)
     layout = Layout(settings.database)
     database = DatabaseManifest.read(layout)
     folder = resolved_place(settings.out or join(layout.root, "trainset"))
@@ -154,7 +138,7 @@ def make_trainset(
                     held.check()
                     rows.append(written.fragments)
                     added += written.images
-                    progress(number + 1, len(tasks))
+                    progress("retrieving", number + 1, len(tasks))
         count = rows.count()
         if not count:
             raise BadInputError(
@@ -182,14 +166,8 @@ def _describe(
             f"index {index.manifest.name} has {keys.neighborhood.name} keys, which see later tokens;"
             " FAiD predicts from earlier ones: index a causal neighbourhood"
         )
-    if settings.k < 1:
-        raise BadInputError(f"--k is {settings.k}; retrieve at least 1 token a position")
     if settings.source is not None and settings.pictures is not None:
         raise BadInputError("--source and --from both say where pictures come from; give one")
-    if settings.pictures not in (None, *PICTURES):
-        raise BadInputError(
-            f"unknown --from '{settings.pictures}'; choose one of {', '.join(PICTURES)}"
-        )
     if settings.source is not None:
         pictures = " ".join((settings.source.name, *settings.source.input))
     else:

@@ -22,8 +22,9 @@ from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.tokenizers import Tokenizer, Tokens
 from pipeline.query import load_database_tokenizer
 from schemas.records import Attempt, GridRecord, GridShape, ImageRecord, Reject, Shard
+from schemas.settings.download import DownloadSettings
 from schemas.settings.source import SourceSettings
-from stages.download.download_links import DownloadSettings, download_links
+from stages.download.download_links import download_links
 from stages.encode.decode import DecodeSettings
 from stages.encode.encode_images import EncodeSettings, encode_shard
 from stages.removal.suppression import read_suppressions, suppress
@@ -167,13 +168,13 @@ def retrieve(index: PatchIndex, grids: Tokens, exclude: Ids, k: int) -> npt.NDAr
 
 @lru_cache(maxsize=1)
 def _index(database: str, name: str) -> PatchIndex:
-    """The index, opened once a process."""
+    """The index, opened once per process."""
     return PatchIndex.open(database, name)
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(database: str, weights: str | None, device: str) -> Tokenizer:
-    """The database's tokenizer, loaded once a process."""
+    """The database's tokenizer, loaded once per process."""
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     tokenizer = load_database_tokenizer(layout, manifest, weights)

@@ -2,13 +2,16 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.specs import KeySpec
+from arrag_runtime.settings import Option, check
 
-KINDS = ("codebook", "ivfpq", "flat")
+if TYPE_CHECKING:
+    from arrag_runtime.format.specs import KeySpec
+
+Kind = Literal["codebook", "ivfpq", "flat"]
 FLAT_UP_TO = 50_000
 """Latent keys: below this many exact search is as fast as anything and takes a few megabytes."""
 FEWEST_POINTS = 39
@@ -24,7 +27,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def default_kind(space: str, keys: int) -> str:
+def default_kind(space: str, keys: int) -> Kind:
     """The kind of index that suits this many keys of a space, "codebook" or "latent"."""
     if space == "codebook":
         return "codebook"
@@ -34,8 +37,8 @@ def default_kind(space: str, keys: int) -> str:
 def choose_lists(keys: int, query_ms: float) -> int:
     """How many lists of a codebook index let a query take about `query_ms` on one core.
 
-    Coarse search aside. At least `BALANCE`·√keys, so that finding the lists and scanning them stay in balance, and at most
-    what `FEWEST_POINTS` keys a list allow.
+    Coarse search aside. At least `BALANCE`·√keys, so that finding the lists and scanning them stay
+    in balance, and at most what `FEWEST_POINTS` keys per list allow.
     """
     scan = keys * PROBES * IMBALANCE * SCAN_NS / (query_ms * 1e6)
     wanted = max(BALANCE * math.sqrt(keys), scan)
@@ -47,39 +50,47 @@ def choose_ivfpq_lists(keys: int) -> int:
     return max(1, min(round(4 * math.sqrt(keys)), keys // FEWEST_POINTS))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexSettings:
-    """kind: "codebook", "ivfpq", "flat", or None for what suits the keys.
+    """How an index is to be made; kept in its manifest, so that a grown table is indexed likewise."""
 
-    index_key: faiss' factory string, for ivfpq. memory: what the finished index may take;
-    worker_memory: what one process may take while filling. lists: None for as many as make a query
-    take about query_ms on one core. nprobe: None for the smallest that reaches target_recall
-    ("0.95", or "0.9@2048"). weights: "equal", "learned", or one number an offset, separated by commas.
-    max_copies: identical entries beyond this many are stored once. dedup: "none" or "images".
-    """
-
-    kind: str | None = None
-    index_key: str | None = None
-    memory: str = "4GB"
-    worker_memory: str = "600MB"
-    lists: int | None = None
-    query_ms: float = QUERY_MS
-    nprobe: int | None = None
-    target_recall: str = "0.95"
-    weights: str = "equal"
-    max_copies: int = 16
-    dedup: str = "none"
+    kind: Annotated[Kind | None, Option(shown="codebook; latent keys: by size")] = None
+    """codebook, ivfpq or flat."""
+    index_key: Annotated[str | None, Option(shown="OPQ8_32,IVFn,PQ8x8")] = None
+    """ivfpq: a faiss factory string."""
+    lists: Annotated[int | None, Option(minimum=1, shown="by --query-ms")] = None
+    """codebook: coarse lists."""
+    query_ms: Annotated[float, Option(minimum=0.01)] = QUERY_MS
+    """codebook: milliseconds a query may scan on one core."""
+    target_recall: Annotated[str, Option(panel="Certificate")] = "0.95"
+    """nprobe is the smallest that reaches it; R or R@K."""
+    nprobe: Annotated[int | None, Option(panel="Certificate", minimum=1, shown="by the target")] = (
+        None
+    )
+    """Lists a search visits."""
+    weights: Annotated[str, Option()] = "equal"
+    """codebook: equal, learned, or one number per offset: 1,2,…"""
+    max_copies: Annotated[int, Option(minimum=1)] = 16
+    """codebook: more identical entries are stored once."""
+    dedup: Annotated[Literal["none", "images"], Option()] = "none"
+    """codebook: none, or images to leave out copies of pictures."""
+    memory: Annotated[str, Option(panel="Machine")] = "4GB"
+    """What the index may take in memory."""
+    worker_memory: Annotated[str, Option(panel="Machine")] = "600MB"
+    """codebook: what a process may take while it fills."""
     seed: int = 0
+    """Decides which keys lists are learned from."""
 
-    def resolved(self, keys: KeySpec, count: int) -> "IndexSettings":
+    def __post_init__(self) -> None:
+        check(self)
+
+    def resolved(self, keys: "KeySpec", count: int) -> "IndexSettings":
         """The same with the kind that suits the keys where none was asked for.
 
         Raises BadInputError for settings that no index can have, or that do not go together.
         """
-        by_key = "ivfpq" if self.index_key is not None else None
+        by_key: Kind | None = "ivfpq" if self.index_key is not None else None
         kind = self.kind or by_key or default_kind(keys.space, count)
-        if kind not in KINDS:
-            raise BadInputError(f"unknown index kind '{kind}'; choose one of {', '.join(KINDS)}")
         if kind == "codebook" and keys.space != "codebook":
             raise BadInputError(
                 f"--kind codebook packs the tokens of a key, and keys in {keys.space} space have"
@@ -95,16 +106,12 @@ class IndexSettings:
                 raise BadInputError(f"{option} is for --kind {needed}, not {kind}; leave it out")
         if self.nprobe is not None and kind == "flat":
             raise BadInputError("--nprobe is for kinds with lists, not flat; leave it out")
-        if self.max_copies < 1:
-            raise BadInputError(f"--max-copies {self.max_copies} is too few; give at least 1")
-        if self.dedup not in ("none", "images"):
-            raise BadInputError(f"--dedup '{self.dedup}' is neither none nor images")
         size_in_bytes("--memory", self.memory)
         size_in_bytes("--worker-memory", self.worker_memory)
         self.typed_weights(keys)
-        return IndexSettings(**asdict(self) | {"kind": kind})
+        return replace(self, kind=kind)
 
-    def typed_weights(self, keys: KeySpec) -> tuple[float, ...] | None:
+    def typed_weights(self, keys: "KeySpec") -> tuple[float, ...] | None:
         """The weights that were typed, scaled to a mean of 1; None for equal or learned ones."""
         if self.weights in ("equal", "learned"):
             return None

@@ -7,13 +7,13 @@ lies with this machine or the moment, fails as a whole, so that it can be tried 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from arrag_runtime.format.errors import ShardError
 from schemas.records import Attempt, ImageRecord, LinkRecord, Reject
+from schemas.settings.download import DownloadSettings
 from stages.download.engine import ShardDownload
 from stages.download.fetch import Fetcher, FetchSettings
 from stages.download.keep_images import keep_images
@@ -37,34 +37,6 @@ class _InShard(Protocol):
 
 
 Ready = TypeVar("Ready", bound=_InShard)
-
-
-@dataclass(frozen=True)
-class DownloadSettings:
-    """timeout: seconds a URL. shard_deadline: seconds a shard, which fails when they are over.
-
-    max_bytes: of one picture; max_shard_bytes: of all of a shard, which lie on disk until it is
-    encoded. keep_images: a folder where fetched shards are kept as tars.
-    """
-
-    threads: int = 64
-    timeout: float = 10.0
-    max_bytes: int = 64 << 20
-    allow_private_hosts: bool = False
-    contact: str | None = None
-    shard_deadline: float = 3600.0
-    max_shard_bytes: int = 16 << 30
-    keep_images: str | None = None
-
-    @property
-    def fetch(self) -> FetchSettings:
-        """What concerns a single URL."""
-        return FetchSettings(
-            self.timeout,
-            self.max_bytes,
-            allow_private_hosts=self.allow_private_hosts,
-            contact=self.contact,
-        )
 
 
 def download_links(
@@ -97,7 +69,7 @@ def download_links(
         else:
             ready.append(item)
     with (
-        open_fetcher(settings.fetch) as fetcher,
+        open_fetcher(_fetch_settings(settings)) as fetcher,
         ShardDownload(
             links,
             fetcher,
@@ -141,3 +113,13 @@ def _require_plausible(refused: Iterable[FetchError], links: int) -> None:
                 f"{count} of {links} links failed with '{reason}' ({details[reason]}); check this"
                 " machine's network and name server, then build again"
             )
+
+
+def _fetch_settings(settings: DownloadSettings) -> FetchSettings:
+    """What concerns a single URL."""
+    return FetchSettings(
+        timeout=settings.timeout,
+        max_bytes=settings.max_bytes,
+        allow_private_hosts=settings.allow_private_hosts,
+        contact=settings.contact,
+    )

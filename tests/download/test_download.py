@@ -25,7 +25,8 @@ from schemas.records import (
     pack_records,
     unpack_records,
 )
-from stages.download.download_links import DownloadSettings, download_links
+from schemas.settings.download import DownloadSettings
+from stages.download.download_links import download_links
 from stages.download.engine import load_engine
 from tests.worlds.servers.web import Web, answer, raw, serve, silent
 
@@ -126,7 +127,7 @@ def test_a_link_that_is_no_address_is_a_reject_like_others(url: str) -> None:
 def test_a_shard_that_stalls_is_given_up_at_its_deadline(web: Web) -> None:
     """Links in the air end with it, those that wait are not begun."""
     web.pages.update(dict.fromkeys(web.pages, silent))
-    hasty = DownloadSettings(4, 60, allow_private_hosts=True, shard_deadline=0.5)
+    hasty = DownloadSettings(threads=4, timeout=60, allow_private_hosts=True, shard_deadline=0.5)
     started = time.monotonic()
     with pytest.raises(ShardError, match=r"given up after 0\.5 s with \d+ of 60 links answered"):
         downloaded(links(web, 60), hasty)
@@ -136,14 +137,14 @@ def test_a_shard_that_stalls_is_given_up_at_its_deadline(web: Web) -> None:
 
 def test_a_deadline_that_passes_in_the_last_link_counts_too(web: Web) -> None:
     web.pages["/0"] = silent
-    hasty = DownloadSettings(4, 60, allow_private_hosts=True, shard_deadline=0.5)
+    hasty = DownloadSettings(threads=4, timeout=60, allow_private_hosts=True, shard_deadline=0.5)
     with pytest.raises(ShardError, match="given up"):
         downloaded(links(web, 3), hasty)
 
 
 def test_a_shards_bytes_are_bounded(web: Web) -> None:
     """Pictures that are finished lie on disk, so there must be an end to them."""
-    small = DownloadSettings(4, 5, allow_private_hosts=True, max_shard_bytes=1500)
+    small = DownloadSettings(threads=4, timeout=5, allow_private_hosts=True, max_shard_bytes=1500)
     assert sum(len(body(n)) for n in range(30)) < 1500
     assert len(downloaded(links(web, 30), small)) == 30
     with pytest.raises(ShardError, match="over 1500 bytes; raise --max-shard-bytes"):

@@ -29,7 +29,7 @@ def test_tars_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert list(keep_images(iter(ITEMS), tmp_path / "kept", Attempt(SHARD))) == ITEMS
     (tar,) = (tmp_path / "kept").iterdir()
     assert tar.name == "00c0ffee00c0ffee.tar"
-    found = records(open_source(SourceSettings("webdataset", (str(tar),))))
+    found = records(open_source(SourceSettings(name="webdataset", input=(str(tar),))))
     assert list(found) == ["00000", "00002", "00007"]
     for item in (i for i in ITEMS if isinstance(i, ImageRecord)):
         back = found[f"{item.row:05}"]
@@ -72,5 +72,7 @@ def test_a_tar_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
 def test_another_tools_column_of_that_name_is_no_face(tmp_path: Path, boxes: object) -> None:
     record = ImageRecord(0, "a", jpeg(0), metadata=json.dumps({"unblurred_faces": boxes}))
     list(keep_images(iter([record]), tmp_path, Attempt(SHARD)))
-    (found,) = records(open_source(SourceSettings("webdataset", (str(tmp_path),)))).values()
+    (found,) = records(
+        open_source(SourceSettings(name="webdataset", input=(str(tmp_path),)))
+    ).values()
     assert found.faces == ()

@@ -100,7 +100,7 @@ def test_progress_is_told_to_the_end(world: World, tmp_path: Path) -> None:
         world.table,
         CODES,
         tmp_path,
-        IndexSettings("flat"),
+        IndexSettings(kind="flat"),
         NONE,
         lambda done, all_: seen.append((done, all_)),
     )
@@ -149,10 +149,10 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     """Nothing to index, with the next step; too few keys to train on likewise."""
     empty = make_world(tmp_path / "a", 1, 0)
     with pytest.raises(BadInputError, match=r"empty.*build first"):
-        train_and_fill(empty.table, CODES, tmp_path, IndexSettings("flat"), NONE)
+        train_and_fill(empty.table, CODES, tmp_path, IndexSettings(kind="flat"), NONE)
     few = make_world(tmp_path / "b", 1, 2)
     with pytest.raises(BadInputError, match=r"256 keys.*98.*--kind flat"):
-        train_and_fill(few.table, CODES, tmp_path, IndexSettings("ivfpq"), NONE)
+        train_and_fill(few.table, CODES, tmp_path, IndexSettings(kind="ivfpq"), NONE)
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def test_the_kind_follows_from_the_keys(
         ({"kind": "flat", "weights": "1,1,1,1"}, "--weights is for --kind codebook"),
         ({"kind": "ivfpq", "dedup": "images"}, "--dedup is for --kind codebook"),
         ({"kind": "flat", "nprobe": 3}, "--nprobe is for kinds with lists"),
-        ({"dedup": "all"}, "--dedup 'all' is neither none nor images"),
-        ({"max_copies": 0}, "--max-copies 0"),
+        ({"dedup": "all"}, "unknown --dedup 'all'; choose one of none, images"),
+        ({"max_copies": 0}, "--max-copies is 0; give 1 or more"),
         ({"weights": "heavy"}, "'heavy'.*4 numbers.*causal-1.*1,1,1,1"),
         ({"weights": "1,2,3"}, "'1,2,3'.*4 numbers"),
         ({"weights": "1,-1,1,1"}, "4 numbers"),
@@ -70,7 +70,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 
 def test_codes_need_tokens() -> None:
     with pytest.raises(BadInputError, match=r"latent space.*--kind ivfpq"):
-        IndexSettings("codebook").resolved(LATENTS, 100)
+        IndexSettings(kind="codebook").resolved(LATENTS, 100)
 
 
 def test_typed_weights_have_a_mean_of_one() -> None:

@@ -11,7 +11,7 @@ import ray
 from PIL import Image
 
 from pipeline.build import build
-from pipeline.building.database import BuildSettings
+from schemas.settings.build import BuildSettings
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
 
@@ -53,7 +53,7 @@ def settings(database: Path, pictures: Path, **changes: object) -> BuildSettings
     """Build settings for a folder with the bundled tokenizer and small shards."""
     fields: dict[str, object] = {
         "database": database,
-        "source": SourceSettings("folder", (str(pictures),), shard_size=SHARD_SIZE),
+        "source": SourceSettings(name="folder", input=(str(pictures),), shard_size=SHARD_SIZE),
         "resources": RayResources(workers=2),
     }
     return BuildSettings(**fields | changes)  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
 from arrag_runtime.format.patches import PatchTable
 from pipeline.build import build
-from pipeline.evaluate import EvaluateSettings, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.index import index
 from pipeline.indexing.exact import announce_cost, exact_neighbors, search_on_ray
+from schemas.settings.evaluate import EvaluateSettings
 from schemas.settings.index import IndexSettings
 from schemas.settings.resources import RayResources
 from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
@@ -155,7 +156,7 @@ def test_weights_are_learned_from_a_database(built: Path) -> None:
 
 def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     """The exact one recalls all; both beat random codes; rows beyond the coarse one's lists lack."""
-    found = evaluate(EvaluateSettings(indexed, pictures=3, queries=120, k=200))
+    found = evaluate(EvaluateSettings(database=indexed, pictures=3, queries=120, k=200))
     exact, coarse = found.indexes
     assert (exact.name, coarse.name, coarse.nprobe) == ("flat", "ivfpq", 2)
     assert exact.figures.recall["10"].mean == 1
@@ -180,7 +181,9 @@ def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     difference = exact.figures.nll.mean - coarse.figures.nll.mean
     assert coarse.gain.mean == pytest.approx(difference)
     assert fields["ivfpq"]["nll_gain_over_first"]["mean"] == coarse.gain.mean
-    [alone] = evaluate(EvaluateSettings(indexed, ("flat",), 3, 120, k=200)).indexes
+    [alone] = evaluate(
+        EvaluateSettings(database=indexed, indexes=("flat",), pictures=3, queries=120, k=200)
+    ).indexes
     assert alone == exact
 
 
@@ -188,9 +191,9 @@ def test_a_database_without_held_out_pictures_asks_with_its_own(copied: Path) ->
     """They do not find themselves, and the text says whose they are."""
     lance.dataset(Layout(copied).images).delete("split = 'heldout'")
     with pytest.raises(BadInputError, match="no index to evaluate"):
-        evaluate(EvaluateSettings(copied))
+        evaluate(EvaluateSettings(database=copied))
     index(copied, IndexSettings(kind="flat"))
-    [one] = evaluate(EvaluateSettings(copied, pictures=3, queries=50)).indexes
+    [one] = evaluate(EvaluateSettings(database=copied, pictures=3, queries=50)).indexes
     assert "pictures of the database, their own excluded" in one.protocol
     assert one.figures.recall["100"].mean == 1
     assert one.figures.mean_results == 2048
@@ -206,11 +209,16 @@ def test_an_index_is_judged_by_what_it_holds_and_in_its_own_metric(copied: Path)
     made = index(
         copied,
         IndexSettings(
-            "codebook", lists=4, nprobe=4, weights="0.3,1.2,0.4,2.1", max_copies=1, dedup="images"
+            kind="codebook",
+            lists=4,
+            nprobe=4,
+            weights="0.3,1.2,0.4,2.1",
+            max_copies=1,
+            dedup="images",
         ),
     )
     assert made.entries < made.count < PatchTable(layout.patches(made.keys)).count
-    [one] = evaluate(EvaluateSettings(copied, pictures=3, queries=100, k=300)).indexes
+    [one] = evaluate(EvaluateSettings(database=copied, pictures=3, queries=100, k=300)).indexes
     assert one.weights == pytest.approx(WEIGHTS)
     assert [found.mean for found in one.figures.recall.values()] == [1, 1, 1]
 
@@ -223,7 +231,7 @@ def test_latent_keys_are_asked_with_tokens(
     database = tmp_path / "db"
     build(settings(database, pictures, key_space="latent", border="zero", hold_out=0.3))
     index(database, IndexSettings(kind="flat"))
-    [one] = evaluate(EvaluateSettings(database, pictures=3, queries=100, k=300)).indexes
+    [one] = evaluate(EvaluateSettings(database=database, pictures=3, queries=100, k=300)).indexes
     assert one.keys == "causal-1-zero-latent"
     assert [found.mean for found in one.figures.recall.values()] == [1, 1, 1]
     assert one.figures.token_distance[0].mean < one.figures.random_distance.mean

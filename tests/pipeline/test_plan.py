@@ -9,9 +9,10 @@ import pytest
 
 from arrag_runtime.format.errors import BadInputError
 from pipeline.doctor import Finding, Machine, diagnose, examine, to_text
-from pipeline.plan import Forecast, ForecastSettings, forecast, size, suggest_index, work_out
+from pipeline.plan import Forecast, forecast, size, suggest_index, work_out
 from pipeline.plan import to_text as plan_text
 from schemas.records import Count
+from schemas.settings.plan import ForecastSettings
 from schemas.settings.source import SourceSettings
 from tests.worlds.source_cases import datacomp_rows, parquet_of, tsv_of
 
@@ -21,7 +22,7 @@ GB = 10**9
 def plan_of(name: str, inputs: int, **changes: Any) -> Forecast:
     """The forecast for so many inputs of this source."""
     count = Count(inputs, exact=True, links=name in ("cc12m", "datacomp"))
-    return work_out(ForecastSettings(SourceSettings(name), **changes), count)
+    return work_out(ForecastSettings(source=SourceSettings(name=name), **changes), count)
 
 
 def test_twelve_million_pictures() -> None:
@@ -72,19 +73,19 @@ def test_a_plan_counts_footers_and_says_what_it_estimates(tmp_path: Path) -> Non
     """Exact from footers; with a condition from a sample of rows; a list from its size."""
     for n in range(3):
         parquet_of(tmp_path / "m" / f"{n}.parquet", datacomp_rows(100 + n))
-    rows = SourceSettings("datacomp", (str(tmp_path / "m"),))
-    made = forecast(ForecastSettings(rows, tmp_path / "no-db"))
+    rows = SourceSettings(name="datacomp", input=(str(tmp_path / "m"),))
+    made = forecast(ForecastSettings(source=rows, database=tmp_path / "no-db"))
     assert (made.inputs, made.exact, made.in_database) == (303, True, 0)
     assert plan_text(made).startswith("datacomp: 303 inputs\n")
     assert made.download_hours == pytest.approx(303 / 300 / 3600)
     some = replace(rows, where="clip_l14_similarity_score >= 0.75")
-    made = forecast(ForecastSettings(some))
+    made = forecast(ForecastSettings(source=some))
     assert not made.exact
     assert made.inputs == 303 - 150
     assert "153 of 303 rows looked at pass --where" in plan_text(made)
-    assert forecast(ForecastSettings(replace(rows, limit=7))).inputs == 7
+    assert forecast(ForecastSettings(source=replace(rows, limit=7))).inputs == 7
     path = tsv_of(tmp_path / "l.tsv", 50_000)
-    made = forecast(ForecastSettings(SourceSettings("cc12m", (str(path),))))
+    made = forecast(ForecastSettings(source=SourceSettings(name="cc12m", input=(str(path),))))
     assert not made.exact
     assert 45_000 < made.inputs < 55_000
     assert plan_text(made).startswith("cc12m: about ")
@@ -93,14 +94,14 @@ def test_a_plan_counts_footers_and_says_what_it_estimates(tmp_path: Path) -> Non
 
 def test_a_plan_fetches_nothing(tmp_path: Path) -> None:
     """The published list's length is known; any other list at an address is not fetched."""
-    made = forecast(ForecastSettings(SourceSettings("cc12m", cache=str(tmp_path))))
+    made = forecast(ForecastSettings(source=SourceSettings(name="cc12m", cache=str(tmp_path))))
     assert (made.inputs, made.exact) == (12_423_374, False)
     for settings in (
-        SourceSettings("cc12m", ("http://127.0.0.1:9/l.tsv",)),
-        SourceSettings("cc12m", where="caption like '%a%'"),
+        SourceSettings(name="cc12m", input=("http://127.0.0.1:9/l.tsv",)),
+        SourceSettings(name="cc12m", where="caption like '%a%'"),
     ):
         with pytest.raises(BadInputError, match=r"fetches no list.*--input"):
-            forecast(ForecastSettings(settings))
+            forecast(ForecastSettings(source=settings))
     assert not list(tmp_path.iterdir())
 
 

@@ -14,16 +14,17 @@ from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from arrag_runtime.generation.picture_grid import save_png
 from pipeline.index import index
-from pipeline.query import QueryAnswer, QuerySettings, load_database_tokenizer, query
+from pipeline.query import QueryAnswer, load_database_tokenizer, query
 from pipeline.sheet import GAP, MARGIN, TILE, draw_sheet
 from schemas.settings.index import IndexSettings
+from schemas.settings.query import QuerySettings
 
 
 @pytest.fixture(scope="module")
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built database with an exact index and, newer, one of codes."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("queried") / "db"))
-    index(database, IndexSettings("flat"))
+    index(database, IndexSettings(kind="flat"))
     index(database, IndexSettings())
     return database
 
@@ -39,7 +40,7 @@ def own_picture(indexed: Path, pictures: Path) -> Path:
 @pytest.fixture(scope="module")
 def answer(indexed: Path, own_picture: Path) -> QueryAnswer:
     """The answer for every position of a picture of the database."""
-    return query(QuerySettings(indexed, own_picture, k=3))
+    return query(QuerySettings(databases=(indexed,), image=own_picture, k=3))
 
 
 def test_a_picture_of_the_database_finds_itself(answer: QueryAnswer, own_picture: Path) -> None:
@@ -63,7 +64,9 @@ def test_results_are_what_the_source_pictures_hold(answer: QueryAnswer, indexed:
 
 
 def test_exclude_self_leaves_the_picture_out(indexed: Path, own_picture: Path) -> None:
-    settings = QuerySettings(indexed, own_picture, row=5, col=6, k=4, exclude_self=True)
+    settings = QuerySettings(
+        databases=(indexed,), image=own_picture, row=5, col=6, k=4, exclude_self=True
+    )
     [result] = query(settings).results
     assert len(result.neighbors) == 4
     assert own_picture.name not in {n.key.split("/")[-1] for n in result.neighbors}
@@ -71,7 +74,7 @@ def test_exclude_self_leaves_the_picture_out(indexed: Path, own_picture: Path) -
 
 def test_a_query_by_tokens_equals_that_of_the_position(answer: QueryAnswer, indexed: Path) -> None:
     result = answer.results[100]
-    [typed] = query(QuerySettings(indexed, tokens=result.key, k=3)).results
+    [typed] = query(QuerySettings(databases=(indexed,), tokens=result.key, k=3)).results
     assert [n.patch_id for n in typed.neighbors] == [n.patch_id for n in result.neighbors]
     assert (typed.row, typed.col, typed.token) == (None, None, None)
 
@@ -88,7 +91,9 @@ def test_more_neighbours_than_patches(indexed: Path, answer: QueryAnswer) -> Non
     """No padding comes back as a result."""
     patches = lance.dataset(Layout(indexed).patches(DatabaseManifest.read(Layout(indexed)).keys))
     count = patches.count_rows()
-    asked = QuerySettings(indexed, tokens=answer.results[0].key, k=count + 7, index="flat")
+    asked = QuerySettings(
+        databases=(indexed,), tokens=answer.results[0].key, k=count + 7, index="flat"
+    )
     [result] = query(asked).results
     assert len({n.patch_id for n in result.neighbors}) == len(result.neighbors) == count
     [some] = query(replace(asked, index="codebook")).results
@@ -125,7 +130,9 @@ def test_a_sheet_shows_the_patches_it_lists(
     answer: QueryAnswer, indexed: Path, own_picture: Path, tmp_path: Path
 ) -> None:
     alone = next(r for r in answer.results if r.neighbors[1].distance > 1e-3)
-    found = query(QuerySettings(indexed, own_picture, row=alone.row, col=alone.col, k=2))
+    found = query(
+        QuerySettings(databases=(indexed,), image=own_picture, row=alone.row, col=alone.col, k=2)
+    )
     layout = Layout(indexed)
     tokenizer = load_database_tokenizer(layout, found.manifest)
     sheet = draw_sheet(found, tokenizer, "a title")

@@ -21,9 +21,10 @@ from pipeline.index import index
 from pipeline.remove import RemovalRequest, carry_out, plan_removal
 from pipeline.trainset import make as exporting
 from pipeline.trainset import make as trainset
-from pipeline.trainset.make import TrainsetReport, TrainsetSettings, export_trainset, make_trainset
+from pipeline.trainset.make import TrainsetReport, export_trainset, make_trainset
 from schemas.settings.index import IndexSettings
 from schemas.settings.source import SourceSettings
+from schemas.settings.trainset import TrainsetSettings
 from stages.tables.row_table import RowTable
 from tests.pipeline.conftest import write_picture
 from tests.pipeline.test_cli import run
@@ -75,7 +76,7 @@ def check_row(row: dict[str, Any], database: Path) -> None:
 
 
 def test_held_out_pictures_retrieve_from_the_database(database: Path, tmp_path: Path) -> None:
-    report = make_trainset(TrainsetSettings(database, k=K, out=tmp_path / "set"))
+    report = make_trainset(TrainsetSettings(database=database, k=K, out=tmp_path / "set"))
     rows = rows_of(report).to_pylist()
     held_out = {i["image_id"]: i for i in images_of(database) if i["split"] == "heldout"}
     captioned = {key for key, image in held_out.items() if image["caption"]}
@@ -95,7 +96,7 @@ def test_held_out_pictures_retrieve_from_the_database(database: Path, tmp_path: 
 def test_pictures_of_the_database_retrieve_neither_themselves_nor_their_copies(
     database: Path, tmp_path: Path
 ) -> None:
-    wanted = TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "set")
+    wanted = TrainsetSettings(database=database, k=K, pictures="database", out=tmp_path / "set")
     rows = rows_of(make_trainset(wanted)).to_pylist()
     hashes = Counter(i["sha256"] for i in images_of(database) if i["split"] == "database")
     assert max(hashes[row["sha256"]] for row in rows) == 2
@@ -107,7 +108,7 @@ def test_without_held_out_pictures_those_of_the_database_are_taken(
     ray_session: None, tmp_path: Path
 ) -> None:
     database = make_captioned(tmp_path / "db", held_out=False)
-    report = make_trainset(TrainsetSettings(database, k=K, limit=9))
+    report = make_trainset(TrainsetSettings(database=database, k=K, limit=9))
     assert report.folder == str(database / "trainset")
     assert (report.manifest.pictures, report.images, report.captionless) == ("database", 9, 2)
     for row in rows_of(report).to_pylist():
@@ -128,8 +129,8 @@ def test_pictures_of_another_source_are_encoded_and_their_copies_excluded(
     write_picture(folder / "silent.jpg", 51)
     (folder / "new.txt").write_text("a new picture")
     (folder / "known.txt").write_text("one that the database has")
-    source = SourceSettings("folder", (str(folder),), shard_size=2)
-    wanted = TrainsetSettings(copied, k=K, source=source, out=tmp_path / "set")
+    source = SourceSettings(name="folder", input=(str(folder),), shard_size=2)
+    wanted = TrainsetSettings(database=copied, k=K, source=source, out=tmp_path / "set")
     rows = {row["caption"]: row for row in rows_of(make_trainset(wanted)).to_pylist()}
     assert rows.keys() == {"a new picture", "one that the database has"}
     again = rows["one that the database has"]
@@ -143,9 +144,9 @@ def test_an_interrupted_set_goes_on_and_ends_the_same(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainset, "IMAGES_PER_TASK", 2)
-    wanted = TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "whole")
+    wanted = TrainsetSettings(database=database, k=K, pictures="database", out=tmp_path / "whole")
     whole = make_trainset(wanted)
-    wanted = TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "broken")
+    wanted = TrainsetSettings(database=database, k=K, pictures="database", out=tmp_path / "broken")
     append, appended = RowTable.append, list[Any]()
 
     def dies(table: RowTable, fragments: list[str]) -> None:
@@ -171,7 +172,7 @@ def test_an_interrupted_set_goes_on_and_ends_the_same(
 def test_a_removed_picture_is_not_taken_and_is_not_kept(ray_session: None, tmp_path: Path) -> None:
     """Neither into a new set, also before any compaction, nor in one that is added to."""
     database = make_captioned(tmp_path / "db")
-    wanted = TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "old")
+    wanted = TrainsetSettings(database=database, k=K, pictures="database", out=tmp_path / "old")
     before = make_trainset(wanted)
     gone = rows_of(before)["image_id"][0].as_py()
     removal = plan_removal(str(database), RemovalRequest(image_ids=(gone,)))
@@ -188,10 +189,14 @@ def test_a_removed_picture_is_not_taken_and_is_not_kept(ray_session: None, tmp_p
 
 def test_a_larger_limit_only_adds_pictures(database: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    few = make_trainset(TrainsetSettings(database, k=K, pictures="database", out=out, limit=2))
+    few = make_trainset(
+        TrainsetSettings(database=database, k=K, pictures="database", out=out, limit=2)
+    )
     before = rows_of(few)
     assert few.images == 2
-    more = make_trainset(TrainsetSettings(database, k=K, pictures="database", out=out, limit=4))
+    more = make_trainset(
+        TrainsetSettings(database=database, k=K, pictures="database", out=out, limit=4)
+    )
     assert (more.images, more.added) == (4, 2)
     after = rows_of(more).to_pylist()
     assert all(row in after for row in before.to_pylist())
@@ -199,19 +204,21 @@ def test_a_larger_limit_only_adds_pictures(database: Path, tmp_path: Path) -> No
 
 def test_a_set_of_other_settings_is_not_mixed(database: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    make_trainset(TrainsetSettings(database, k=K, limit=1, out=out))
+    make_trainset(TrainsetSettings(database=database, k=K, limit=1, out=out))
     with pytest.raises(IncompatibleError, match=r"was made with --k 3, not 4; name another folder"):
-        make_trainset(TrainsetSettings(database, k=4, limit=1, out=out))
+        make_trainset(TrainsetSettings(database=database, k=4, limit=1, out=out))
     with pytest.raises(IncompatibleError, match="made with pictures heldout, not database"):
-        make_trainset(TrainsetSettings(database, k=K, limit=1, out=out, pictures="database"))
+        make_trainset(
+            TrainsetSettings(database=database, k=K, limit=1, out=out, pictures="database")
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 0}, "--k is 0; retrieve at least 1"),
+        ({"k": 0}, "--k is 0; give 1 or more"),
         ({"pictures": "x"}, "unknown --from 'x'; choose one of heldout, database"),
-        ({"pictures": "database", "source": SourceSettings("sample")}, "give one"),
+        ({"pictures": "database", "source": SourceSettings(name="sample")}, "give one"),
         ({"index": "gone"}, "no complete index at"),
     ],
 )
@@ -219,12 +226,12 @@ def test_settings_that_do_not_go_together_are_refused(
     database: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInputError, match=message):
-        make_trainset(TrainsetSettings(database, out=tmp_path / "set", **changes))
+        make_trainset(TrainsetSettings(database=database, out=tmp_path / "set", **changes))
     assert not (tmp_path / "set").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(BadInputError, match=r"is no training set and not empty \(it holds letter"):
-        make_trainset(TrainsetSettings(database, out=tmp_path / "mine"))
+        make_trainset(TrainsetSettings(database=database, out=tmp_path / "mine"))
 
 
 def test_the_folder_and_its_export_read_the_same(
@@ -232,7 +239,7 @@ def test_the_folder_and_its_export_read_the_same(
 ) -> None:
     monkeypatch.setattr(exporting, "EXPORT_ROWS", 2)
     report = make_trainset(
-        TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "set")
+        TrainsetSettings(database=database, k=K, pictures="database", out=tmp_path / "set")
     )
     export_trainset(report.folder, tmp_path / "set.arrow")
     folder, file = TrainingSet.open(report.folder), TrainingSet.open(tmp_path / "set.arrow")
@@ -264,7 +271,7 @@ def test_a_failing_task_is_one_line_and_keeps_what_came_before(
         tasks, captionless = chosen(*given)
         return [tasks[0], [12345], *tasks[2:]], captionless
 
-    wanted = TrainsetSettings(database, k=K, pictures="database", out=tmp_path / "set")
+    wanted = TrainsetSettings(database=database, k=K, pictures="database", out=tmp_path / "set")
     with monkeypatch.context() as patch:
         patch.setattr(trainset, "_tasks", one_is_gone)
         with pytest.raises(
@@ -291,4 +298,4 @@ def test_the_command_says_what_it_made(
     assert len(TrainingSet.open(file)) == 4
     code, text, err = run(capsys, *words[:-2], "--input", tmp_path)
     assert (code, text) == (1, "")
-    assert err == "error: --input says where a --source's pictures are; give --source too\n"
+    assert err == "error: --input says more about a --source; give --source too\n"

@@ -28,7 +28,7 @@ from schemas.settings.index import IndexSettings
 def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built database with a flat and a codebook index."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("indexed") / "db"))
-    index(database, IndexSettings("flat"))
+    index(database, IndexSettings(kind="flat"))
     index(database, IndexSettings(lists=8, max_copies=1))
     return database
 

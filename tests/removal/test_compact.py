@@ -128,7 +128,11 @@ def test_no_file_holds_their_bytes_any_more(layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [IndexSettings("codebook"), IndexSettings("codebook", max_copies=1), IndexSettings("flat")],
+    [
+        IndexSettings(kind="codebook"),
+        IndexSettings(kind="codebook", max_copies=1),
+        IndexSettings(kind="flat"),
+    ],
 )
 def test_indexes_hold_nothing_of_them(layout: Layout, settings: IndexSettings) -> None:
     name = str(settings.kind)

@@ -240,7 +240,7 @@ def test_a_list_that_breaks_off_is_resumed(
     assert handler.asked == [(None, None), *((start, '"one"') for start in starts)]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.name]
     asked = len(handler.asked)
-    settings_ = SourceSettings("cc12m", (url,), cache=str(tmp_path / "cache"))
+    settings_ = SourceSettings(name="cc12m", input=(url,), cache=str(tmp_path / "cache"))
     located = locate_source(settings_)
     assert located.input == (str(path),)
     assert len(handler.asked) == asked

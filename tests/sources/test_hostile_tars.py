@@ -73,7 +73,7 @@ def test_hostile_entries(case: str, tmp_path: Path) -> None:
             else:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    source = open_source(SourceSettings("webdataset", (str(path),)))
+    source = open_source(SourceSettings(name="webdataset", input=(str(path),)))
     items = [item for found in read_all(source).values() for item in found]
     packed = list(unpack_records(pack_records(packable(items))))
     assert {item.key: outcome(item) for item in packed} == expected | {"last": "picture"}

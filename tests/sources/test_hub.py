@@ -130,10 +130,12 @@ def test_a_data_set_is_pinned_and_read_where_it_lies(hub: type[Hub], tmp_path: P
         parquet_of(hub.root / "metadata" / f"{n}.parquet", datacomp_rows(5 + n))
     parquet_of(hub.root / "other" / "x.parquet", datacomp_rows(30))
     (hub.root / "README.md").write_text("about")
-    whole = locate_source(SourceSettings("datacomp", ("owner/name",)))
+    whole = locate_source(SourceSettings(name="datacomp", input=("owner/name",)))
     assert whole.input == (f"hf://datasets/owner/name@{COMMIT}",)
     assert open_source(whole).count().inputs == 41
-    part = locate_source(SourceSettings("datacomp", ("hf://datasets/owner/name/metadata",)))
+    part = locate_source(
+        SourceSettings(name="datacomp", input=("hf://datasets/owner/name/metadata",))
+    )
     assert part.input == (f"hf://datasets/owner/name@{COMMIT}/metadata",)
     source = open_source(part)
     listed = source.listing(()).shards
@@ -141,7 +143,7 @@ def test_a_data_set_is_pinned_and_read_where_it_lies(hub: type[Hub], tmp_path: P
     assert names == {"metadata/0.parquet", "metadata/1.parquet"}
     assert [item.key for item in source.read(listed[1])] == [f"{n:032x}" for n in range(6)]
     some = locate_source(
-        SourceSettings("datacomp", ("hf://datasets/owner/name/metadata/1*.parquet",))
+        SourceSettings(name="datacomp", input=("hf://datasets/owner/name/metadata/1*.parquet",))
     )
     assert open_source(some).count().inputs == 6
     assert len(open_source(whole).listing([RecordedShard(s, 5) for s in listed]).shards) == 1
@@ -152,7 +154,9 @@ def test_archives_on_the_hub_are_streams(hub: type[Hub], tmp_path: Path) -> None
     journeydb_of(tmp_path / "local")
     shutil.copytree(tmp_path / "local" / "data", hub.root / "data")
     located = locate_source(
-        SourceSettings("journeydb", ("hf://datasets/owner/name/data/train",), shard_size=3)
+        SourceSettings(
+            name="journeydb", input=("hf://datasets/owner/name/data/train",), shard_size=3
+        )
     )
     there = records(open_source(located))
     here = records(open_at("journeydb", tmp_path / "local"))
@@ -170,7 +174,9 @@ def test_a_network_that_fails_is_no_damage(
     shutil.copytree(tmp_path / "local" / "data", hub.root / "data")
     parquet_of(hub.root / "t" / "a.parquet", datacomp_rows(3))
     for name, below in (("journeydb", "data/train"), ("parquet", "t")):
-        located = locate_source(SourceSettings(name, (f"hf://datasets/owner/name/{below}",)))
+        located = locate_source(
+            SourceSettings(name=name, input=(f"hf://datasets/owner/name/{below}",))
+        )
         source = open_source(located)
         with pytest.raises(UnreachableError, match=r"cannot read hf://.*no way there"):
             items_of(source)

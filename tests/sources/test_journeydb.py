@@ -118,7 +118,7 @@ def test_without_an_input_it_is_the_publishers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         "stages.sources.reading.files._pin", lambda address, _revision: f"{address}@pinned"
     )
-    located = locate_source(SourceSettings("journeydb"))
+    located = locate_source(SourceSettings(name="journeydb"))
     assert located.input == ("hf://datasets/JourneyDB/JourneyDB/data/train@pinned",)
-    located = locate_source(SourceSettings("datacomp", scale="large"))
+    located = locate_source(SourceSettings(name="datacomp", scale="large"))
     assert located.input == ("hf://datasets/mlfoundations/datacomp_large@pinned",)

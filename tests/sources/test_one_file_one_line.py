@@ -60,7 +60,7 @@ def test_a_made_up_source_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.made-up").write_bytes(b"")
     (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
-    settings = SourceSettings("made-up", (str(tmp_path / "pictures"),), scale="large")
+    settings = SourceSettings(name="made-up", input=(str(tmp_path / "pictures"),), scale="large")
     (item,) = items_of(open_source(locate_source(settings)))
     assert isinstance(item, ImageRecord)
     assert count_inputs(settings).inputs == 1
@@ -68,7 +68,7 @@ def test_a_made_up_source_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         BadInputError, match=r"--scale is for --source datacomp, made-up, not folder"
     ):
-        locate_source(SourceSettings("folder", settings.input, scale="large"))
+        locate_source(SourceSettings(name="folder", input=settings.input, scale="large"))
     (tmp_path / "pictures" / "a.jpg").unlink()
     with pytest.raises(BadInputError, match=r"\.made-up files, which --source made-up reads"):
-        locate_source(SourceSettings("folder", settings.input))
+        locate_source(SourceSettings(name="folder", input=settings.input))

@@ -36,7 +36,7 @@ def test_every_source_has_a_case() -> None:
     """A new source joins the contract below; `links` is one that other tests add for themselves."""
     assert set(CASES) == set(SOURCES) - {"links"}
     with pytest.raises(BadInputError, match=r"'imagenet'.*sample, folder, webdataset"):
-        open_source(SourceSettings("imagenet"))
+        open_source(SourceSettings(name="imagenet"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,7 +146,7 @@ def test_an_input_is_counted_before_anything_runs(name: str, tmp_path: Path) -> 
 def test_the_input_has_to_be_given_and_the_size_to_fit(name: str, tmp_path: Path) -> None:
     """Missing --input, and shard sizes that the ids of a shard's rows could not count."""
     with pytest.raises(BadInputError, match="--input"):
-        open_source(SourceSettings(name))
+        open_source(SourceSettings(name=name))
     for size in (-1, MAX_ROWS_PER_SHARD + 1):
         with pytest.raises(BadInputError, match=f"--shard-size {size}"):
             open_case(name, tmp_path, shard_size=size)
@@ -165,8 +165,8 @@ def test_a_picture_is_the_same_through_every_source(tmp_path: Path) -> None:
     for name in names:
         shutil.copy(PICTURES / name, tmp_path / name)
     tar_of(tmp_path, tmp_path / "a.tar")
-    tars = open_source(SourceSettings("webdataset", (str(tmp_path / "a.tar"),)))
-    sample = records(open_source(SourceSettings("sample")))
+    tars = open_source(SourceSettings(name="webdataset", input=(str(tmp_path / "a.tar"),)))
+    sample = records(open_source(SourceSettings(name="sample")))
     copies, archived = records(open_folder(tmp_path)), records(tars)
     for name in names:
         data = (PICTURES / name).read_bytes()
@@ -175,7 +175,7 @@ def test_a_picture_is_the_same_through_every_source(tmp_path: Path) -> None:
 
 def test_the_bundled_pictures_are_described_small_and_free() -> None:
     """Caption, address and free licence for each; 2.5 MB and 384 pixels at most; attributed."""
-    found = records(open_source(SourceSettings("sample")))
+    found = records(open_source(SourceSettings(name="sample")))
     attribution = (PICTURES / "ATTRIBUTION.md").read_text()
     assert {path.name for path in PICTURES.iterdir()} == {
         *found,
@@ -191,4 +191,4 @@ def test_the_bundled_pictures_are_described_small_and_free() -> None:
             assert min(image.size) <= 384
     assert sum(path.stat().st_size for path in PICTURES.iterdir()) <= 2_500_000
     with pytest.raises(BadInputError, match=r"/mine.*--source folder"):
-        open_source(SourceSettings("sample", ("/mine",)))
+        open_source(SourceSettings(name="sample", input=("/mine",)))

@@ -51,7 +51,9 @@ def open_tars(
     *inputs: Path | str, shard_size: int | None = None, limit: int | None = None
 ) -> Source:
     given_paths = tuple(map(str, inputs))
-    return open_source(SourceSettings("webdataset", given_paths, limit, shard_size))
+    return open_source(
+        SourceSettings(name="webdataset", input=given_paths, limit=limit, shard_size=shard_size)
+    )
 
 
 def items_of(source: Source) -> Items:
@@ -335,10 +337,10 @@ def test_what_datacomps_tools_wrote_is_kept_and_can_be_a_condition(tmp_path: Pat
     assert (kept["width"], kept["clip_l14_similarity_score"]) == (300, 0.3)
     assert set(described) - set(kept) == {"caption", "url"}
     where = "clip_l14_similarity_score >= 0.2 or url like '%/0'"
-    some = open_source(SourceSettings("webdataset", (str(path),), where=where))
+    some = open_source(SourceSettings(name="webdataset", input=(str(path),), where=where))
     items = items_of(some)
     assert [item.key for item in items] == ["000000000", "000000002", "000000003"]
     assert [item.row for item in items] == [0, 1, 2]
-    wrong = open_source(SourceSettings("webdataset", (str(path),), where="score > 1"))
+    wrong = open_source(SourceSettings(name="webdataset", input=(str(path),), where="score > 1"))
     with pytest.raises(BadInputError, match=r"'score'.*uid, sha256, caption"):
         wrong.listing(())

@@ -19,13 +19,8 @@ from arrag_runtime.format.errors import ArragError, BadInputError, IncompatibleE
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.training_set import TrainingSet
 from arrag_runtime.training import run as training_run
-from arrag_runtime.training.train import (
-    TrainSettings,
-    learning_rate,
-    make_training_model,
-    step_examples,
-    train,
-)
+from arrag_runtime.training.settings import TrainSettings
+from arrag_runtime.training.train import learning_rate, make_training_model, step_examples, train
 from cli import main_runtime
 from tests.worlds.servers.s3_server import free_port
 from tests.worlds.training_world import EXAMPLES, K, quick, write_model, write_set
@@ -146,7 +141,7 @@ def test_accumulating_gives_the_gradients_of_the_whole_batch(
 
 
 def test_the_recipe_is_the_papers() -> None:
-    paper = TrainSettings("m", Path("d"), Path("o"))
+    paper = TrainSettings(model="m", data=Path("d"), out=Path("o"))
     assert (paper.hops, paper.blenders, paper.k) == ((1, 2), 2, 10)
     assert (paper.lora_rank, paper.lora_alpha, paper.lora_dropout) == (128, 256, 0.05)
     assert (paper.learning_rate, paper.warmup, paper.clip) == (2e-4, 0.1, 1.0)

@@ -53,4 +53,4 @@ SOURCES["links"] = __name__
 
 def link_settings(path: Path, shard_size: int = 100) -> LinkSettings:
     """Settings of the source of this file."""
-    return LinkSettings("links", (str(path),), shard_size=shard_size)
+    return LinkSettings(name="links", input=(str(path),), shard_size=shard_size)

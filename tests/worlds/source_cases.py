@@ -174,12 +174,14 @@ def open_case(name: str, tmp: Path, **changes: Any) -> Source:
 
 def open_at(name: str, *inputs: Path | str, **changes: Any) -> Source:
     """The source of this name over these inputs, located as the build does it."""
-    return open_source(locate_source(SourceSettings(name, tuple(map(str, inputs)), **changes)))
+    return open_source(
+        locate_source(SourceSettings(name=name, input=tuple(map(str, inputs)), **changes))
+    )
 
 
 def open_folder(*roots: Path, **changes: Any) -> Source:
     """A folder source over these roots."""
-    return open_source(SourceSettings("folder", tuple(map(str, roots)), **changes))
+    return open_source(SourceSettings(name="folder", input=tuple(map(str, roots)), **changes))
 
 
 def read_all(source: Source, recorded: tuple[RecordedShard, ...] = ()) -> dict[Shard, Items]:

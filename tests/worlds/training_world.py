@@ -15,7 +15,7 @@ from arrag_runtime.format.training_set import (
     TrainsetManifest,
     trainset_schema,
 )
-from arrag_runtime.training.train import TrainSettings
+from arrag_runtime.training.settings import TrainSettings
 from tests.worlds.narrow_janus import narrow_janus, save_checkpoint, text_tokenizer
 from tests.worlds.patch_world import CODES, SPEC
 

@@ -84,7 +84,7 @@ def test_the_same_file_has_the_same_tokens_through_every_source(
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("01.jpg", "01.txt", "02.jpg", "empty.jpg"):
             tar.add(pictures / name, name)
-    source = SourceSettings("webdataset", (str(tmp_path / "a.tar"),))
+    source = SourceSettings(name="webdataset", input=(str(tmp_path / "a.tar"),))
     report = build(settings(copied, pictures, source=source))
     assert (report.inputs, report.images, report.rejects) == (3, 2, {"empty": 1})
     tokens = {
@@ -103,7 +103,7 @@ def test_a_long_tar_becomes_several_shards(
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in (1, 2, 4, 5, 7):
             tar.add(pictures / f"{number:02}.jpg")
-    source = SourceSettings("webdataset", (str(tmp_path / "a.tar"),), shard_size=3)
+    source = SourceSettings(name="webdataset", input=(str(tmp_path / "a.tar"),), shard_size=3)
     report = build(settings(tmp_path / "db", pictures, source=source))
     assert (report.shards_done, report.images) == (2, 5)
     assert len(set(all_rows(tmp_path / "db")["images"]["key"].to_pylist())) == 5
@@ -124,7 +124,7 @@ def test_a_failed_shard_is_reported_and_the_others_go_on(
     def lose_a_tar(_total: int, _report: BuildReport) -> None:
         (tars / "b.tar").unlink(missing_ok=True)
 
-    source = SourceSettings("webdataset", (str(tars),))
+    source = SourceSettings(name="webdataset", input=(str(tars),))
     report = build(settings(tmp_path / "db", pictures, source=source), lose_a_tar)
     assert (report.shards_done, len(report.failed)) == (1, 1)
     assert "b.tar" in next(iter(report.failed.values()))
@@ -158,7 +158,7 @@ def test_rows_without_a_ledger_row_are_dropped(
 @pytest.mark.slow
 def test_latent_keys_and_zero_borders(ray_session: None, pictures: Path, tmp_path: Path) -> None:
     database = tmp_path / "db"
-    source = SourceSettings("folder", (str(pictures),), limit=2)
+    source = SourceSettings(name="folder", input=(str(pictures),), limit=2)
     changes = {"neighborhood": "surround-1", "border": "zero", "key_space": "latent"}
     build(settings(database, pictures, source=source, **changes))
     rows = all_rows(database)

@@ -12,14 +12,14 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.specs import key_spec
 from pipeline.build import BuildReport, build
-from pipeline.building.database import BuildSettings
 from pipeline.building.shard_worker import WorkerSettings, read_shard, shard_rows
 from pipeline.info import info
 from pipeline.verify import verify
 from schemas.records import Attempt, ImageRecord, Reject, unpack_records
+from schemas.settings.build import BuildSettings
+from schemas.settings.download import DownloadSettings
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
-from stages.download.download_links import DownloadSettings
 from stages.encode.encode_images import EncodeSettings
 from stages.sources import open_source
 from tests.conftest import jpeg
@@ -84,7 +84,9 @@ def test_every_link_ends_as_a_row_or_a_reject_and_can_be_tried_again(
     database = tmp_path / "db"
     source = link_settings(listed, shard_size=5)
     kept = tmp_path / "kept"
-    keeping = DownloadSettings(8, 3, allow_private_hosts=True, keep_images=str(kept))
+    keeping = DownloadSettings(
+        threads=8, timeout=3, allow_private_hosts=True, keep_images=str(kept)
+    )
     first = build(settings(database, source, download=keeping))
     expected = {"http-5xx": 2, "timeout": 1, "missing": 1, "sha-mismatch": 1, "not-an-image": 1}
     assert (first.inputs, first.images, reasons(first)) == (9, 3, expected)

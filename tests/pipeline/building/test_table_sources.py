@@ -11,10 +11,10 @@ from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from pipeline.build import build
-from pipeline.building.database import BuildSettings
 from pipeline.info import info, to_text
 from pipeline.verify import verify
 from schemas.records import GridShape
+from schemas.settings.build import BuildSettings
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
 from tests.pipeline.conftest import settings
@@ -36,9 +36,9 @@ def grids_of(folder: Path, count: int) -> Path:
 
 
 def token_settings(database: Path, folder: Path, **changes: object) -> BuildSettings:
-    source = SourceSettings("tokens", (str(folder),), shard_size=3)
+    source = SourceSettings(name="tokens", input=(str(folder),), shard_size=3)
     fields: dict[str, object] = {"tokenizer": "sample", "resources": RayResources(workers=1)}
-    return BuildSettings(database, source, **fields | changes)  # type: ignore[arg-type]
+    return BuildSettings(database=database, source=source, **fields | changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_rows_of_a_table_by_condition_then_the_rest(
     database = tmp_path / "db"
 
     def settings_of(**changes: object) -> BuildSettings:
-        source = SourceSettings("parquet", (str(path),), shard_size=4, **changes)  # type: ignore[arg-type]
+        source = SourceSettings(name="parquet", input=(str(path),), shard_size=4, **changes)  # type: ignore[arg-type]
         return settings(database, pictures, source=source)
 
     first = build(settings_of(where="score > 0.25", shuffle_seed=1))

@@ -11,8 +11,9 @@ from arrag_runtime.search.patch_index import PatchIndex, index_folders
 from pipeline.build import build
 from pipeline.index import index
 from pipeline.indexing.growth import index_to_build
-from pipeline.query import QuerySettings, query
+from pipeline.query import query
 from schemas.settings.index import IndexSettings
+from schemas.settings.query import QuerySettings
 from tests.pipeline.conftest import settings, write_picture
 
 
@@ -41,12 +42,12 @@ def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
 
 def test_what_a_killed_indexing_leaves_is_no_index_and_goes_away(copied: Path) -> None:
     layout = Layout(copied)
-    index(copied, IndexSettings("flat"))
+    index(copied, IndexSettings(kind="flat"))
     flat = Path(layout.index("flat"))
     shutil.copytree(flat, flat.with_name(".building-other"))
     flat.rename(flat.with_name(".old-flat"))
     assert index_folders(layout) == []
-    index(copied, IndexSettings("flat"), name="other")
+    index(copied, IndexSettings(kind="flat"), name="other")
     assert sorted(p.name for p in flat.parent.iterdir()) == ["flat", "other"]
     assert PatchIndex.open(copied, "flat").count == PatchIndex.open(copied, "other").count
 
@@ -76,6 +77,8 @@ def test_copies_of_a_picture_are_left_out_with_it(
     shutil.copy(pictures / "02.jpg", folder / "c.jpg")
     build(settings(tmp_path / "db", folder))
     index(tmp_path / "db", IndexSettings())
-    asked = QuerySettings(tmp_path / "db", folder / "a.jpg", row=3, col=3, k=5, exclude_self=True)
+    asked = QuerySettings(
+        databases=(tmp_path / "db",), image=folder / "a.jpg", row=3, col=3, k=5, exclude_self=True
+    )
     [result] = query(asked).results
     assert {neighbor.key for neighbor in result.neighbors} == {"c.jpg"}

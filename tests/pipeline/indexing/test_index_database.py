@@ -28,7 +28,7 @@ from tests.removal.test_remove import run
 from tests.worlds.index_world import STEPS_OF, held_patches, held_pictures, index_files, small_steps
 from tests.worlds.removal_world import KEYS, PER_SHARD, add_shard, make_database, shard_of
 
-CODES = IndexSettings("codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
+CODES = IndexSettings(kind="codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
 MORE: list[range | list[int]] = [
     range(18, 24),
     [0, 1, 2, 30, 31, 32],
@@ -178,7 +178,7 @@ def test_an_index_that_cannot_grow_is_built_anew(layout: Layout, change: str) ->
     add_shard(layout, 3, MORE[0])
     settings = CODES
     if change == "another setting":
-        settings = IndexSettings("codebook", lists=5, worker_memory=STEPS_OF)
+        settings = IndexSettings(kind="codebook", lists=5, worker_memory=STEPS_OF)
     else:
         table = lance.dataset(layout.patches(KEYS))
         first = table.to_table(limit=1)["patch_id"][0].as_py()
@@ -207,7 +207,7 @@ def test_a_compacted_table_that_has_grown_is_indexed_anew(layout: Layout, more: 
 def test_removed_pictures_are_in_no_index(layout: Layout, kind: str) -> None:
     """Hidden in one that is open at once, absent from one that is built or grown later."""
     settings = {
-        "flat": IndexSettings("flat"),
+        "flat": IndexSettings(kind="flat"),
         "ivfpq": IndexSettings(index_key="IVF4,Flat"),
         "codebook": CODES,
     }[kind]
@@ -263,7 +263,7 @@ def database_copies(layout: Layout) -> dict[str, list[int]]:
 
 def test_copies_of_pictures_are_left_out(layout: Layout) -> None:
     """One of each stays, also when the copy that stays comes later or the first one is removed."""
-    settings = IndexSettings("codebook", lists=6, worker_memory=STEPS_OF, dedup="images")
+    settings = IndexSettings(kind="codebook", lists=6, worker_memory=STEPS_OF, dedup="images")
     add_shard(layout, 5, [0, 1, 2, 2, 50, 51])
     index(layout.root, settings)
     groups = database_copies(layout)
@@ -303,7 +303,7 @@ def test_an_index_below_the_bound_is_not_put_in_place(layout: Layout) -> None:
     index(layout.root, CODES)
     folder = Path(layout.index("codebook"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    one_list = IndexSettings("codebook", lists=12, nprobe=1, worker_memory=STEPS_OF)
+    one_list = IndexSettings(kind="codebook", lists=12, nprobe=1, worker_memory=STEPS_OF)
     with pytest.raises(BadInputError, match=r"recall of 0\.\d+, below --min-recall 1"):
         index(layout.root, one_list, min_recall=1.0)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -361,7 +361,7 @@ def test_the_smallest_nprobe_that_reaches_the_target(
 
 def test_weights_are_kept_and_searched_with(layout: Layout) -> None:
     """Typed ones are scaled to a mean of 1; distances are in their units; a grown index keeps them."""
-    settings = IndexSettings("codebook", lists=4, weights="1,3,0,4", worker_memory=STEPS_OF)
+    settings = IndexSettings(kind="codebook", lists=4, weights="1,3,0,4", worker_memory=STEPS_OF)
     index(layout.root, settings)
     add_shard(layout, 3, MORE[0])
     made = index(layout.root, settings)

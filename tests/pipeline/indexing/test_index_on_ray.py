@@ -20,7 +20,7 @@ def test_tasks_make_the_same_bytes(
     small_steps(monkeypatch)
     alone = make_database(tmp_path / "alone", shards=4)
     together = Layout(shutil.copytree(alone.root, tmp_path / "together"))
-    settings = IndexSettings("codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
+    settings = IndexSettings(kind="codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
     told: list[tuple[str, int, int]] = []
     for number in range(4, 7):
         told.clear()

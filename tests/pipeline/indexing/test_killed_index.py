@@ -13,7 +13,7 @@ from schemas.settings.index import IndexSettings
 from tests.worlds.index_world import STEPS_OF, WATCH, index_files, small_steps
 from tests.worlds.removal_world import add_shard, make_database
 
-CODES = IndexSettings("codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
+CODES = IndexSettings(kind="codebook", lists=6, worker_memory=STEPS_OF, max_copies=1)
 MORE = ([*range(18, 24)], [0, 1, 2, 30, 31, 32])
 
 
@@ -92,14 +92,14 @@ def test_what_a_killed_build_left_is_not_mixed_with_another(
     assert list(Path(layout.indexes).glob(".building-*/fill-*"))
     settings = CODES
     if change == "memory":
-        settings = IndexSettings("codebook", lists=6, worker_memory="300", max_copies=1)
+        settings = IndexSettings(kind="codebook", lists=6, worker_memory="300", max_copies=1)
     elif change == "removal":
         removal = plan_removal(layout.root, RemovalRequest(where="key LIKE '1/%'"))
         carry_out(layout.root, removal, "w", "c")
     elif change == "table":
         add_shard(layout, 6, [40, 41, 42, 43])
     else:
-        settings = IndexSettings("codebook", lists=5, worker_memory=STEPS_OF, max_copies=1)
+        settings = IndexSettings(kind="codebook", lists=5, worker_memory=STEPS_OF, max_copies=1)
     made = index(layout.root, settings)
     other = Layout(shutil.copytree(layout.root, tmp_path / "other"))
     shutil.rmtree(other.indexes)

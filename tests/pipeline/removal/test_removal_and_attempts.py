@@ -75,7 +75,11 @@ def test_links_on_the_list_are_not_downloaded_and_bytes_on_it_not_kept(
         assert len(items) == len(attempt.rows or range(4))
         assert sorted(web.paths()) == asked
         tars = sorted((tmp_path / "kept").iterdir())
-        found = records(open_source(SourceSettings("webdataset", (str(tars[-1]),)))) if kept else {}
+        found = (
+            records(open_source(SourceSettings(name="webdataset", input=(str(tars[-1]),))))
+            if kept
+            else {}
+        )
         assert list(found) == kept
 
 

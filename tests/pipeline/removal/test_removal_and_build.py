@@ -19,8 +19,8 @@ from pipeline.info import info
 from pipeline.remove import RemovalRequest, export_list
 from pipeline.verify import verify
 from schemas.records import Attempt, Reject, unpack_records
+from schemas.settings.download import DownloadSettings
 from schemas.settings.source import SourceSettings
-from stages.download.download_links import DownloadSettings
 from stages.encode.encode_images import EncodeSettings
 from stages.sources import open_source
 from tests.pipeline.conftest import settings
@@ -102,7 +102,7 @@ def test_what_was_removed_stays_out_of_later_builds(
         names = listed.read_text().splitlines()[0].replace('"', "").split(",")
         csv.DictWriter(file, names).writerow({"url": "http://a.org/05.jpg", "why": "by address"})
     other = tmp_path / "other"
-    first = SourceSettings("folder", (str(grown),), limit=2, shard_size=2)
+    first = SourceSettings(name="folder", input=(str(grown),), limit=2, shard_size=2)
     build(settings(other, grown, source=first))
     assert sorted(visible(other)) == ["01.jpg", "02.jpg"]
     remove(other, listed=listed)
@@ -121,7 +121,7 @@ def test_a_shard_is_read_without_what_was_removed(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (folder / f"{name}.jpg").write_bytes(f"bytes of {name}".encode())
     (folder / "metadata.csv").write_text("file_name,url\nb.jpg,http://b.org/\n")
-    source = SourceSettings("folder", (str(folder),))
+    source = SourceSettings(name="folder", input=(str(folder),))
     [shard] = open_source(source).listing([]).shards
     database = make_database(tmp_path / "db", shards=1)
     worker = worker_settings(database, source)

@@ -1,0 +1,391 @@
+"""What is known of a setting besides its name, type and default, and what follows from that.
+
+A class of settings is a frozen dataclass. A field that users may set carries an `Option` in its
+annotation, and its docstring is the help text, so default, bounds, help and flags stand once:
+
+    min_side: Annotated[int, Option(minimum=1)] = 32
+    \"\"\"Reject pictures with a shorter side.\"\"\"
+
+`check` holds a value to its bounds and choices, `settings_of` lists the options of a class,
+`values_of` and `make` go from settings to named values and back, `to_toml` and `read_toml` to a file.
+Needs the standard library only.
+"""
+
+import ast
+import inspect
+import json
+import keyword
+import tomllib
+import types
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cache, reduce
+from itertools import pairwise
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+from arrag_runtime.format.errors import BadInputError
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """How a field is given on the command line and in a file, and which values it may have."""
+
+    flags: str = ""
+    """As in "--input -i"; by default the field's name."""
+    minimum: float | None = None
+    """The smallest value."""
+    maximum: float | None = None
+    """The largest value."""
+    above: float | None = None
+    """A bound that values must exceed."""
+    below: float | None = None
+    """A bound that values must stay under."""
+    shown: str | None = None
+    """What a default of None stands for, in words."""
+    env: str | None = None
+    """An environment variable that sets it."""
+    panel: str | None = None
+    """The heading of its part of the help; by default its group's."""
+    each: str | None = None
+    """What one of several values is called, where they are typed as one text with commas."""
+    example: str = ""
+    """Such a text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Marks a field that holds further settings, whose options are offered beside the others."""
+
+    panel: str
+    """The heading of their part of the help."""
+    only: tuple[str, ...] = ()
+    """The fields that are offered; all by default."""
+
+
+Database = Annotated[str | Path, Option(flags="--db", env="ARRAG_DB")]
+Databases = Annotated[tuple[str | Path, ...], Option(flags="--db", env="ARRAG_DB")]
+DATABASE = "arrag-db"
+"""The folder of a database where none is named."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of settings that is an option."""
+
+    home: type
+    """The class that has the field."""
+    path: tuple[str, ...]
+    """The names that lead to it, through groups."""
+    type: Any
+    """bool, int, float, str, Path or a Literal: of the value, or of each of several."""
+    many: bool
+    """Whether the value is a tuple of them."""
+    default: Any
+    """MISSING where a value must be given."""
+    option: Option
+    panel: str | None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As they are typed; a switch that is on can be turned off."""
+        if self.option.flags:
+            return tuple(self.option.flags.split())
+        name = f"--{self.path[-1].replace('_', '-')}"
+        return (f"{name}/--no-{name[2:]}",) if self.default is True else (name,)
+
+    @property
+    def flag(self) -> str:
+        """The long one, without its counterpart."""
+        return next((f for f in self.flags if f.startswith("--")), self.flags[0]).split("/")[0]
+
+    @property
+    def key(self) -> str:
+        """Its name in a file."""
+        return self.flag.lstrip("-")
+
+    @property
+    def parameter(self) -> str:
+        """Its name as a parameter in Python."""
+        name = self.key.replace("-", "_")
+        return f"{name}_" if keyword.iskeyword(name) else name
+
+    @property
+    def help(self) -> str:
+        """The docstring below the field, on one line; empty where there is no source text."""
+        return _field_docs(self.home).get(self.path[-1], "")
+
+    def check(self, value: Any) -> None:
+        """Raise BadInputError for a value out of bounds, or not among the choices."""
+        if value is None or self.many:
+            return
+        if choices := self.choices:
+            if value not in choices:
+                raise BadInputError(
+                    f"unknown {self.flag} '{value}'; choose one of {', '.join(choices)}"
+                )
+            return
+        option = self.option
+        low = option.minimum is not None and not value >= option.minimum
+        high = option.maximum is not None and not value <= option.maximum
+        at_low = option.above is not None and not value > option.above
+        at_high = option.below is not None and not value < option.below
+        if low or high or at_low or at_high:
+            raise BadInputError(f"{self.flag} is {value}; give {self._range()}")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values it may have; none where any will do."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def _range(self) -> str:
+        option = self.option
+        least = option.minimum if option.above is None else option.above
+        most = option.maximum if option.below is None else option.below
+        more = "more than " if option.above is not None else ""
+        if most is None:
+            return f"{more}{least}" if more else f"{least} or more"
+        return f"{more}{least} to {'below ' if option.below is not None else ''}{most}"
+
+    def parse(self, given: Any) -> Any:
+        """The value of the field, from what a command line gives. Raises BadInputError."""
+        if not self.many:
+            return given
+        if self.option.each is None:
+            return tuple(given or ())
+        if given is None:
+            return self.default
+        parts = [part.strip() for part in given.split(",")]
+        if self.type is int:
+            try:
+                return tuple(int(part) for part in parts)
+            except ValueError as error:
+                raise BadInputError(
+                    f"{self.flag} '{given}' is no list of numbers; write them like"
+                    f" '{self.option.example}'"
+                ) from error
+        if not any(parts):
+            raise BadInputError(
+                f"{self.flag} '{given}' names no {self.option.each}; write e.g."
+                f" '{self.option.example}'"
+            )
+        return tuple(part for part in parts if part)
+
+    def typed(self, value: Any) -> Any:
+        """What a command line would give for this value; None where it would not be named."""
+        if self.many and self.option.each is not None:
+            return ",".join(map(str, value)) if value else None
+        return [str(one) if self.type is str else one for one in value] if self.many else value
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value as TOML has it is of the right type."""
+        if self.many:
+            one = replace(self, many=False)
+            return isinstance(value, list) and all(one.accepts(part) for part in value)
+        if isinstance(value, bool) or self.type is bool:
+            return isinstance(value, bool) and self.type is bool
+        if self.type in (int, float):
+            return isinstance(value, int if self.type is int else int | float)
+        return isinstance(value, str)
+
+    @property
+    def wanted(self) -> str:
+        """What `accepts` accepts, in words."""
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        if self.many:
+            return f"a list such as [{'1, 2' if self.type is int else _toml('…')}]"
+        return names.get(self.type, "a text in quotes")
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """A field that holds further settings."""
+
+    type: Any
+    optional: bool
+    group: Group
+
+
+@cache
+def _members(settings: Any) -> dict[str, "Setting | _Nested"]:
+    """The fields of a class that are options or groups of them; others cannot be set by users."""
+    found: dict[str, Setting | _Nested] = {}
+    for field in fields(settings):
+        marks = getattr(field.type, "__metadata__", ())
+        for mark in marks:
+            kind, optional = _without_none(get_args(field.type)[0])
+            if isinstance(mark, Group):
+                found[field.name] = _Nested(kind, optional, mark)
+            elif isinstance(mark, Option):
+                many = get_origin(kind) is tuple
+                kind = get_args(kind)[0] if many else kind
+                # What may be a text or a path is typed as a text.
+                kind = str if get_origin(kind) in (Union, types.UnionType) else kind
+                found[field.name] = Setting(
+                    settings, (field.name,), kind, many, field.default, mark, mark.panel
+                )
+    return found
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """A type without None, and whether it had None."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind, False
+    rest = [one for one in get_args(kind) if one is not types.NoneType]
+    return reduce(or_, rest), len(rest) < len(get_args(kind))
+
+
+@cache
+def settings_of(settings: Any) -> tuple[Setting, ...]:
+    """The options of a class of settings, those of its groups among them."""
+    found: list[Setting] = []
+    for name, member in _members(settings).items():
+        if isinstance(member, Setting):
+            found.append(member)
+            continue
+        for inner in settings_of(member.type):
+            if not member.group.only or inner.path[0] in member.group.only:
+                needed = inner.default is MISSING and member.optional
+                found.append(
+                    replace(
+                        inner,
+                        path=(name, *inner.path),
+                        default=None if needed else inner.default,
+                        panel=inner.panel or member.group.panel,
+                    )
+                )
+    return tuple(found)
+
+
+def check(settings: Any) -> None:
+    """Raise BadInputError for the first of its own fields that is out of bounds."""
+    kind: Any = type(settings)
+    for name, member in _members(kind).items():
+        if isinstance(member, Setting):
+            member.check(getattr(settings, name))
+
+
+def values_of(settings: Any) -> dict[str, Any]:
+    """The settings in force by their names in a file."""
+    kind: Any = type(settings)
+    found: dict[str, Any] = {}
+    for setting in settings_of(kind):
+        value: Any = settings
+        for name in setting.path:
+            value = None if value is None else getattr(value, name)
+        found[setting.key] = value
+    return found
+
+
+def make(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Settings from values by their names in a file; what is not named keeps its default.
+
+    Raises BadInputError for what the class refuses, or for part of a group whose main value is not
+    given.
+    """
+    settings: Any = kind
+    given: dict[str, Any] = {}
+    for name, member in _members(settings).items():
+        if isinstance(member, Setting):
+            if member.key in values:
+                given[name] = values[member.key]
+            continue
+        offered = [s for s in settings_of(settings) if s.path[0] == name]
+        inner = {s.key: values[s.key] for s in offered if s.key in values}
+        needed = [s for s in settings_of(member.type) if s.default is MISSING]
+        if member.optional and any(inner.get(s.key) is None for s in needed):
+            _refuse_parts(offered, inner, needed[0].flag)
+        else:
+            given[name] = make(member.type, inner)
+    return kind(**given)
+
+
+def _refuse_parts(offered: Collection[Setting], inner: Mapping[str, Any], main: str) -> None:
+    """Refuse options that say more about something that is not there."""
+    for setting in offered:
+        if setting.flag != main and inner.get(setting.key, setting.default) != setting.default:
+            raise BadInputError(f"{setting.flag} says more about a {main}; give {main} too")
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A line for each value that is not None."""
+    return "".join(f"{key} = {_toml(v)}\n" for key, v in values.items() if v is not None)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, bool | int):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def read_toml(settings: type, path: Path, *, others: Collection[str] = ()) -> dict[str, Any]:
+    """The values in a file by name, each checked; `others` are names that may stand there too.
+
+    Raises BadInputError for a file that cannot be read, an unknown name, a wrong type or a value
+    that is out of bounds.
+    """
+    try:
+        read = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"cannot read --config '{path}': {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"--config '{path}' is no TOML: {error}") from error
+    known = {setting.key: setting for setting in settings_of(settings)}
+    found: dict[str, Any] = {}
+    for name, value in read.items():
+        key = name.replace("_", "-")
+        if key in others:
+            found[key] = value
+            continue
+        if key not in known:
+            near = get_close_matches(key, [*known, *others], 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the names, less the dashes"
+            raise BadInputError(f"--config '{path}' has an unknown name '{name}'; {hint}")
+        setting = known[key]
+        if not setting.accepts(value):
+            raise BadInputError(f"--config '{path}': {name} is {value!r}; give {setting.wanted}")
+        try:
+            found[key] = _from_toml(setting, value)
+            setting.check(found[key])
+        except BadInputError as error:
+            raise BadInputError(f"--config '{path}': {error}") from error
+    return found
+
+
+def _from_toml(setting: Setting, value: Any) -> Any:
+    """A value of the field's own type."""
+    if setting.many:
+        return tuple(_from_toml(replace(setting, many=False), one) for one in value)
+    return setting.type(value) if setting.type in (float, Path) else value
+
+
+@cache
+def _field_docs(settings: type) -> Mapping[str, str]:
+    """The docstring below each field of a class, on one line; read off the source text."""
+    try:
+        module = inspect.getmodule(settings)
+        tree = ast.parse(inspect.getsource(cast(types.ModuleType, module)))
+    except (OSError, TypeError):
+        return {}
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    found = next((node for node in classes if node.name == settings.__name__), None)
+    return dict(_docs_below(found.body)) if found else {}
+
+
+def _docs_below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for field, doc in pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+        ):
+            yield field.target.id, inspect.cleandoc(str(doc.value.value)).replace("\n", " ")
