@@ -88,13 +88,9 @@ def out_of_memory(doing: str) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise BadInputError(
-            f"too little memory for {doing}; use fewer pictures at once (--batch-size), a smaller"
-            " model, or --precision bfloat16"
-        ) from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error):  # how torch says it on a CPU
+    except (RuntimeError, MemoryError) as error:
+        ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not ran_out and "not enough memory" not in str(error):  # how torch says it on a CPU
             raise
         raise BadInputError(
             f"too little memory for {doing}; use fewer pictures at once (--batch-size), a smaller"

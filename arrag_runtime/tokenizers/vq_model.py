@@ -9,7 +9,6 @@ weights give the same numbers to the bit. Searching the codebook is the tokenize
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,19 +92,11 @@ class _Encoder(nn.Module):
         super().__init__()
         widths = shape.widths
         self.conv_in = nn.Conv2d(3, shape.base, 3, padding=1)
-        last = len(widths) - 1
-        self.down = nn.ModuleList(
-            _Level(
-                enters,
-                width,
-                shape.blocks,
-                attention=level == last,
-                then=None if level == last else "downsample",
-            )
-            for level, (enters, width) in enumerate(
-                zip((shape.base, *widths), widths, strict=False)
-            )
-        )
+        self.down = nn.ModuleList()
+        for level, enters in enumerate((shape.base, *widths[:-1])):
+            last = level == len(widths) - 1
+            then = None if last else "downsample"
+            self.down.append(_Level(enters, widths[level], shape.blocks, attention=last, then=then))
         self.mid = _Middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], shape.latent, 3, padding=1)
@@ -127,17 +118,11 @@ class _Decoder(nn.Module):
         widths = shape.widths[::-1]
         self.conv_in = nn.Conv2d(shape.latent, widths[0], 3, padding=1)
         self.mid = _Middle(widths[0])
-        last = len(widths) - 1
-        self.up = nn.ModuleList(
-            _Level(
-                enters,
-                width,
-                shape.blocks + 1,
-                attention=level == 0,
-                then=None if level == last else "upsample",
-            )
-            for level, (enters, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
-        )
+        self.up = nn.ModuleList()
+        for level, enters in enumerate((widths[0], *widths[:-1])):
+            then = None if level == len(widths) - 1 else "upsample"
+            blocks, first = shape.blocks + 1, level == 0
+            self.up.append(_Level(enters, widths[level], blocks, attention=first, then=then))
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -151,16 +136,13 @@ class _Decoder(nn.Module):
 
 
 class _Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where there is any."""
+    """Residual blocks at one resolution, each followed by attention where there is any.
+
+    then: "downsample" or "upsample", what leads to the next level; None for the last.
+    """
 
     def __init__(
-        self,
-        enters: int,
-        width: int,
-        blocks: int,
-        *,
-        attention: bool,
-        then: Literal["downsample", "upsample"] | None,
+        self, enters: int, width: int, blocks: int, *, attention: bool, then: str | None
     ) -> None:
         super().__init__()
         widths = (enters, *[width] * blocks)
