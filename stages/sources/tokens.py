@@ -30,7 +30,7 @@ from stages.sources.reading.columns import Record
 from stages.sources.reading.files import HUB, hub_inputs
 from stages.sources.reading.fingerprint import require_input, require_shard_size
 from stages.sources.reading.grids import Misfit, grid_bytes
-from stages.sources.reading.row_files import ENDINGS
+from stages.sources.reading.row_files import TABLE_ENDINGS
 from stages.sources.reading.rows import RowSource
 from stages.sources.reading.source_kind import SourceKind
 
@@ -107,7 +107,7 @@ class TokensSource:
         given = self._settings.input
         folders = [path for path in map(Path, given) if path.is_dir()]
         tables = any(
-            next((p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS), None)
+            next((p for p in folder.rglob("*") if p.suffix.lower() in TABLE_ENDINGS), None)
             for folder in folders
         )
         return self._of_kind(
@@ -122,6 +122,6 @@ SOURCE = SourceKind(
     open=TokensSource,
     locate=hub_inputs,
     options=("columns", "revision"),
-    reads=(*_NPY, *ENDINGS),
+    reads=(*_NPY, *TABLE_ENDINGS),
     grids=True,
 )

@@ -95,7 +95,7 @@ def test_offsets_and_hashes_are_those_of_the_lines(
     (tmp_path / "l.tsv").write_bytes(data)
     (file,) = find_files([str(tmp_path / "l.tsv")], (".tsv",), "cc12m")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.sources.reading.text_lines.CHUNK", chunk)
+        patch.setattr("stages.sources.reading.text_lines._CHUNK", chunk)
         scan = scan_lines(file, size, {(1, 4)})
         assert scan.lines == len(expected)
         for number, offset in scan.offsets.items():

@@ -12,7 +12,7 @@ import pytest
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import ImageRecord, LinkRecord, RecordedShard, Reject
 from stages.sources.reading.columns import USUAL_NAMES, column_map
-from stages.sources.reading.row_files import ENDINGS
+from stages.sources.reading.row_files import TABLE_ENDINGS
 from tests.conftest import jpeg
 from tests.worlds.source_cases import (
     datacomp_rows,
@@ -205,7 +205,7 @@ def test_an_option_of_another_source_is_refused(tmp_path: Path) -> None:
         open_at("datacomp", path, scale="tiny")
     with pytest.raises(BadInputError, match=r"names no"):
         open_at("parquet", tmp_path / "nothing*").listing(())
-    assert set(ENDINGS) == {".parquet", ".arrow", ".feather", ".h5", ".hdf5"}
+    assert set(TABLE_ENDINGS) == {".parquet", ".arrow", ".feather", ".h5", ".hdf5"}
     schema = pa.schema([(name, pa.string()) for name in ("jpg", "TEXT")])
     assert column_map(None, schema, grids=False).caption == "TEXT"
     assert "image" in USUAL_NAMES["image"]

@@ -17,7 +17,7 @@ import pyarrow as pa
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import Box, GridRecord, GridShape, ImageRecord, LinkRecord, Reject
 from stages.sources.reading.grids import grid_bytes
-from stages.sources.reading.row_files import split_columns
+from stages.sources.reading.row_files import plain_columns
 
 Record = ImageRecord | LinkRecord | GridRecord | Reject
 
@@ -110,7 +110,7 @@ def wanted_columns(chosen: ColumnMap, schema: pa.Schema) -> list[str]:
     """The columns to read: the parts, and what is kept as metadata; other bytes are left out."""
     used = chosen.used()
     ours = [name for name in used if name in schema.names]
-    left = [n for n in split_columns(schema).plain if n not in ours and n != "vectors"]
+    left = [n for n in plain_columns(schema) if n not in ours and n != "vectors"]
     return ours + left
 
 

@@ -2,12 +2,11 @@
 
 In: a `SourceFile`. Out: the number of rows and the columns, read off the file's footer or headers
 alone, and the rows of a range as small Arrow tables in order. Whatever is wrong with a file is
-raised as `DamagedFileError`, with what was read before it already handed out; a disk or a network that
-fails, as `UnreachableError`.
+raised as `DamagedFileError`, with what was read before it already handed out; a disk or a network
+that fails, as `UnreachableError`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +16,10 @@ import pyarrow.parquet as pq
 from arrag_runtime.format.errors import BadInputError, ShardError
 from stages.sources.reading.files import SourceFile, require_reached
 
-PARQUET, ARROW, HDF5 = (".parquet",), (".arrow", ".feather"), (".h5", ".hdf5")
-ENDINGS = (*PARQUET, *ARROW, *HDF5)
-ROWS_AT_ONCE, HEAVY_ROWS_AT_ONCE = 4096, 64
-"""Rows a table; fewer where a column holds pictures."""
+PARQUET, _ARROW, _HDF5 = (".parquet",), (".arrow", ".feather"), (".h5", ".hdf5")
+TABLE_ENDINGS = (*PARQUET, *_ARROW, *_HDF5)
+_ROWS_AT_ONCE, _HEAVY_ROWS_AT_ONCE = 4096, 64
+"""Rows per table; fewer where a column holds pictures."""
 
 
 class DamagedFileError(Exception):
@@ -41,9 +40,9 @@ def open_rows(file: SourceFile) -> RowFile:
     """The file, its header or footer read. Raises DamagedFileError."""
     ending = file.location.lower()
     try:
-        if ending.endswith(HDF5):
+        if ending.endswith(_HDF5):
             return _Hdf5Rows(file)
-        return _ArrowRows(file) if ending.endswith(ARROW) else _ParquetRows(file)
+        return _ArrowRows(file) if ending.endswith(_ARROW) else _ParquetRows(file)
     except (BadInputError, ShardError):
         raise
     # Damaged files make these parsers raise nearly anything.
@@ -68,7 +67,7 @@ class _ParquetRows:
                 first = first if groups else at
                 groups.append(group)
             at += rows
-        few = HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else ROWS_AT_ONCE
+        few = _HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else _ROWS_AT_ONCE
         batches = self._file.iter_batches(batch_size=few, row_groups=groups, columns=list(columns))
         return _cut(self._source, batches, first, start, stop)
 
@@ -91,7 +90,7 @@ class _ArrowRows:
         self.count = sum(batch.num_rows for batch in self._open())
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        few = HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else ROWS_AT_ONCE
+        few = _HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else _ROWS_AT_ONCE
         small = (
             batch.select(list(columns)).slice(at, few)
             for batch in self._open()
@@ -130,8 +129,8 @@ class _Hdf5Rows:
         self.schema = pa.schema(fields)
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        for low in range(start, stop, ROWS_AT_ONCE):
-            high = min(low + ROWS_AT_ONCE, stop)
+        for low in range(start, stop, _ROWS_AT_ONCE):
+            high = min(low + _ROWS_AT_ONCE, stop)
             try:
                 arrays = [self._array(name, self._sets[name][low:high]) for name in columns]
             except Exception as error:
@@ -151,18 +150,9 @@ class _Hdf5Rows:
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.reshape(-1)))
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a file that may be conditions, and those that hold pictures."""
-
-    plain: tuple[str, ...]
-    heavy: tuple[str, ...]
-
-
-def split_columns(schema: pa.Schema) -> Columns:
-    """Which columns are what is said of a picture, and which are bytes."""
-    heavy = tuple(field.name for field in schema if _is_bytes(field.type))
-    return Columns(tuple(n for n in schema.names if n not in heavy), heavy)
+def plain_columns(schema: pa.Schema) -> list[str]:
+    """The columns that hold no pictures, and so may be conditions."""
+    return [field.name for field in schema if not _is_bytes(field.type)]
 
 
 def _heavy(schema: pa.Schema, columns: Sequence[str]) -> bool:

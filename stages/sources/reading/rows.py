@@ -20,12 +20,12 @@ from stages.sources.reading.columns import Record, column_map, to_record, to_row
 from stages.sources.reading.files import SourceFile
 from stages.sources.reading.fingerprint import require_input
 from stages.sources.reading.row_files import (
-    ENDINGS,
     PARQUET,
+    TABLE_ENDINGS,
     DamagedFileError,
     RowFile,
     open_rows,
-    split_columns,
+    plain_columns,
 )
 from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
 from stages.sources.reading.where import needed, parse_where, taken
@@ -56,7 +56,7 @@ class RowSource:
         self._settings = settings
         self._grids = grids
         given = require_input(self.name, settings.input)
-        self._selection = RowSelection.of(settings, given, ENDINGS if grids else PARQUET)
+        self._selection = RowSelection.of(settings, given, TABLE_ENDINGS if grids else PARQUET)
         self._measured: list[_Measured] = []
         self._notes: list[str] = []
 
@@ -124,7 +124,7 @@ class RowSource:
             chosen = column_map(self._settings.columns, schema, grids=self._grids)
             if self._selection.where is not None:
                 expression = parse_where(self._selection.where)
-                expression.require(split_columns(schema).plain)
+                expression.require(plain_columns(schema))
                 expression.mask(schema.empty_table())
             row_bytes = file.size / max(count, 1)
             size = self._shard_size(schema, row_bytes)
@@ -135,7 +135,7 @@ class RowSource:
     def _shard_size(self, schema: pa.Schema, row_bytes: float) -> int:
         if self._settings.shard_size:
             return self._settings.shard_size
-        if not split_columns(schema).heavy:
+        if len(plain_columns(schema)) == len(schema.names):
             return _LINKS_PER_SHARD
         fits = int(_SHARD_BYTES / max(row_bytes, 1))
         return min(max(fits, _FEWEST_ROWS), _MOST_ROWS)

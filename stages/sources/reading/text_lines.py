@@ -19,39 +19,45 @@ import numpy as np
 from stages.sources.reading.files import SourceFile, require_reached
 
 Span = tuple[int, int]
-CHUNK = 4 << 20
-PIECE = 1 << 12
+"""A first line and the line after the last one."""
+_CHUNK = 4 << 20
+_PACKED_CHUNK = 1 << 12
 LONGEST_LINE = 1 << 20
 """A longer line is cut, so that a file without ends of lines cannot fill the memory."""
-SHOWN = 1000
-GZIP = b"\x1f\x8b"
+_SHOWN = 1000
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line without its end. `fault` says why it is not the line as it stands in the file."""
+    """A line of a file."""
 
     data: bytes
+    """The line without its end, or its beginning where it has a fault."""
     fault: str | None = None
+    """Why it is not the line as it stands in the file."""
 
 
 @dataclass
 class Scan:
-    """What one pass found: how many lines, byte offsets of line numbers, hashes of spans of them."""
+    """What one pass over a file found."""
 
     lines: int = 0
+    """How many lines there are, up to where the pass ended."""
     offsets: dict[int, int] = field(default_factory=dict)
+    """The byte of the unpacked file with which a line begins, by the line's number."""
     digests: dict[Span, str] = field(default_factory=dict)
+    """The hash of a span of lines, 16 hex digits."""
 
 
-DAMAGE = (OSError, EOFError, zlib.error)
+_DAMAGE = (OSError, EOFError, zlib.error)
 """What reading a damaged file raises."""
 
 
 def unpacked(file: SourceFile) -> Any:
     """The file's bytes, unpacked where it is packed, whatever its name says."""
     stream = file.open()
-    packed = stream.read(2) == GZIP
+    packed = stream.read(2) == _GZIP
     stream.seek(0)
     return gzip.GzipFile(fileobj=stream) if packed else stream
 
@@ -59,7 +65,7 @@ def unpacked(file: SourceFile) -> Any:
 def is_packed(file: SourceFile) -> bool:
     """Whether the file is gzip, so that offsets are not those of its bytes on disk."""
     with file.open() as stream:
-        return bool(stream.read(2) == GZIP)
+        return bool(stream.read(2) == _GZIP)
 
 
 def packed_size(file: SourceFile, unpacked_bytes: int) -> int:
@@ -68,11 +74,11 @@ def packed_size(file: SourceFile, unpacked_bytes: int) -> int:
     # What is damaged counts for nothing here; reading the lines tells of it.
     with closing(file.open()) as stream, suppress(zlib.error):
         member = zlib.decompressobj(wbits=31)
-        while made < unpacked_bytes and (piece := stream.read(PIECE)):
-            consumed += len(piece)
-            while piece:
-                made += len(member.decompress(piece))
-                piece = member.unused_data
+        while made < unpacked_bytes and (chunk := stream.read(_PACKED_CHUNK)):
+            consumed += len(chunk)
+            while chunk:
+                made += len(member.decompress(chunk))
+                chunk = member.unused_data
                 if member.eof:
                     member = zlib.decompressobj(wbits=31)
     return consumed
@@ -93,11 +99,11 @@ def lines_from(file: SourceFile, offset: int) -> Generator[Line, None, None]:
                     yield _line(data, cut)
                     cut = False
                 if len(rest) > LONGEST_LINE:
-                    rest, cut = rest[:SHOWN], True
-        except DAMAGE as error:
+                    rest, cut = rest[:_SHOWN], True
+        except _DAMAGE as error:
             require_reached(file, error)
             reason = f"{type(error).__name__}: {error}"
-            yield Line(rest[:SHOWN], f"the list is damaged here ({reason})")
+            yield Line(rest[:_SHOWN], f"the list is damaged here ({reason})")
             return
     if rest:
         yield _line(rest, cut)
@@ -105,7 +111,7 @@ def lines_from(file: SourceFile, offset: int) -> Generator[Line, None, None]:
 
 def _line(data: bytes, cut: bool) -> Line:
     if cut or len(data) > LONGEST_LINE:
-        return Line(data[:SHOWN], f"longer than {LONGEST_LINE} bytes")
+        return Line(data[:_SHOWN], f"longer than {LONGEST_LINE} bytes")
     return Line(data.removesuffix(b"\r"))
 
 
@@ -129,7 +135,7 @@ def scan_lines(
             for chunk in _chunks(stream):
                 if not scan.feed(chunk):
                     return scan.end(damaged=False)
-        except DAMAGE as error:
+        except _DAMAGE as error:
             require_reached(file, error)
             return scan.end(damaged=True)
     return scan.end(damaged=False)
@@ -228,5 +234,5 @@ class _Scanner:
 def _chunks(stream: Any) -> Iterator[bytes]:
     """The stream a few megabytes at a time; what was read before damage is handed out first."""
     read = getattr(stream, "read1", stream.read)
-    while chunk := read(CHUNK):
+    while chunk := read(_CHUNK):
         yield chunk

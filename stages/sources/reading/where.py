@@ -1,10 +1,13 @@
 """`--where`: which rows of a source are its inputs, as an expression that Arrow evaluates.
 
-In: text such as `clip_l14_similarity_score > 0.28 and not (text is null)`; its language is that of
-`stages.sources.reading.where_language`. Out: a `Where` that turns a table into a mask. Nulls follow SQL: a
-row is taken where the whole expression is true.
+In: text such as `clip_l14_similarity_score > 0.28 and not (text is null)`. Out: a `Where` that
+turns a table into a mask, or a BadInputError that points at what cannot be read. Nulls follow SQL:
+a row is taken where the whole expression is true. The language is closed: comparisons (= == != <>
+< <= > >=), `and`, `or`, `not`, `in (…)`, `like '%x_'`, `is null`, `+ - * /`, numbers, 'text', true,
+false, and columns (`a.b` is a field of a struct, `` `odd name` `` any name).
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,7 +19,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arrag_runtime.format.errors import BadInputError
-from stages.sources.reading.where_language import Call, Literal, Node, columns_of, parse, spell
+
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<number>\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)
+    |(?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
+    |(?P<quoted>`[^`]+`)
+    |(?P<name>[^\W\d][\w.]*)
+    |(?P<sign><=|>=|==|!=|<>|[<>=+\-*/(),]))""",
+    re.VERBOSE,
+)
+_WORDS = frozenset(("and", "or", "not", "in", "is", "null", "like", "true", "false"))
+_COMPARISONS = {"=": "=", "==": "=", "!=": "!=", "<>": "!=", "<": "<", "<=": "<=", ">": ">"}
+_COMPARISONS |= {">=": ">="}
+_MAX_DEPTH = 50
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column, or with dots a field of a struct column."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Literal:
+    """A number, a text or a truth value."""
+
+    value: float | int | str | bool
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function of `_FUNCTIONS` applied to other nodes."""
+
+    function: str
+    arguments: tuple["_Node", ...]
+
+
+_Node = _Column | _Literal | _Call
 
 
 def _quotient(left: Any, right: Any) -> Any:
@@ -27,7 +67,7 @@ def _like(values: Any, pattern: Any) -> Any:
     return pc.match_like(values, pattern.as_py())
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": lambda *values: reduce(pc.and_kleene, values),
     "or": lambda *values: reduce(pc.or_kleene, values),
     "not": pc.invert,
@@ -46,21 +86,26 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+_TYPES_OF_NULLS = dict.fromkeys(("and", "or", "not"), pa.bool_()) | {"like": pa.string()}
+_TYPES_OF_NULLS |= dict.fromkeys(("+", "-", "*"), pa.float64())
+"""What a column that holds nothing but nulls is taken for, where Arrow asks for a type."""
+
+
 @dataclass(frozen=True)
 class Where:
     """A parsed expression. `text` is the same for expressions that differ in spacing alone."""
 
-    node: Node
+    node: _Node
 
     @property
     def text(self) -> str:
         """The expression in its one spelling, as the ledger keeps it."""
-        return spell(self.node)
+        return _spell(self.node)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The top-level columns it reads, in their order."""
-        return tuple(dict.fromkeys(name.split(".")[0] for name in columns_of(self.node)))
+        return tuple(dict.fromkeys(name.split(".")[0] for name in _columns_of(self.node)))
 
     def require(self, available: Iterable[str]) -> None:
         """Raise BadInputError, listing what exists, for a column that does not."""
@@ -101,7 +146,11 @@ class Where:
 
 def parse_where(text: str) -> Where:
     """The expression in `text`. Raises BadInputError that points at what it cannot read."""
-    return Where(parse(text))
+    parser = _Parser(text)
+    node = parser.expression()
+    if parser.peek() != "":
+        raise parser.error("expected the end, 'and' or 'or'")
+    return Where(node)
 
 
 def taken(table: pa.Table, where: str | None, without: Sequence[str] = ()) -> npt.NDArray[np.bool_]:
@@ -132,25 +181,194 @@ def needed(where: str | None, without: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for text in texts for name in parse_where(text).columns))
 
 
-def _evaluate(node: Node, table: pa.Table) -> Any:
-    if isinstance(node, Literal):
+class _Parser:
+    """Recursive descent over the tokens of one expression."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokens: list[tuple[str, str, int]] = []
+        self._next = 0
+        self._depth = 0
+        at = 0
+        while text[at:].strip():
+            match = _TOKEN.match(text, at)
+            if match is None:
+                at += len(text[at:]) - len(text[at:].lstrip())
+                self._tokens.append(("odd", text[at], at))
+                raise self._bad(at, "cannot read it")
+            kind = str(match.lastgroup)
+            word, start = match[kind], match.start(kind)
+            if kind == "name" and word.lower() in _WORDS:
+                kind, word = "word", word.lower()
+            self._tokens.append((kind, word, start))
+            at = match.end()
+        if not self._tokens:
+            raise BadInputError(
+                "--where is empty; give a condition such as 'clip_l14_similarity_score > 0.28'"
+            )
+
+    def peek(self) -> str:
+        """The next sign or word; "" at the end, a name or a literal."""
+        if self._next == len(self._tokens):
+            return ""
+        kind, word, _ = self._tokens[self._next]
+        return word if kind in ("sign", "word") else f"\0{kind}"
+
+    def error(self, what: str) -> BadInputError:
+        """The error for what stands next."""
+        at = self._tokens[self._next][2] if self._next < len(self._tokens) else len(self._text)
+        return self._bad(at, what)
+
+    def _bad(self, at: int, what: str) -> BadInputError:
+        rest = self._text[at : at + 20].replace("\n", " ") or "its end"
+        return BadInputError(
+            f"--where '{self._text}' stops making sense at '{rest}': {what}; write for example"
+            ' "clip_l14_similarity_score > 0.28 and text is not null"'
+        )
+
+    def _take(self, *expected: str) -> str | None:
+        """The next sign or word where it is one of these, stepping over it."""
+        if self.peek() in expected and self._next < len(self._tokens):
+            self._next += 1
+            return self._tokens[self._next - 1][1]
+        return None
+
+    def _require(self, expected: str) -> None:
+        if self._take(expected) is None:
+            raise self.error(f"expected '{expected}'")
+
+    def expression(self) -> _Node:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise self.error(f"more than {_MAX_DEPTH} levels of parentheses")
+        nodes = [self._conjunction()]
+        while self._take("or"):
+            nodes.append(self._conjunction())
+        self._depth -= 1
+        return _joined("or", nodes)
+
+    def _conjunction(self) -> _Node:
+        nodes = [self._negation()]
+        while self._take("and"):
+            nodes.append(self._negation())
+        return _joined("and", nodes)
+
+    def _negation(self) -> _Node:
+        negated = False
+        while self._take("not"):
+            negated = not negated
+        node = self._comparison()
+        return _Call("not", (node,)) if negated else node
+
+    def _comparison(self) -> _Node:
+        left = self._sum()
+        if sign := self._take(*_COMPARISONS):
+            return _Call(_COMPARISONS[sign], (left, self._sum()))
+        if self._take("is"):
+            negated = self._take("not") is not None
+            self._require("null")
+            node: _Node = _Call("is null", (left,))
+        else:
+            negated = self._take("not") is not None
+            if self._take("in"):
+                node = self._membership(left)
+            elif self._take("like"):
+                pattern = self._primary()
+                if not (isinstance(pattern, _Literal) and isinstance(pattern.value, str)):
+                    raise self.error("'like' wants a text such as '%cat%'")
+                node = _Call("like", (left, pattern))
+            elif negated:
+                raise self.error("expected 'in' or 'like' after 'not'")
+            else:
+                return left
+        return _Call("not", (node,)) if negated else node
+
+    def _membership(self, left: _Node) -> _Node:
+        self._require("(")
+        nodes: list[_Node] = [_Call("=", (left, self._sum()))]
+        while self._take(","):
+            nodes.append(_Call("=", (left, self._sum())))
+        self._require(")")
+        return _joined("or", nodes)
+
+    def _sum(self) -> _Node:
+        node = self._product()
+        while sign := self._take("+", "-"):
+            node = _Call(sign, (node, self._product()))
+        return node
+
+    def _product(self) -> _Node:
+        node = self._primary()
+        while sign := self._take("*", "/"):
+            node = _Call(sign, (node, self._primary()))
+        return node
+
+    def _primary(self) -> _Node:
+        if self._take("("):
+            node = self.expression()
+            self._require(")")
+            return node
+        if self._take("-"):
+            number = self._primary()
+            if isinstance(number, _Literal) and not isinstance(number.value, str | bool):
+                return _Literal(-number.value)
+            return _Call("-", (_Literal(0), number))
+        if word := self._take("true", "false"):
+            return _Literal(word == "true")
+        if self._next == len(self._tokens):
+            raise self.error("expected a column or a value")
+        kind, word, _ = self._tokens[self._next]
+        if kind in ("sign", "word"):
+            raise self.error("expected a column or a value")
+        self._next += 1
+        if kind == "number":
+            return _Literal(int(word) if word.isdigit() else float(word))
+        if kind == "text":
+            return _Literal(word[1:-1].replace(word[0] * 2, word[0]))
+        return _Column(word.strip("`"))
+
+
+def _joined(function: str, nodes: Sequence[_Node]) -> _Node:
+    return nodes[0] if len(nodes) == 1 else _Call(function, tuple(nodes))
+
+
+def _columns_of(node: _Node) -> list[str]:
+    if isinstance(node, _Column):
+        return [node.name]
+    if isinstance(node, _Call):
+        return [name for argument in node.arguments for name in _columns_of(argument)]
+    return []
+
+
+def _spell(node: _Node) -> str:
+    if isinstance(node, _Column):
+        plain = re.fullmatch(r"[^\W\d][\w.]*", node.name) and node.name.lower() not in _WORDS
+        return node.name if plain else f"`{node.name}`"
+    if isinstance(node, _Literal):
+        if isinstance(node.value, str):
+            return "'" + node.value.replace("'", "''") + "'"
+        return str(node.value).lower()
+    if node.function == "not":
+        return f"not {_spell(node.arguments[0])}"
+    if node.function == "is null":
+        return f"({_spell(node.arguments[0])} is null)"
+    return "(" + f" {node.function} ".join(_spell(a) for a in node.arguments) + ")"
+
+
+def _evaluate(node: _Node, table: pa.Table) -> Any:
+    if isinstance(node, _Literal):
         large = type(node.value) is int and node.value >= 1 << 63
         return pa.scalar(node.value, pa.uint64() if large else None)
-    if isinstance(node, Call):
-        kind = TYPES_OF_NULLS.get(node.function)
+    if isinstance(node, _Call):
+        kind = _TYPES_OF_NULLS.get(node.function)
         values = [_typed(_evaluate(a, table), kind) for a in node.arguments]
-        return FUNCTIONS[node.function](*values)
+        return _FUNCTIONS[node.function](*values)
     if node.name in table.column_names:
         return table[node.name]
     name, *path = node.name.split(".")
     if name not in table.column_names or not pa.types.is_struct(table.schema.field(name).type):
         return pa.chunked_array([pa.nulls(table.num_rows)])
     return pc.struct_field(table[name], path)
-
-
-TYPES_OF_NULLS = dict.fromkeys(("and", "or", "not"), pa.bool_()) | {"like": pa.string()}
-TYPES_OF_NULLS |= dict.fromkeys(("+", "-", "*"), pa.float64())
-"""What a column that holds nothing but nulls is taken for, where Arrow asks for a type."""
 
 
 def _typed(value: Any, kind: pa.DataType | None) -> Any:
