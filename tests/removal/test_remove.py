@@ -213,6 +213,12 @@ def test_requests_that_cannot_be_used(
     assert "tokens" not in str(error.value)
 
 
+def test_a_removal_needs_a_reason(layout: Layout) -> None:
+    with pytest.raises(BadInputError, match="needs a reason"):
+        pipeline.remove.remove(layout.root, RemovalRequest(where="true"), why=" ")
+    assert not exists(layout.removed)
+
+
 def test_receipts_that_are_none(layout: Layout, tmp_path: Path) -> None:
     receipt = remove(layout, where="key = '0/0.jpg'")
     assert Receipt.read(layout, f"{layout.receipts}/{receipt.id}.json") == receipt
