@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,11 +42,10 @@ if TYPE_CHECKING:
     from pipeline.verify import Check
 
 
-def _typer(name: str, help: str) -> typer.Typer:
+def _typer(name: str) -> typer.Typer:
     """A program: help by -h too, a list of its commands where none is named."""
     return typer.Typer(
         name=name,
-        help=help,
         no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
@@ -53,24 +53,15 @@ def _typer(name: str, help: str) -> typer.Typer:
     )
 
 
-app = _typer(
-    "arrag-db",
-    "Build, index and query patch retrieval databases for autoregressive image generators.",
-)
-runtime = _typer("arrag", "Generate pictures with a patch retrieval database at hand.")
+app, runtime = _typer("arrag-db"), _typer("arrag")
 
 Database = Annotated[
     str,
     typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
 ]
-OUTPUT = "Output"
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON object instead of text."),
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="No progress bar.")
-]
+_output = partial(typer.Option, rich_help_panel="Output")
+AsJson = Annotated[bool, _output("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress bar.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -135,7 +126,7 @@ def build(
         }
         typer.echo(json.dumps(fields, indent=1))
     else:
-        _print_build(report, ",".join(settings.retry_rejects))
+        typer.echo(report.to_text(settings.retry_rejects))
     if report.failed:
         shard, error = next(iter(report.failed.items()))
         raise BadInputError(
@@ -151,12 +142,7 @@ def index(
     db: Database = DATABASE,
     min_recall: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            rich_help_panel="Certificate",
-            help="Fail below this recall at the target's K.",
-        ),
+        typer.Option(min=0, max=1, help="Fail below this recall at the target's K."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -187,13 +173,8 @@ def index(
 @takes(QuerySettings)
 def query(
     settings: QuerySettings,
-    sheet: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=OUTPUT, help="Draw a contact sheet to this PNG."),
-    ] = None,
-    table: Annotated[
-        bool, typer.Option("--table/--no-table", rich_help_panel=OUTPUT, help="Print the table.")
-    ] = True,
+    sheet: Annotated[Path | None, _output(help="Draw a contact sheet to this PNG.")] = None,
+    table: Annotated[bool, _output("--table/--no-table", help="Print the table.")] = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -208,7 +189,12 @@ def query(
     elif table:
         _print_results(answer)
     if sheet is not None:
-        _draw(answer, settings, sheet, quiet or as_json)
+        from pipeline.sheet import save_sheet
+
+        with _bar(quiet or as_json, "pictures", "reconstructing") as show:
+            save_sheet(answer, settings, sheet, show)
+        if not quiet and not as_json:
+            typer.echo(f"contact sheet: {sheet}")
 
 
 @app.command()
@@ -225,9 +211,7 @@ def info(db: Database = DATABASE, as_json: AsJson = False) -> None:
 @takes(EvaluateSettings)
 def evaluate(
     settings: EvaluateSettings,
-    plot: Annotated[
-        Path | None, typer.Option(rich_help_panel=OUTPUT, help="Draw the figures to this PNG.")
-    ] = None,
+    plot: Annotated[Path | None, _output(help="Draw the figures to this PNG.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -384,10 +368,7 @@ def doctor(settings: DoctorSettings, as_json: AsJson = False) -> None:
 def trainset(
     settings: TrainsetSettings,
     export: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=OUTPUT, help="Write it to one Arrow file too, to train without Lance."
-        ),
+        Path | None, _output(help="Write it to one Arrow file too, to train without Lance.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -412,26 +393,23 @@ def trainset(
 @takes(GenerateSettings)
 def generate(
     settings: GenerateSettings,
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", rich_help_panel=OUTPUT, help="The picture to write, a PNG."),
-    ] = Path("out.png"),
+    out: Annotated[Path, _output("--out", "-o", help="The picture to write, a PNG.")] = Path(
+        "out.png"
+    ),
     trace: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=OUTPUT, help="Write where each token came from, as JSON."),
+        Path | None, _output(help="Write where each token came from, as JSON.")
     ] = None,
     trace_sheet: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=OUTPUT, help="Draw where the tokens came from, a PNG."),
+        Path | None, _output(help="Draw where the tokens came from, a PNG.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate pictures, and look up on the way what came next in real ones."""
-    tracing = trace is not None or trace_sheet is not None
-    settings = replace(settings, traced=tracing)
     from arrag_runtime.generation.methods import run as run_generate
 
+    tracing = trace is not None or trace_sheet is not None
+    settings = replace(settings, traced=tracing)
     with _bar(quiet or as_json, "tokens", "loading the model") as show:
         session = run_generate(settings, show)
         session.save(out)
@@ -523,22 +501,6 @@ def _announce(cost: str) -> None:
     typer.echo(f"note: {cost}", err=True)
 
 
-def _draw(answer: "QueryAnswer", settings: QuerySettings, sheet: Path, quiet: bool) -> None:
-    from arrag_runtime.format.manifest import Layout
-    from arrag_runtime.generation.picture_grid import save_png
-    from pipeline.query import load_database_tokenizer
-    from pipeline.sheet import draw_sheet
-
-    asked = settings.image.name if settings.image else ",".join(map(str, settings.tokens or ()))
-    layout = Layout(settings.databases[0])
-    tokenizer = load_database_tokenizer(layout, answer.manifest, settings.tokenizer_weights)
-    with _bar(quiet, "pictures", "reconstructing") as show:
-        drawn = draw_sheet(answer, tokenizer, f"Query {asked}", show)
-    save_png(drawn, sheet)
-    if not quiet:
-        typer.echo(f"contact sheet: {sheet}")
-
-
 def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> None:
     """Every check on a line, or as one object; a failed one makes the command fail."""
     failed = [check for check in checks if not check.ok]
@@ -550,27 +512,6 @@ def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> Non
             typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
     if failed:
         raise ArragError(f"{failure}: {'; '.join(check.name for check in failed)}")
-
-
-def _print_build(report: "BuildReport", retry: str) -> None:
-    for note in report.notes:
-        typer.echo(f"note: {note}")
-    if not report.shards_done and not report.failed:
-        done = f"all {report.shards_skipped} shards are in the database"
-        none = f"no open rejects with {retry} to be had from this --input"
-        typer.echo(f"nothing to do: {none if retry else done}")
-        return
-    rejects = report.rejects.total()
-    taken = f"{report.retried:,} rejects tried again" if retry else f"{report.inputs:,} inputs"
-    typer.echo(
-        f"{taken} = {report.images:,} images + {rejects:,} rejects;"
-        f" {report.heldout:,} held out, {report.patches:,} patches;"
-        f" {report.images_per_second:.1f} images/s, {report.seconds:.0f} s in all"
-    )
-    for reason, count in report.rejects.most_common():
-        typer.echo(f"  rejected {count:,}: {reason}")
-    if report.agreement is not None:
-        typer.echo(f"  {report.agreement:.2%} of token ids agree with float32 (first batches)")
 
 
 def _print_index(made: "IndexManifest") -> None:

@@ -9,7 +9,7 @@ import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -52,21 +52,26 @@ ATTEMPTS = 3
 
 @dataclass
 class BuildReport:
-    """What a build did. `failed` maps a shard to its last error."""
+    """What a build did."""
 
     shards_done: int = 0
     shards_skipped: int = 0
+    """Shards that the database had already."""
     failed: dict[str, str] = field(default_factory=dict)
+    """The last error of each shard that failed."""
     inputs: int = 0
     images: int = 0
     heldout: int = 0
     patches: int = 0
     retried: int = 0
+    """Rejects that were tried again."""
     rejects: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     encode_seconds: float = 0.0
+    """From the first shard's start to the last commit."""
     agreement: float | None = None
+    """The smallest share of token ids that a shard's first batch has in common with float32."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -86,6 +91,26 @@ class BuildReport:
         self.stage_seconds.update(result.seconds)
         if result.agreement is not None:
             self.agreement = min(self.agreement or 1.0, result.agreement)
+
+    def to_text(self, retried: Sequence[str] = ()) -> str:
+        """Lines for people. retried: the reasons, where the build tried rejects again."""
+        notes = [f"note: {note}" for note in self.notes]
+        if not self.shards_done and not self.failed:
+            done = f"all {self.shards_skipped} shards are in the database"
+            none = f"no open rejects with {','.join(retried)} to be had from this --input"
+            return "\n".join([*notes, f"nothing to do: {none if retried else done}"])
+        rejects = self.rejects.total()
+        again = f"{self.retried:,} rejects tried again"
+        lines = [
+            f"{again if retried else f'{self.inputs:,} inputs'} = {self.images:,} images +"
+            f" {rejects:,} rejects; {self.heldout:,} held out, {self.patches:,} patches;"
+            f" {self.images_per_second:.1f} images/s, {self.seconds:.0f} s in all"
+        ]
+        lines += [f"  rejected {n:,}: {reason}" for reason, n in self.rejects.most_common()]
+        if self.agreement is not None:
+            share = f"{self.agreement:.2%}"
+            lines.append(f"  {share} of token ids agree with float32 (first batches)")
+        return "\n".join([*notes, *lines])
 
 
 BuildProgress = Callable[[int, BuildReport], None]

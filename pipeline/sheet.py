@@ -6,6 +6,7 @@ The patch that comes next is framed; the neighbours that form the key are outlin
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +14,27 @@ from PIL import Image, ImageDraw
 
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import Layout
-from arrag_runtime.generation.picture_grid import FAINT, INK, font
+from arrag_runtime.generation.picture_grid import FAINT, INK, font, save_png
 from arrag_runtime.progress import Progress, silent
 from arrag_runtime.tokenizers import Tokenizer
-from pipeline.query import Neighbor, PositionResult, QueryAnswer
+from pipeline.query import Neighbor, PositionResult, QueryAnswer, load_database_tokenizer
+from schemas.settings.query import QuerySettings
 
 TILE, GAP, MARGIN, TEXT = 132, 14, 28, 46
 REACH = 2
 """Patches shown on each side of the one that comes next."""
 MAX_ROWS, MAX_NEIGHBORS = 8, 8
 FRAME, KEY = (225, 29, 72), (37, 99, 235)
+
+
+def save_sheet(
+    answer: QueryAnswer, settings: QuerySettings, path: Path, progress: Progress = silent
+) -> None:
+    """Draw an answer to a PNG, with what was asked as its title."""
+    asked = settings.image.name if settings.image else ",".join(map(str, settings.tokens or ()))
+    layout = Layout(settings.databases[0])
+    tokenizer = load_database_tokenizer(layout, answer.manifest, settings.tokenizer_weights)
+    save_png(draw_sheet(answer, tokenizer, f"Query {asked}", progress), path)
 
 
 def draw_sheet(

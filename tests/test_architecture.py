@@ -274,6 +274,15 @@ def test_schemas_need_numpy_and_pyarrow_only() -> None:
             assert roots(tree) - sys.stdlib_module_names <= needed, path
 
 
+def test_schemas_know_the_format_and_what_a_setting_is() -> None:
+    """Of the runtime nothing else, so that reading a table or settings loads nothing of it."""
+    for path, tree in TREES.items():
+        if path.startswith("schemas/"):
+            ours = {name for name in imported(tree) if name.startswith("arrag_runtime")}
+            allowed = ("arrag_runtime.format", "arrag_runtime.settings")
+            assert all(name.startswith(allowed) for name in ours), path
+
+
 def test_nothing_prints_but_the_command_line() -> None:
     """Everything else returns values, logs or raises."""
     printing = {path for path, tree in TREES.items() if "print" in called(tree)}
@@ -283,7 +292,7 @@ def test_nothing_prints_but_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("cli", "torch transformers ray faiss autofaiss lance pandas"),
+        ("cli", "torch transformers ray faiss autofaiss lance pandas pyarrow PIL numba"),
         (
             "schemas.tables, arrag_runtime.format.manifest, schemas.records",
             "torch ray faiss lance pandas PIL",

@@ -193,8 +193,6 @@ def test_an_adapter_for_another_width_is_refused(
     [
         (("--lambda", "1.5"), "λ is 1.5; it is a share, so use 0..1"),
         (("--tau", "0"), "τ is 0.0"),
-        (("--merge", "best"), "unknown merge 'best'"),
-        (("--mode", "magic"), "unknown --mode 'magic'; choose one of plain, daid, faid, compare"),
         (("--mode", "faid"), "--mode faid needs an adapter"),
         (("--adapter", "x.safetensors"), "--mode daid uses no adapter"),
         (("--mode", "plain", "--trace", "t.json"), "--mode plain retrieves nothing to trace"),
@@ -230,6 +228,20 @@ def test_bad_input_is_one_line(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [(("--merge", "best"), "nearest sum"), (("--mode", "magic"), "plain daid faid compare")],
+)
+def test_a_wrong_choice_is_wrong_usage(
+    words: tuple[str, ...], choices: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, and what there is to choose from."""
+    code, text, err = run(capsys, "generate", "-p", PROMPT, *words)
+    assert (code, text) == (2, "")
+    assert words[1] in err
+    assert all(choice in err for choice in choices.split())
 
 
 def test_a_database_that_does_not_fit_is_refused_before_anything_is_drawn(

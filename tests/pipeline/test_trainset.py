@@ -162,7 +162,7 @@ def test_an_interrupted_set_goes_on_and_ends_the_same(
     with pytest.raises(BadInputError, match="no complete training set at"):
         TrainingSet.open(tmp_path / "broken")
     done: list[tuple[int, int]] = []
-    again = make_trainset(wanted, lambda *state: done.append(state))
+    again = make_trainset(wanted, lambda _step, *state: done.append(state))
     assert (again.images, again.added) == (whole.images, whole.images - 2)
     assert done[-1][0] == done[-1][1] == -(-(whole.images - 2) // 2)
     assert rows_of(again).equals(rows_of(whole))
