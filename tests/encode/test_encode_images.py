@@ -143,7 +143,7 @@ def test_the_bytes_decide_what_is_held_out() -> None:
 @pytest.mark.parametrize("latents", [False, True])
 @pytest.mark.parametrize("rows", [(), (1,), (1, 4, 6, 7)])
 def test_the_images_table_holds_the_pictures(rows: Sequence[int], latents: bool) -> None:
-    """A row a picture with its id, grid and what the source said; also where there is none."""
+    """One row per picture with its id, grid and what the source said; also where there is none."""
     inputs = [item for item in mixed_inputs() if item.row in rows]
     done = encode_shard(Brightness(), inputs, small(latents=latents, hold_out=0.4))
     table = done.images_table(Brightness.spec, SHARD)
