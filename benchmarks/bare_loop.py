@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from arrag_runtime.tokenizers.vq16 import VQTokenizer
-from stages.encode.decode import DecodeSettings, decode
+from stages.encode.decode import DecodeSettings, decode_image
 
 Array = npt.NDArray[Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -111,7 +111,7 @@ class Bare:
         waiting: deque[Future[Any]] = deque()
         with ThreadPoolExecutor(2) as threads:
             for data in pictures:
-                waiting.append(threads.submit(decode, data, self._decode))
+                waiting.append(threads.submit(decode_image, data, self._decode))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result().pixels
             while waiting:

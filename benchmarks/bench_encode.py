@@ -38,7 +38,7 @@ from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.tokenizers import load_tokenizer
 from arrag_runtime.tokenizers.vq16 import VQTokenizer
 from schemas.records import ImageRecord
-from stages.encode.decode import DecodeSettings, decode
+from stages.encode.decode import DecodeSettings, decode_image
 from stages.encode.encode_images import EncodedShard, EncodeSettings, encode_shard
 
 BOUND = 0.90
@@ -168,7 +168,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer.setup(args.device, precision=kind)
     pictures = synthetic_pictures(min(256, args.images))
     size = DecodeSettings(size=tokenizer.spec.image_size)
-    pixels = np.stack([decode(data, size).pixels for data in pictures])
+    pixels = np.stack([decode_image(data, size).pixels for data in pictures])
     loaded = bare.place(pixels, kind, "channels_last")
 
     def run_bare(batch: int, count: int) -> float:
@@ -181,7 +181,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
 
     def run_step(batch: int, count: int) -> tuple[float, EncodedShard]:
         rows = (ImageRecord(n, str(n), pictures[n % len(pictures)]) for n in range(count))
-        settings = EncodeSettings(batch, args.decode_threads, decode=size)
+        settings = EncodeSettings(batch_size=batch, decode_threads=args.decode_threads, decode=size)
         started = time.perf_counter()
         shard = encode_shard(tokenizer, rows, settings)
         return count / (time.perf_counter() - started), shard

@@ -15,7 +15,7 @@ from PIL import Image
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import ImageRecord
 from schemas.settings.source import SourceSettings
-from stages.encode.decode import DecodeSettings, UndecodableError, decode
+from stages.encode.decode import DecodeSettings, UndecodableError, decode_image
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dev"
 """Where the pictures are taken from unless told otherwise."""
@@ -38,7 +38,7 @@ def read_pictures(data: Path, count: int) -> list[bytes]:
         for item in (item for shard in source.listing([]).shards for item in source.read(shard)):
             if isinstance(item, ImageRecord):
                 try:
-                    decode(item.data, DecodeSettings())
+                    decode_image(item.data, DecodeSettings())
                 except UndecodableError:
                     continue
                 yield item.data

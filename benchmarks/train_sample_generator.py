@@ -74,7 +74,7 @@ class Pictures:
 def encode(data: Path, out: Path) -> dict[str, Any]:
     """Tokens of all pictures and of their mirror images with the bundled tokenizer, in bfloat16."""
     from arrag_runtime.tokenizers import load_tokenizer
-    from stages.encode.decode import DecodeSettings, decode
+    from stages.encode.decode import DecodeSettings, decode_image
 
     tokenizer = load_tokenizer("sample")
     tokenizer.setup("cpu", precision="bfloat16")
@@ -85,7 +85,7 @@ def encode(data: Path, out: Path) -> dict[str, Any]:
             for name in sorted(name for name in members if name.endswith(".jpg")):
                 picture = _read(tar, members[name])
                 about = json.loads(_read(tar, members[name.replace(".jpg", ".json")]))
-                pixels = decode(picture, DecodeSettings()).pixels
+                pixels = decode_image(picture, DecodeSettings()).pixels
                 both = [
                     tokenizer.encode(side[None]).tokens[0] for side in (pixels, pixels[:, ::-1])
                 ]

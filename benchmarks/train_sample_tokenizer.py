@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from schemas.tables import is_held_out
-from stages.encode.decode import DecodeSettings, decode
+from stages.encode.decode import DecodeSettings, decode_image
 
 CONFIG: dict[str, Any] = {
     "base_channels": 32,
@@ -103,7 +103,7 @@ def read_pictures(folder: Path) -> tuple[Pixels, Pixels]:
                     continue
                 data = file.read()
                 held_out = is_held_out(hashlib.sha256(data).hexdigest(), HELD_OUT_SHARE)
-                sides[held_out].append(decode(data, DecodeSettings(size=SIDE)).pixels)
+                sides[held_out].append(decode_image(data, DecodeSettings(size=SIDE)).pixels)
     return np.stack(sides[False]), np.stack(sides[True])
 
 

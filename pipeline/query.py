@@ -19,7 +19,7 @@ from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.tokenizers import Tokenizer, load_tokenizer
 from schemas.settings.query import QuerySettings
-from stages.encode.decode import DecodeSettings, UndecodableError, decode
+from stages.encode.decode import DecodeSettings, UndecodableError, decode_image
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def tokenize_file(
     data = _read(path)
     size = manifest.tokenizer.image_size
     try:
-        pixels = decode(data, DecodeSettings(size=size, min_side=1)).pixels
+        pixels = decode_image(data, DecodeSettings(size=size, min_side=1)).pixels
     except UndecodableError as error:
         raise BadInputError(
             f"--image '{path}' cannot be used: {error}; give a JPEG, PNG or WebP picture"

@@ -20,13 +20,13 @@ from stages.download.keep_images import keep_images
 from stages.download.web_address import FetchError
 from stages.removal.suppression import Suppressions, suppress
 
-TRANSIENT = frozenset(
+_TRANSIENT = frozenset(
     ("dns", "refused", "timeout", "tls", "http-429", "http-5xx", "broken-response")
 )
 """Reasons that may lie with us or with the moment; others are the link's own."""
 
 _NOTHING_SUPPRESSED = Suppressions()
-SUSPICIOUS_SHARE, SUSPICIOUS_LINKS = 0.9, 50
+_SUSPICIOUS_SHARE, _SUSPICIOUS_LINKS = 0.9, 50
 
 
 class _InShard(Protocol):
@@ -36,17 +36,17 @@ class _InShard(Protocol):
     def row(self) -> int: ...
 
 
-Ready = TypeVar("Ready", bound=_InShard)
+_Ready = TypeVar("_Ready", bound=_InShard)
 
 
 def download_links(
-    items: Iterable[Ready | LinkRecord],
+    items: Iterable[_Ready | LinkRecord],
     settings: DownloadSettings,
     attempt: Attempt,
     *,
     open_fetcher: Callable[[FetchSettings], Fetcher] = Fetcher,
     suppressions: Suppressions = _NOTHING_SUPPRESSED,
-) -> Iterator[Ready | ImageRecord | Reject]:
+) -> Iterator[_Ready | ImageRecord | Reject]:
     """A shard's inputs in the order of their rows, links fetched; what is no link passes through.
 
     Fetched bytes that `suppressions` name become rejects, and are not kept.
@@ -61,7 +61,7 @@ def download_links(
         yield first
     else:
         return
-    ready: list[Ready] = []
+    ready: list[_Ready] = []
     links: list[LinkRecord] = []
     for item in chain((first,), waiting):
         if isinstance(item, LinkRecord):
@@ -88,8 +88,8 @@ def download_links(
 
 
 def _by_row(
-    ready: list[Ready], fetched: Iterator[ImageRecord | Reject]
-) -> Iterator[Ready | ImageRecord | Reject]:
+    ready: list[_Ready], fetched: Iterator[ImageRecord | Reject]
+) -> Iterator[_Ready | ImageRecord | Reject]:
     """Both in the order of rows; each is in order already."""
     position = 0
     for item in fetched:
@@ -108,7 +108,11 @@ def _require_plausible(refused: Iterable[FetchError], links: int) -> None:
         details.setdefault(refusal.reason, refusal.detail)
         counts[refusal.reason] += 1
     for reason, count in counts.items():
-        if links >= SUSPICIOUS_LINKS and count > SUSPICIOUS_SHARE * links and reason in TRANSIENT:
+        if (
+            links >= _SUSPICIOUS_LINKS
+            and count > _SUSPICIOUS_SHARE * links
+            and reason in _TRANSIENT
+        ):
             raise ShardError(
                 f"{count} of {links} links failed with '{reason}' ({details[reason]}); check this"
                 " machine's network and name server, then build again"

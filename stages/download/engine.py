@@ -4,7 +4,7 @@ In: a shard's links and a `Fetcher`. Out: a record or a reject for every link, i
 img2dataset's `Downloader` runs the threads and feeds them, called in this process, with our guarded
 fetch in the place of its own and original bytes instead of resized ones. Bodies over 1 MiB and all
 finished pictures lie in nameless temporary files ($TMPDIR), at most `max_shard_bytes` of them and
-one picture a thread more; its list of links and statistics lie in memory.
+one picture per thread more; its list of links and statistics lie in memory.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from schemas.records import ImageRecord, LinkRecord, Reject
 from stages.download.fetch import Fetcher
 from stages.download.web_address import FetchError
 
-PIECE = 1 << 20
+_CHUNK = 1 << 20
 
 
 class ShardDownload:
@@ -137,8 +137,8 @@ class ShardDownload:
         if link.sha256 is None:
             return
         digest = hashlib.sha256()
-        while piece := body.read(PIECE):
-            digest.update(piece)
+        while chunk := body.read(_CHUNK):
+            digest.update(chunk)
         body.seek(0)
         if digest.hexdigest() != link.sha256.lower():
             raise FetchError("sha-mismatch", f"sha256 {digest.hexdigest()}, listed {link.sha256}")

@@ -34,47 +34,46 @@ from stages.download.web_address import (
     system_resolve,
 )
 
-AGENT = "arrag"
+_AGENT = "arrag"
 
-NO_USE = frozenset(("noai", "noimageai", "noindex", "noimageindex"))
+_NO_USE = frozenset(("noai", "noimageai", "noindex", "noimageindex"))
 """Directives of X-Robots-Tag that img2dataset respects by default, and so do we."""
 
-BY_STATUS = {401: "http-403", 403: "http-403", 451: "http-403", 429: "http-429"}
+_BY_STATUS = {401: "http-403", 403: "http-403", 451: "http-403", 429: "http-429"}
+_BY_STATUS |= {404: "http-404", 410: "http-404"}
 
-BY_STATUS |= {404: "http-404", 410: "http-404"}
-
-COMPRESSED = {b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"}
+_COMPRESSED = {b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"}
 """How compressed bodies begin; no picture begins so."""
 
-CHUNK = 64 * 1024
+_CHUNK = 64 * 1024
 
 
-def decoded(response: http.client.HTTPResponse) -> Iterator[bytes]:
+def _pieces_of(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body in small pieces, decompressed where it is compressed although nobody asked for it."""
     label = response.headers.get("Content-Encoding", "").strip().lower()
-    chunk = response.read(CHUNK)
-    if label not in ("gzip", "x-gzip", "deflate") or chunk[:2] not in COMPRESSED:
+    chunk = response.read(_CHUNK)
+    if label not in ("gzip", "x-gzip", "deflate") or chunk[:2] not in _COMPRESSED:
         while chunk:
             yield chunk
-            chunk = response.read(CHUNK)
+            chunk = response.read(_CHUNK)
         return
     inflate = zlib.decompressobj(32 + zlib.MAX_WBITS)
     while chunk and not inflate.eof:
         while chunk and not inflate.eof:
-            yield inflate.decompress(chunk, CHUNK)
+            yield inflate.decompress(chunk, _CHUNK)
             chunk = inflate.unconsumed_tail
-        chunk = response.read(CHUNK)
-    while not inflate.eof and (rest := inflate.decompress(b"", CHUNK)):
+        chunk = response.read(_CHUNK)
+    while not inflate.eof and (rest := inflate.decompress(b"", _CHUNK)):
         yield rest
     if not inflate.eof:
         raise EOFError("the compressed body ends early")
 
 
-def require_usable(response: http.client.HTTPResponse) -> None:
+def _require_usable(response: http.client.HTTPResponse) -> None:
     """Raise FetchError for a status that is no success, and where the server forbids the use."""
     status = response.status
     if not 200 <= status < 300:
-        reason = BY_STATUS.get(status, "http-5xx" if 500 <= status < 600 else "http-other")
+        reason = _BY_STATUS.get(status, "http-5xx" if 500 <= status < 600 else "http-other")
         raise FetchError(reason, f"status {status} {response.reason[:80]}".rstrip())
     if is_disallowed(response.headers):
         raise FetchError("disallowed", "its X-Robots-Tag forbids this use")
@@ -89,35 +88,38 @@ def is_disallowed(headers: Message) -> bool:
     for value in headers.get_all("X-Robots-Tag", []):
         agent, colon, listed = str(value).partition(":")
         for_all = not colon or "," in agent
-        if not for_all and agent.strip().lower() != AGENT:
+        if not for_all and agent.strip().lower() != _AGENT:
             continue
         directives = (str(value) if for_all else listed).split(",")
-        if any(directive.strip().lower() in NO_USE for directive in directives):
+        if any(directive.strip().lower() in _NO_USE for directive in directives):
             return True
     return False
 
 
-REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
-MAX_ADDRESSES = 4
+_MAX_ADDRESSES = 4
 """Addresses of one host that are tried; each gets its share of the time that is left."""
 
-HEAD_BYTES = 256 * 1024
-
-FRAMING_BYTES = 1 << 20
-
-IN_MEMORY = 1 << 20
+_HEAD_BYTES = 256 * 1024
+_FRAMING_BYTES = 1 << 20
+_IN_MEMORY = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FetchSettings:
-    """timeout: seconds a URL in all. max_bytes: of a body, as received and decompressed."""
+    """What bounds the fetch of one URL."""
 
     timeout: float = 10.0
+    """Seconds for all of it: look-up, connection, TLS, headers and body, redirects included."""
     max_bytes: int = 64 << 20
+    """Bytes of a body, as received and as decompressed."""
     max_redirects: int = 5
+    """Redirects that are followed, each checked like the first URL."""
     allow_private_hosts: bool = False
+    """Whether addresses that are not public may be connected to."""
     contact: str | None = None
+    """A URL or mail address for the User-Agent header."""
 
 
 def user_agent(contact: str | None) -> str:
@@ -126,9 +128,9 @@ def user_agent(contact: str | None) -> str:
     Raises BadInputError for a contact that does not fit a header.
     """
     try:
-        name = f"{AGENT}/{version(AGENT)}"
+        name = f"{_AGENT}/{version(_AGENT)}"
     except PackageNotFoundError:  # A checkout that was sent to a cluster is not installed there.
-        name = AGENT
+        name = _AGENT
     if contact is None:
         return name
     if not re.fullmatch(r"[!-'*-~]+", contact):
@@ -179,8 +181,8 @@ class Fetcher:
                 try:
                     response = self._ask(address, stream)
                     onward = response.headers.get("Location")
-                    if response.status not in REDIRECTS or not onward:
-                        require_usable(response)
+                    if response.status not in _REDIRECTS or not onward:
+                        _require_usable(response)
                         return self._body(response, stream)
                 except TimeoutError as error:
                     raise FetchError("timeout", "the answer was not complete in time") from error
@@ -191,7 +193,7 @@ class Fetcher:
 
     def _connect(self, address: WebAddress, end: float) -> socket.socket:
         """A connection to an address that was checked. Raises FetchError."""
-        found = self._lookup(address, end)[:MAX_ADDRESSES]
+        found = self._lookup(address, end)[:_MAX_ADDRESSES]
         failed: OSError = TimeoutError("no time left")
         for tried, ip in enumerate(found):
             left = (end - time.monotonic()) / (len(found) - tried)
@@ -246,12 +248,12 @@ class Fetcher:
         declared = response.length
         if declared is not None and declared > limit:
             raise FetchError("too-large", f"{declared} bytes declared, at most {limit} allowed")
-        stream.limit = stream.received + limit + FRAMING_BYTES
+        stream.limit = stream.received + limit + _FRAMING_BYTES
         # Closed by the caller, who gets it open.
-        body = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
+        body = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
         try:
             size = 0
-            for piece in decoded(response):
+            for piece in _pieces_of(response):
                 size += len(piece)
                 if size > limit:
                     raise FetchError("too-large", f"more than {limit} bytes")
@@ -278,14 +280,14 @@ class _Stream(io.RawIOBase):
         self._connection = connection
         self._end = end
         self.received = 0
-        self.limit = HEAD_BYTES
+        self.limit = _HEAD_BYTES
 
     def readable(self) -> bool:
         return True
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """What http.client reads from."""
-        return _Reader(self, CHUNK)
+        return _Reader(self, _CHUNK)
 
     def send(self, request: bytes) -> None:
         """Send all of it."""
@@ -307,7 +309,7 @@ class _Stream(io.RawIOBase):
             raise FetchError("broken-response", f"connection lost: {error}") from error
         self.received += count
         if self.received > self.limit:
-            reason = "broken-response" if self.limit == HEAD_BYTES else "too-large"
+            reason = "broken-response" if self.limit == _HEAD_BYTES else "too-large"
             raise FetchError(reason, f"more than {self.limit} bytes came")
         return count
 

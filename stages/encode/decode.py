@@ -4,11 +4,11 @@ In: the bytes of a picture as it came. Out: uint8 RGB [size, size, 3], prepared 
 released code does (torchvision's Resize and CenterCrop on a PIL image): shorter side to `size`
 with antialiased bilinear resampling, then a centre crop. Colour profiles are ignored, as there.
 Sizes are checked from the header, before any pixel is decoded. Faces are blurred on the original,
-before resizing, by the method of DataComp's own tool (img2dataset's BoundingBoxBlurrer, after Yang et
-al., arXiv 2103.06191): each box grows by a tenth of its longer side, one Gaussian whose sigma is a
-tenth of the longest side of all boxes blurs the picture and, as soft edges, the mask of the boxes.
-That tool reads pictures as they are stored, without turning them upright as EXIF asks, so the boxes
-are those of the stored picture.
+before resizing, by the method of DataComp's own tool (img2dataset's BoundingBoxBlurrer, after Yang
+et al., arXiv 2103.06191): each box grows by a tenth of its longer side; one Gaussian whose sigma is
+a tenth of the longest side of all boxes blurs the picture and, as soft edges, the mask of the
+boxes. That tool reads pictures as they are stored, without turning them upright as EXIF asks, so
+the boxes are those of the stored picture.
 """
 
 import io
@@ -16,36 +16,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
+from arrag_runtime.tokenizers import Pixels
 from arrag_runtime.tokenizers.preparation import prepare
 from schemas.records import Box
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that may be parsed; Pillow's rarer parsers stay closed to bytes from outside."""
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a stored picture becomes upright, by the value of its EXIF orientation."""
+_FACE_MARGIN = _FACE_SIGMA = 0.1
+"""By how much a face's box grows, and the blur's sigma, as shares of its longer side."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """size: side of the result in pixels. max_pixels: limit before and after resizing."""
+    """What a picture becomes, and which ones are refused."""
 
     size: int = 384
+    """Side of the result in pixels."""
     max_pixels: int = 80_000_000
+    """Pixels that a picture may have, before and after resizing."""
     min_side: int = 32
+    """Pixels that the shorter side must have at least."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """pixels: uint8 RGB [size, size, 3]; width, height: of the upright original."""
+    """A picture as the tokenizer takes it."""
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
+    """uint8 RGB [size, size, 3]."""
     width: int
+    """Width of the upright original in pixels."""
     height: int
+    """Height of the upright original in pixels."""
 
 
 class UndecodableError(Exception):
-    """A picture that cannot be used. `reason` is one of `schemas.records.REASONS`."""
+    """A picture cannot be used. `reason` is one of `schemas.records.REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -53,7 +72,7 @@ class UndecodableError(Exception):
         self.detail = detail
 
 
-def decode(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = ()) -> Decoded:
+def decode_image(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = ()) -> Decoded:
     """Decode and prepare one picture. Raises UndecodableError, and nothing else.
 
     faces: rectangles of the picture as it is stored, to be blurred, as shares of its sides.
@@ -62,15 +81,15 @@ def decode(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = ()) -> 
     if not data:
         raise UndecodableError("empty", "the file has zero bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _require_size(image.width, image.height, settings)
             image.seek(0)
             if faces:
-                turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
-                hidden = blur_faces(to_rgb(image), faces)
+                turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+                hidden = blur_faces(_to_rgb(image), faces)
                 rgb = hidden if turn is None else hidden.transpose(turn)
             else:
-                rgb = to_rgb(ImageOps.exif_transpose(image))
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
             width, height = rgb.size
     except UndecodableError:
         raise
@@ -95,7 +114,7 @@ def _require_size(width: int, height: int, settings: DecodeSettings) -> None:
         raise UndecodableError("too-elongated", f"{width}x{height}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB: 16-bit greys scaled to 8, transparency laid on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
@@ -114,23 +133,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-ORIENTATION_TAG = 0x0112
-
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""How a stored picture becomes upright, by the value of its EXIF orientation."""
-
-FACE_MARGIN = FACE_SIGMA = 0.1
-"""By how much a face's box grows, and the blur's sigma, as shares of its longer side."""
-
-
 def blur_faces(rgb: Image.Image, faces: Sequence[Box]) -> Image.Image:
     """An RGB picture with these boxes blurred beyond recognition; see the module."""
     width, height = rgb.size
@@ -142,12 +144,12 @@ def blur_faces(rgb: Image.Image, faces: Sequence[Box]) -> Image.Image:
         y0, y1 = sorted(int(min(max(side, 0.0), 1.0) * height) for side in box[1::2])
         side = max(x1 - x0, y1 - y0)
         longest = max(longest, side)
-        margin = FACE_MARGIN * side
+        margin = _FACE_MARGIN * side
         left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
         right, bottom = min(int(x1 + margin), width - 1), min(int(y1 + margin), height - 1)
         # Pillow draws the far edges too, numpy's slices in the original leave them out.
         draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=255)
     if longest == 0:
         return rgb
-    soft = ImageFilter.GaussianBlur(FACE_SIGMA * longest)
+    soft = ImageFilter.GaussianBlur(_FACE_SIGMA * longest)
     return Image.composite(rgb.filter(soft), rgb, mask.filter(soft))

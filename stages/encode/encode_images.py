@@ -24,47 +24,57 @@ from arrag_runtime.format.specs import TokenizerSpec
 from arrag_runtime.tokenizers import Encoded, Pixels, Tokenizer, Tokens
 from schemas.records import GridRecord, ImageRecord, Reject, Shard
 from schemas.tables import images_schema, is_held_out
-from stages.encode.decode import Decoded, DecodeSettings, UndecodableError, decode
+from stages.encode.decode import Decoded, DecodeSettings, UndecodableError, decode_image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
-    """batch_size: pictures a model call. decode_threads: threads that decode ahead of it."""
+    """How a shard is encoded."""
 
     batch_size: int = 1
+    """Pictures per call of the model."""
     decode_threads: int = 2
+    """Threads that decode ahead of the model."""
     latents: bool = False
+    """Whether latents are wanted beside the tokens."""
     hold_out: float = 0.0
+    """Share of the pictures that are held out, chosen by their hashes."""
     decode: DecodeSettings = field(default_factory=DecodeSettings)
+    """How pictures are decoded."""
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What is known of a picture besides its grid; `record` has lost its bytes.
-
-    Of a picture that came as its grid the sides are not known and 0, and the hash is the grid's.
-    """
+    """What is known of a picture besides its grid."""
 
     record: ImageRecord | GridRecord
+    """The picture as it came, without its bytes."""
     width: int
+    """Width in pixels; 0, being unknown, where the picture came as its grid."""
     height: int
+    """Height in pixels; 0, being unknown, where the picture came as its grid."""
     sha256: str
+    """Hash of the picture's bytes, or of its grid's where it came as that."""
     held_out: bool
+    """Whether the picture stays out of the patches."""
 
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """tokens: uint16 [N, h, w]; latents: float16 [N, h, w, d] or None; images: the N pictures.
-
-    `agreement` is the share of the first batch's ids that equal float32's, where it was measured.
-    """
+    """A shard's grids, and a reject for every input that has none."""
 
     images: tuple[EncodedImage, ...]
+    """The N pictures in the order of their rows."""
     tokens: Tokens
+    """Their grids, uint16 [N, h, w]."""
     latents: npt.NDArray[np.float16] | None
+    """Their latents, float16 [N, h, w, d], where they were asked for."""
     rejects: tuple[Reject, ...]
+    """The other inputs in the order of their rows."""
     seconds: float
+    """Wall time of the encoding."""
     agreement: float | None
+    """Share of the first batch's ids that equal float32's, where it was measured."""
 
     @property
     def inputs(self) -> int:
@@ -214,7 +224,7 @@ def _decode_one(
     record: ImageRecord, settings: EncodeSettings
 ) -> tuple[EncodedImage, Pixels] | Reject:
     try:
-        done: Decoded = decode(record.data, settings.decode, record.faces)
+        done: Decoded = decode_image(record.data, settings.decode, record.faces)
     except UndecodableError as error:
         return Reject(record.row, record.key, "decode", error.reason, error.detail, record.url)
     sha256 = hashlib.sha256(record.data).hexdigest()

@@ -1,7 +1,7 @@
 """Grids to patches: every position with a key becomes (patch id, key, next token).
 
 In: token grids uint16 [B, h, w] and the pictures' ids; latents [B, h, w, d] in latent key space.
-Out: an Arrow table of the schema `patches_schema`. numpy and pyarrow only.
+Out: an Arrow table of the schema `patches_schema`.
 """
 
 from typing import Any
@@ -14,12 +14,11 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, patch_ids
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.specs import KeySpec, TokenizerSpec
+from arrag_runtime.tokenizers import Tokens
 from schemas.tables import patches_schema
 
-Tokens = npt.NDArray[np.uint16]
 
-
-def grid_keys(keys: KeySpec, tokens: Tokens, latents: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+def _grid_keys(keys: KeySpec, tokens: Tokens, latents: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
     """The keys of whole grids: uint16 [B, P, n], or float16 [B, P, n · d] in latent space."""
     if keys.space == "codebook":
         return keys.neighborhood.keys(tokens)
@@ -42,7 +41,7 @@ def extract_patches(
     image_ids: int64 [B]; tokens: uint16 [B, h, w]; latents: float16 [B, h, w, d].
     """
     positions = keys.neighborhood.positions(spec.grid_height, spec.grid_width)
-    gathered = grid_keys(keys, tokens, latents)
+    gathered = _grid_keys(keys, tokens, latents)
     next_tokens = tokens.reshape(len(tokens), spec.positions)[:, positions]
     return pa.table(
         [

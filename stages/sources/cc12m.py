@@ -1,10 +1,10 @@
 """The `cc12m` source: lines `address<TAB>caption`, as Conceptual 12M is published.
 
 --input: a tsv file, plain or gzip, as a path or an http(s) address; without it the publisher's. The
-list is read as a stream, 10,000 lines per shard. A shard's id comes from the content of its lines and
-their place, so a list that moved, was packed or grew at its end keeps its shards. Its members say
-where its bytes begin and end: a worker reads those alone (of a gzip file it has to skip what comes
-before). The file must lie where every node sees it. Every line is an input; one that names no
+list is read as a stream, 10,000 lines per shard. A shard's id comes from the content of its lines
+and their place, so a list that moved, was packed or grew at its end keeps its shards. Its members
+say where its bytes begin and end: a worker reads those alone (of a gzip file it has to skip what
+comes before). The file must lie where every node sees it. Every line is an input; one that names no
 picture is a reject.
 """
 
@@ -70,7 +70,7 @@ class Extent:
 
 
 class Cc12mSource:
-    """See the module. The input is located: a publisher's list has been fetched."""
+    """Lists of addresses and captions, a line per picture; a publisher's list has been fetched."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name

@@ -42,9 +42,9 @@ _SHARD_BYTES = 256 << 20
 
 
 class FolderSource:
-    """See the module. `shard_size` defaults to an eighth of the pictures, 16 to 1,000.
+    """Pictures below folders; a shard takes an eighth of them, 16 to 1,000, unless told otherwise.
 
-    suffixes: the endings of its files, in lower case; kind: what they are, for messages.
+    suffixes: the endings of its files, in lower case. kind: what they are, for messages.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class FolderSource:
         return self._find(name, listed) is not None
 
     def _find(self, name: str, listed: str) -> tuple[Path, str] | None:
-        """The root and relative path of a member that still has the fingerprint it was listed with."""
+        """The root and relative path of a member that has the fingerprint it was listed with."""
         for root in self._roots:
             for relative in dict.fromkeys((name, _from_text(name))):
                 path = root / relative

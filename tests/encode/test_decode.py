@@ -13,7 +13,7 @@ from PIL import Image
 
 from arrag_runtime.tokenizers.preparation import prepare
 from schemas.records import REASONS
-from stages.encode.decode import Decoded, DecodeSettings, UndecodableError, decode
+from stages.encode.decode import Decoded, DecodeSettings, UndecodableError, decode_image
 from tests.conftest import encoded, jpeg, picture
 
 SMALL = DecodeSettings(size=64, max_pixels=1_000_000)
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeW
 def reason(data: bytes, settings: DecodeSettings = DecodeSettings()) -> str:  # noqa: B008
     """Why these bytes are refused; the reason is one that reports know, with a detail."""
     with pytest.raises(UndecodableError) as caught:
-        decode(data, settings)
+        decode_image(data, settings)
     assert caught.value.reason in REASONS
     assert caught.value.detail
     return caught.value.reason
@@ -34,7 +34,7 @@ def reason(data: bytes, settings: DecodeSettings = DecodeSettings()) -> str:  # 
 
 def flat(data: bytes) -> tuple[int, ...]:
     """The one colour of a picture of one colour."""
-    found = decode(data, SMALL).pixels.reshape(-1, 3)
+    found = decode_image(data, SMALL).pixels.reshape(-1, 3)
     assert (found == found[0]).all()
     return tuple(found[0].tolist())
 
@@ -90,8 +90,8 @@ def test_a_turned_picture_equals_the_upright_one(
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
-    turned = decode(encoded(stored, kind, exif=exif, **options), SMALL)
-    plain = decode(encoded(Image.fromarray(upright), "PNG"), SMALL)
+    turned = decode_image(encoded(stored, kind, exif=exif, **options), SMALL)
+    plain = decode_image(encoded(Image.fromarray(upright), "PNG"), SMALL)
     assert (turned.width, turned.height) == (90, 50)
     assert np.array_equal(turned.pixels, plain.pixels)
 
@@ -198,7 +198,7 @@ def test_limits_are_exact(width: int, height: int) -> None:
     elif 16 * 16 * long // short > 2000:
         assert reason(data, TIGHT) == "too-elongated"
     else:
-        done = decode(data, TIGHT)
+        done = decode_image(data, TIGHT)
         assert (done.width, done.height, done.pixels.shape) == (width, height, (16, 16, 3))
 
 
@@ -224,7 +224,7 @@ def resize_then_crop(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
 def test_geometry_is_torchvisions(width: int, height: int) -> None:
     """Shorter side to 384 with antialiasing, centre crop; lossless files, odd sides, both ways."""
     image = picture(2, width, height)
-    done = decode(encoded(image, "PNG"), DecodeSettings())
+    done = decode_image(encoded(image, "PNG"), DecodeSettings())
     assert np.array_equal(done.pixels, resize_then_crop(image, 384))
     assert (done.width, done.height) == (width, height)
 
@@ -242,7 +242,7 @@ def test_the_crop_rounds_half_to_even(side: int, left: int) -> None:
 def test_shrinking_is_antialiased() -> None:
     """A fine checkerboard becomes even grey; without antialiasing it would stay black and white."""
     board = (np.indices((1536, 1536)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    shrunk = decode(encoded(Image.fromarray(board), "PNG"), DecodeSettings()).pixels
+    shrunk = decode_image(encoded(Image.fromarray(board), "PNG"), DecodeSettings()).pixels
     assert shrunk.min() > 110
     assert shrunk.max() < 145
 
@@ -258,7 +258,7 @@ VALID = [encoded(picture(4, 48, 40), kind, **options) for kind, options in KINDS
 def outcome(data: bytes) -> str | Decoded:
     """The pixels, or the reason of the only error that decoding may end in."""
     try:
-        return decode(data, SMALL)
+        return decode_image(data, SMALL)
     except UndecodableError as error:
         return error.reason
 

@@ -18,7 +18,7 @@ from arrag_runtime.format.specs import TokenizerSpec, key_spec
 from arrag_runtime.tokenizers import Encoded, Tokenizer
 from schemas.records import ImageRecord, Reject, Shard
 from schemas.tables import images_schema, is_held_out
-from stages.encode.decode import DecodeSettings, decode
+from stages.encode.decode import DecodeSettings, decode_image
 from stages.encode.encode_images import EncodedShard, EncodeSettings, encode_shard
 from stages.tables.committer import IMAGES, Committer, ShardResult, create_tables, write_fragments
 from tests.conftest import encoded, jpeg, picture
@@ -75,7 +75,7 @@ def mixed_inputs() -> Inputs:
 
 def tokens_of(image: ImageRecord | Reject, tokenizer: Tokenizer, size: int) -> Any:
     assert isinstance(image, ImageRecord)
-    prepared = decode(image.data, DecodeSettings(size=size)).pixels
+    prepared = decode_image(image.data, DecodeSettings(size=size)).pixels
     return tokenizer.encode(prepared[None]).tokens[0]
 
 
@@ -110,7 +110,7 @@ def test_padding_changes_no_token(tokenizer: Tokenizer) -> None:
     """A short last batch gives what the model gives for its pictures and black ones after them."""
     records = [ImageRecord(n, f"p{n}", jpeg(n)) for n in range(3)]
     done = encode_shard(tokenizer, records, EncodeSettings(batch_size=2))
-    prepared = np.stack([decode(r.data, DecodeSettings()).pixels for r in records])
+    prepared = np.stack([decode_image(r.data, DecodeSettings()).pixels for r in records])
     padded = np.concatenate([prepared[2:], np.zeros_like(prepared[:1])])
     expected = np.concatenate([tokenizer.encode(b).tokens for b in (prepared[:2], padded)])[:3]
     assert np.array_equal(done.tokens, expected)
@@ -143,7 +143,7 @@ def test_the_bytes_decide_what_is_held_out() -> None:
 @pytest.mark.parametrize("latents", [False, True])
 @pytest.mark.parametrize("rows", [(), (1,), (1, 4, 6, 7)])
 def test_the_images_table_holds_the_pictures(rows: Sequence[int], latents: bool) -> None:
-    """A row a picture with its id, grid and what the source said; also where there is none."""
+    """One row per picture with its id, grid and what the source said; also where there is none."""
     inputs = [item for item in mixed_inputs() if item.row in rows]
     done = encode_shard(Brightness(), inputs, small(latents=latents, hold_out=0.4))
     table = done.images_table(Brightness.spec, SHARD)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from schemas.records import Box, ImageRecord
-from stages.encode.decode import DecodeSettings, blur_faces, decode
+from stages.encode.decode import DecodeSettings, blur_faces, decode_image
 from stages.encode.encode_images import encode_shard
 from tests.conftest import encoded
 from tests.encode.test_encode_images import Brightness, small
@@ -111,14 +111,14 @@ def test_boxes_are_those_of_the_stored_picture(kind: str, orientation: int) -> N
     data = encoded(stored, kind, exif=exif, **options)
     settings = DecodeSettings(size=120)
     face: Box = (0.3, 0.1, 0.6, 0.5)
-    shown = decode(data, settings, [face])
+    shown = decode_image(data, settings, [face])
     with Image.open(io.BytesIO(data)) as opened:
         opened.load()
         blurred = encoded(blur_faces(opened.convert("RGB"), [face]), "PNG", exif=exif)
-    expected = decode(blurred, settings)
+    expected = decode_image(blurred, settings)
     assert (shown.width, shown.height) == (expected.width, expected.height)
     assert np.array_equal(shown.pixels, expected.pixels)
-    assert not np.array_equal(shown.pixels, decode(data, settings).pixels)
+    assert not np.array_equal(shown.pixels, decode_image(data, settings).pixels)
 
 
 def test_the_encode_step_blurs_what_the_source_lists() -> None:

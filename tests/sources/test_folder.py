@@ -206,7 +206,7 @@ def test_a_metadata_file_that_cannot_be_used(content: str, message: str, tmp_pat
 
 
 def test_inputs_that_are_no_folder_of_pictures_are_refused(tmp_path: Path) -> None:
-    """Missing, a file, or without pictures: each says what was looked for, and who reads what is there."""
+    """Missing, a file, or without pictures: each says what was looked for, and what reads the rest."""
     (tmp_path / "x.jpg").write_bytes(jpeg(0))
     (tmp_path / "empty").mkdir()
     (tmp_path / "tars" / "below").mkdir(parents=True)

@@ -8,7 +8,7 @@ import pytest
 
 from schemas.records import GridRecord, ImageRecord, Reject, pack_records, unpack_records
 from schemas.settings.source import SourceSettings
-from stages.encode.decode import DecodeSettings, UndecodableError, decode
+from stages.encode.decode import DecodeSettings, UndecodableError, decode_image
 from stages.sources import open_source
 from tests.conftest import jpeg
 from tests.worlds.source_cases import packable, read_all
@@ -87,7 +87,7 @@ def outcome(item: ImageRecord | GridRecord | Reject) -> str:
         return item.reason
     assert isinstance(item, ImageRecord)
     try:
-        decode(item.data, DecodeSettings())
+        decode_image(item.data, DecodeSettings())
     except UndecodableError as error:
         return error.reason
     return "picture"

@@ -1,4 +1,4 @@
-"""The rule of `stages.sources.reading.row_ranges`: whatever options follow each other, no row is taken twice.
+"""The rule of `reading.row_ranges`: whatever options follow each other, no row comes twice.
 
 Builds are simulated: everything that a listing offers is read and recorded. The oracle is a list of
 rows and plain Python conditions.

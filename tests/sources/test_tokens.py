@@ -65,7 +65,7 @@ def test_what_is_no_grid_of_this_tokenizer(values: Any, reason: str, said: str) 
 
 
 def test_llamagens_files(tmp_path: Path) -> None:
-    """One picture a file with its caption beside it; broken files and pickles are rejects."""
+    """One picture per file with its caption beside it; broken files and pickles are rejects."""
     folder = npy_of(tmp_path / "codes", 3)
     (folder / "1.txt").write_text(" a caption ")
     np.save(folder / "3.npy", grid_of(3)[:2])

@@ -1,4 +1,4 @@
 """What sources share: files on disks and hubs, rows, archives, columns, conditions.
 
-Read `row_ranges` first: the rule that no row is ever taken twice.
+Read `source_kind` first, then `row_ranges`: the rule that no row is ever taken twice.
 """

@@ -56,7 +56,10 @@ class ArchiveLayout(Protocol):
 
 
 class ArchiveSource:
-    """See the module. inputs: located paths; endings: those of archives below a folder."""
+    """Archives of pictures, however they are laid out.
+
+    inputs: located paths. endings: those of archives below a folder. notes: for every listing.
+    """
 
     def __init__(
         self,

@@ -27,13 +27,21 @@ class ColumnMap:
     """The column path of each part of a record, None where the table has none."""
 
     image: str | None = None
+    """The picture: bytes, or a struct with a field `bytes`."""
     grid: str | None = None
+    """The picture's tokens."""
     url: str | None = None
+    """The picture's address."""
     caption: str | None = None
+    """Its description."""
     key: str | None = None
+    """What names the row for people."""
     licence: str | None = None
+    """The licence of the picture."""
     sha256: str | None = None
+    """The hash of the bytes behind the address, as the publisher lists it."""
     faces: str | None = None
+    """The boxes to be blurred, as shares of the picture's sides."""
 
     def used(self) -> tuple[str, ...]:
         """The top-level columns that are parts of records."""

@@ -1,9 +1,9 @@
 """The files of a source: local paths, glob patterns and folders, or a data set on the hub.
 
-A hub data set is named `OWNER/NAME` or `hf://datasets/OWNER/NAME[@REVISION][/PATH]`; the revision is
-resolved to its commit once, in the driver, so that all workers read the same files. A file is known
-by its fingerprint, which a hub file takes from the hash the hub publishes: a local copy of a hub
-file counts as another file. Local files must lie where every node of a cluster sees them.
+A hub data set is named `OWNER/NAME` or `hf://datasets/OWNER/NAME[@REVISION][/PATH]`; the revision
+is resolved to its commit once, in the driver, so that all workers read the same files. A file is
+known by its fingerprint, which a hub file takes from the hash the hub publishes: a local copy of a
+hub file counts as another file. Local files must lie where every node of a cluster sees them.
 """
 
 import glob

@@ -1,6 +1,6 @@
 """What a folder's metadata file says of its pictures.
 
-In: a folder with `metadata.csv`, `.jsonl` or `.parquet`. Out: its rows by the file names they are of.
+In: a folder with `metadata.csv`, `.jsonl` or `.parquet`. Out: its rows by file name.
 """
 
 import contextlib

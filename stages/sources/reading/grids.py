@@ -15,10 +15,12 @@ from schemas.records import GridShape
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why tokens are no grid of this tokenizer; `reason` is one of `schemas.records.REASONS`."""
+    """Why tokens are no grid of this tokenizer."""
 
     reason: str
+    """One of `schemas.records.REASONS`."""
     detail: str
+    """What was found, and what is allowed."""
 
 
 def grid_bytes(values: Any, shape: GridShape | None) -> bytes | Misfit:

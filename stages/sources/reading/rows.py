@@ -49,7 +49,7 @@ class _Measured:
 
 
 class RowSource:
-    """See the module. `grids`: whether the rows hold token grids instead of pictures."""
+    """Tables of pictures, of addresses or, with `grids`, of token grids."""
 
     def __init__(self, settings: SourceSettings, *, grids: bool = False) -> None:
         self.name = settings.name

@@ -28,11 +28,14 @@ _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
 
 @dataclass
 class Sample:
-    """The files of one key, by their lower-case extensions; `twice` names one that came twice."""
+    """The files of an archive that share one key."""
 
     key: str
+    """The name that they share."""
     files: dict[str, bytes] = field(default_factory=dict)
+    """Their bytes by their lower-case extensions."""
     twice: str | None = None
+    """An extension that came twice."""
 
     def add(self, extension: str, data: bytes) -> None:
         """Take in one file."""
@@ -43,9 +46,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Damage:
-    """Where an archive cannot be read further."""
+    """An archive cannot be read further."""
 
     detail: str
+    """What is wrong with it."""
 
 
 def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damage, None, None]:

@@ -96,6 +96,7 @@ class Where:
     """A parsed expression. `text` is the same for expressions that differ in spacing alone."""
 
     node: _Node
+    """The tree of the expression."""
 
     @property
     def text(self) -> str:
