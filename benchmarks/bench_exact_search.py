@@ -56,7 +56,9 @@ def of_database(database: str, queries: int) -> tuple[Blocks, Floats, Queries]:
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     asked = sample_queries(
-        *(ImageTable(layout.images), manifest.tokenizer, manifest.keys),
+        ImageTable(layout.images),
+        manifest.tokenizer,
+        manifest.keys,
         pictures=200,
         queries=queries,
     )

@@ -117,7 +117,9 @@ def open_bench(database: Path, queries: int) -> Bench:
     codes = read_codebook(layout)
     blocks = list(PatchTable(layout.patches(manifest.keys)).blocks())
     asked = sample_queries(
-        *(ImageTable(layout.images), manifest.tokenizer, manifest.keys),
+        ImageTable(layout.images),
+        manifest.tokenizer,
+        manifest.keys,
         pictures=200,
         queries=queries,
         split="heldout",
@@ -233,11 +235,9 @@ def build_ours(bench: Bench, vectors: Any, lists: int, folder: Path) -> dict[str
     found = ListFinder(centroids)(vectors)
     assigned = time.perf_counter()
     np.save(folder / CENTROIDS, centroids)
-    fill_part(
-        *(folder / "filled", bench.blocks, _Known(found), layout), lists=lists, keys=bench.count
-    )
+    fill_part(folder / "filled", bench.blocks, _Known(found), layout, lists=lists, keys=bench.count)
     merge_parts(
-        *(folder / "part", [ListPart.open(folder / "filled", layout.size)], layout), max_copies=16
+        folder / "part", [ListPart.open(folder / "filled", layout.size)], layout, max_copies=16
     )
     filled = time.perf_counter()
     shares = (
@@ -392,8 +392,15 @@ def synthetic(bench: Bench, folder: Path, images: int) -> Path:
         committer.plan([shard])
         committer.commit(
             ShardResult(
-                *(shard.id, "bench", 1, count, count, int(held.sum())),
-                *(tables["patches"].num_rows, {}, fragments),
+                shard=shard.id,
+                source="bench",
+                attempt=1,
+                inputs=count,
+                images=count,
+                heldout=int(held.sum()),
+                patches=tables["patches"].num_rows,
+                rejects={},
+                fragments=fragments,
             )
         )
     return folder
