@@ -30,8 +30,9 @@ demo: $(VENV)/.build
 	@echo "  arrag-db query --db mydb --image PICTURE.jpg --exclude-self --sheet sheet.png"
 	@echo "  arrag generate --db mydb --model sample --prompt 'a photo of a hat' --out out.png"
 
+# Two processes of tests: all that need the Ray session in one, the rest in the other, then by file.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu"

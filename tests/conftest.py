@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,44 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("suite")
+
+MODELS = ("backends", "faid", "generation", "tokenizers", "training", "test_generate.py")
+"""Rooms and files whose tests load transformers, which takes seconds in each process."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name what one process of pytest-xdist runs: all on the Ray session, all on transformers.
+
+    Anything else stays together by file. The Ray session's tests take longest, so they come first.
+    """
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: {"ray": 0, "models": 1}.get(groups[item], 2))
+
+
+def _group(item: pytest.Item) -> str:
+    asked: tuple[str, ...] = getattr(item, "fixturenames", ())
+    if "ray_session" in asked:
+        return "ray"
+    if "model" in asked or not set(MODELS).isdisjoint(item.path.parts):
+        return "models"
+    return "-".join(item.path.relative_to(Path(__file__).parent).parts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_queries() -> Iterator[None]:
+    """Certify indexes with 60 queries, not a thousand: most of what indexing a small table costs.
+
+    Where no selected test indexes anything, nothing is loaded for it.
+    """
+    if (index := sys.modules.get("pipeline.index")) is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "_QUERIES", 60)
+        yield
 
 
 def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from arrag_runtime import Neighbors
 from arrag_runtime.faid.attach import Faid, attach
@@ -82,6 +81,8 @@ def at_once(model: Any, faid: Faid, tokens: Tensor, retrieved: Tensor, guided: b
 @torch.no_grad()
 def step_by_step(model: Any, faid: Faid, tokens: Tensor, retrieved: Tensor, guided: bool) -> Tensor:
     """The same, decoded one position at a time with a cache."""
+    from transformers import DynamicCache
+
     prompts, images = prompt_and_tokens(model, tokens, guided)
     cache, states = DynamicCache(config=model.config.text_config), []
     faid.begin(Batch(len(tokens), guided, *GRID, torch.device("cpu")))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import ray
 from PIL import Image
 
-from pipeline.build import build
+from pipeline.build import BuildReport, build
 from schemas.settings.build import BuildSettings
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
@@ -72,3 +73,20 @@ def built(ray_session: None, pictures: Path, tmp_path_factory: pytest.TempPathFa
 def copied(built: Path, tmp_path: Path) -> Path:
     """A copy of the built database that a test may change."""
     return Path(shutil.copytree(built, tmp_path / "db"))
+
+
+@pytest.fixture(scope="session")
+def repeated(
+    built: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, BuildReport]:
+    """The built database with two of its pictures again and an empty one, from a tar; the report of that build.
+
+    01 is held out, 05 is not. Read only.
+    """
+    folder = tmp_path_factory.mktemp("repeated")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in ("01.jpg", "01.txt", "05.jpg", "empty.jpg"):
+            tar.add(pictures / name, name)
+    database = Path(shutil.copytree(built, folder / "db"))
+    source = SourceSettings(name="webdataset", input=(str(folder / "a.tar"),))
+    return database, build(settings(database, pictures, source=source))

@@ -5,8 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import JanusConfig, JanusForConditionalGeneration, JanusVQVAEConfig, LlamaConfig
-from transformers.models.janus.configuration_janus import JanusVisionConfig
 
 from arrag_runtime.faid.attach import Faid
 from arrag_runtime.format.neighborhood import MISSING
@@ -16,6 +14,14 @@ WIDTH, DEPTH, CODES, WORDS = 64, 4, 48, 96
 
 def narrow_janus(seed: int = 0, width: int = WIDTH, depth: int = DEPTH, codes: int = CODES) -> Any:
     """A JanusForConditionalGeneration with random weights, biases included, in evaluation mode."""
+    from transformers import (
+        JanusConfig,
+        JanusForConditionalGeneration,
+        JanusVisionConfig,
+        JanusVQVAEConfig,
+        LlamaConfig,
+    )
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = JanusForConditionalGeneration(

@@ -1,6 +1,7 @@
 """Indexing a database: what a build leaves to be indexed, and what a killed indexing leaves."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,19 +9,13 @@ import pytest
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.search.patch_index import PatchIndex, index_folders
-from pipeline.build import build
+from pipeline.build import BuildReport, build
 from pipeline.index import index
 from pipeline.indexing.growth import index_to_build
 from pipeline.query import query
 from schemas.settings.index import IndexSettings
 from schemas.settings.query import QuerySettings
 from tests.pipeline.conftest import settings, write_picture
-
-
-@pytest.fixture(autouse=True)
-def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certify with few queries; how well is not asked here."""
-    monkeypatch.setattr("pipeline.index._QUERIES", 60)
 
 
 def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
@@ -67,18 +62,15 @@ def test_any_faiss_key_can_be_indexed(copied: Path) -> None:
 
 
 def test_copies_of_a_picture_are_left_out_with_it(
-    ray_session: None, pictures: Path, tmp_path: Path
+    repeated: tuple[Path, BuildReport], pictures: Path, tmp_path: Path
 ) -> None:
     """Also when recall is measured: a copy would answer for the picture itself."""
-    folder = tmp_path / "two"
-    folder.mkdir()
-    for name in ("a.jpg", "b.jpg"):
-        shutil.copy(pictures / "01.jpg", folder / name)
-    shutil.copy(pictures / "02.jpg", folder / "c.jpg")
-    build(settings(tmp_path / "db", folder))
-    index(tmp_path / "db", IndexSettings())
-    asked = QuerySettings(
-        databases=(tmp_path / "db",), image=folder / "a.jpg", row=3, col=3, k=5, exclude_self=True
-    )
-    [result] = query(asked).results
-    assert {neighbor.key for neighbor in result.neighbors} == {"c.jpg"}
+    database = Path(shutil.copytree(repeated[0], tmp_path / "db"))
+    index(database, IndexSettings())
+    asked = QuerySettings(databases=(database,), image=pictures / "05.jpg", row=3, col=3, k=5)
+    [every] = query(asked).results
+    own = {n.image_id for n in every.neighbors if n.key.removesuffix(".jpg") == "05"}
+    assert len(own) == 2
+    [result] = query(replace(asked, exclude_self=True)).results
+    assert len(result.neighbors) == 5
+    assert own.isdisjoint(neighbor.image_id for neighbor in result.neighbors)
