@@ -27,6 +27,7 @@ from pipeline.remove import take_out_suppressed
 from pipeline.resources.lease import lease
 from pipeline.verify import index_owners
 from schemas.settings.index import IndexSettings
+from stages.index.faiss_index import require_autofaiss
 from stages.tables.committer import Committer, Loss
 from stages.tables.deletion import booked_removals, compact_table, delete_pictures
 from stages.tables.ledger import read_ledger
@@ -64,6 +65,9 @@ def compact(database: str | Path, progress: Progress = lambda _step: None) -> Co
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     before = _bytes(layout)
+    if any(IndexManifest.read(folder).kind == "ivfpq" for folder in index_folders(layout)):
+        # It will have to be built again.
+        require_autofaiss()
     with lease(layout, COMMAND) as held:
         committer = Committer(layout, manifest.keys, held.check)
         # From here on whatever the tables hold is complete.

@@ -190,7 +190,9 @@ def test_an_index_that_cannot_grow_is_built_anew(layout: Layout, change: str) ->
     assert held["index codebook matches its table"]
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivfpq", "codebook"])
+@pytest.mark.parametrize(
+    "kind", ["flat", pytest.param("ivfpq", marks=pytest.mark.ivfpq), "codebook"]
+)
 def test_removed_pictures_are_in_no_index(layout: Layout, kind: str) -> None:
     """Hidden in one that is open at once, absent from one that is built or grown later."""
     settings = {
