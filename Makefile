@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := -m pip install --quiet --disable-pip-version-check
+# autofaiss needs numpy below 2, so what trains with it has an environment of its own.
+IVFPQ := .venv-ivfpq
 DEMO := demo
 DEMO_QUERY := stages/sources/sample_images/t-shirt-blue.jpg
 
-.PHONY: demo test test-slow soak check format bench clean
+.PHONY: demo test test-slow test-ivfpq soak check format bench clean
 
 demo: $(VENV)/.build
 	rm -rf $(DEMO)
@@ -37,6 +39,9 @@ test: check
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+test-ivfpq: $(IVFPQ)/.test
+	$(IVFPQ)/bin/python -m pytest -m "ivfpq and not gpu"
+
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -m soak tests/pipeline/building/test_soak.py
 
@@ -49,22 +54,28 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.build
+bench: $(VENV)/.build $(IVFPQ)/.test
 	$(BIN)/python benchmarks/bench_extract_write.py
 	$(BIN)/python benchmarks/bench_encode.py
 	$(BIN)/python benchmarks/bench_scale.py
-	$(BIN)/python benchmarks/index.py
+	$(IVFPQ)/bin/python benchmarks/index.py
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+$(BIN)/python $(IVFPQ)/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.build: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e ".[build,train]" -c constraints.txt
+	$(BIN)/python $(INSTALL) -e ".[build,train]" -c constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	$(PIP) -e ".[build,train,test,dev]" -c constraints.txt
+	$(BIN)/python $(INSTALL) -e ".[build,train,test,dev]" -c constraints.txt
+	$(BIN)/python -m pip check
+	@touch $@
+
+$(IVFPQ)/.test: pyproject.toml constraints-ivfpq.txt | $(IVFPQ)/bin/python
+	$(IVFPQ)/bin/python $(INSTALL) -e ".[build,ivfpq,test]" -c constraints-ivfpq.txt
+	$(IVFPQ)/bin/python -m pip check
 	@touch $@
 
 clean:
-	rm -rf $(DEMO) $(VENV)
+	rm -rf $(DEMO) $(VENV) $(IVFPQ)

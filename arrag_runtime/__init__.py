@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from arrag_runtime import daid
     from arrag_runtime.faid.attach import attach_faid
     from arrag_runtime.generation.generate import Generated, generate
@@ -28,6 +29,7 @@ __all__ = [
     "Neighbors",
     "PatchIndex",
     "Retriever",
+    "__version__",
     "attach_faid",
     "daid",
     "generate",
@@ -49,8 +51,20 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("arrag_runtime.daid")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'arrag_runtime' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+def _version() -> str:
+    """That of the installed distribution; a checkout that nobody installed does not know its own."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("arrag")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

@@ -27,6 +27,7 @@ from pipeline.remove import hide_suppressed
 from pipeline.resources.lease import lease
 from pipeline.verify import indexed_images
 from schemas.settings.index import IndexSettings
+from stages.index.faiss_index import require_autofaiss
 from stages.tables.committer import Committer, Deletion
 from stages.tables.deletion import compact_table, delete_images, deleted_images
 from stages.tables.ledger import read_ledger
@@ -71,6 +72,9 @@ def compact(
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     before = stored_bytes(layout.root)
+    if any(IndexManifest.read(folder).kind == "ivfpq" for folder in index_folders(layout)):
+        # It will have to be built again.
+        require_autofaiss()
     with lease(layout, _COMMAND) as held:
         committer = Committer(layout, manifest.keys, held.check)
         # From here on whatever the tables hold is complete.

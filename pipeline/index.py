@@ -52,7 +52,7 @@ from pipeline.resources.lease import lease
 from pipeline.resources.malloc import give_memory_back
 from schemas.settings.index import IndexSettings, size_in_bytes
 from schemas.settings.resources import RayResources
-from stages.index.faiss_index import train_and_fill
+from stages.index.faiss_index import require_autofaiss, train_and_fill
 from stages.index.index_contents import left_out
 from stages.measure.certificate import Target, certify
 from stages.measure.exact_search import Queries, true_distances
@@ -123,6 +123,8 @@ def index(
         Committer(layout, manifest.keys, held.check).recover(read_ledger(layout))
         table = PatchTable(layout.patches(manifest.keys))
         settings = settings.resolved(manifest.keys, table.count)
+        if settings.kind == "ivfpq":
+            require_autofaiss()
         name = name or str(settings.kind)
         finish_replacements(layout.indexes)
         place = layout.index(name)

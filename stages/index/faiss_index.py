@@ -1,8 +1,8 @@
 """Patches table to a flat or ivfpq index: trained on a uniform sample, filled from a stream.
 
-The only user of autofaiss: its advisers say whether memory suffices before anything runs, and it
-trains and scores the index on the sample. Filling streams blocks from a table scan, so memory grows
-with the index alone and not with the table.
+The only user of autofaiss, which is loaded for ivfpq alone: its advisers say whether memory suffices
+before anything runs, and it trains and scores the index on the sample. Filling streams blocks from
+a table scan, so memory grows with the index alone and not with the table.
 """
 
 import contextlib
@@ -11,19 +11,16 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
-from autofaiss import build_index as autofaiss_build_index
-from autofaiss.external.build import estimate_memory_required_for_index_creation
-from autofaiss.external.metadata import IndexMetadata
-from autofaiss.utils.cast import cast_bytes_to_memory_string
 
 from arrag_runtime.device import available_memory
-from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from arrag_runtime.format.patches import PatchTable
@@ -49,6 +46,15 @@ class FilledIndex:
     """How many keys."""
     metrics: dict[str, Any]
     """autofaiss' own scores on the sample."""
+
+
+def require_autofaiss() -> None:
+    """Raise ArragError with the next step where autofaiss, which trains ivfpq, is not installed."""
+    if find_spec("autofaiss") is None:
+        raise ArragError(
+            "an index of the kind ivfpq is trained by autofaiss, which is not installed;"
+            " `pip install 'arrag[ivfpq]'` (Python 3.11 or 3.12, numpy 1.26), or use another --kind"
+        )
 
 
 def _default_index_key(keys: int, dimension: int) -> str:
@@ -99,10 +105,15 @@ def _train(
             f"{key} wants at least {needed} keys to train on and the table has {table.count};"
             " use --kind flat, or an --index-key with fewer lists"
         )
-    # Where the system does not say what is free, as much as the index may take.
-    memory = available_memory("cpu") or size_in_bytes("--memory", settings.memory)
     empty = _make(key, dimension, table.count)
     _require_nprobe(empty, settings)
+    require_autofaiss()
+    from autofaiss import build_index as autofaiss_build_index
+    from autofaiss.external.build import estimate_memory_required_for_index_creation
+    from autofaiss.utils.cast import cast_bytes_to_memory_string
+
+    # Where the system does not say what is free, as much as the index may take.
+    memory = available_memory("cpu") or size_in_bytes("--memory", settings.memory)
     _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
     required, _ = estimate_memory_required_for_index_creation(
         min(wanted, table.count), dimension, key
@@ -185,6 +196,8 @@ def _make(key: str, dimension: int, keys: int) -> Any:
 
 def _estimated_size(key: str, keys: int, dimension: int, empty: Any) -> int:
     """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
+    from autofaiss.external.metadata import IndexMetadata
+
     estimated = int(IndexMetadata(key, keys, dimension, False).estimated_index_size_in_bytes())
     # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id per key.
     return estimated if estimated >= 0 else keys * (empty.sa_code_size() + 8)
@@ -201,7 +214,7 @@ def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
     allowed = size_in_bytes("--memory", settings.memory)
     if size > allowed:
         raise BadInputError(
-            f"an index {key} takes about {cast_bytes_to_memory_string(size)} of memory, more than"
+            f"an index {key} takes about {size / 10**6:,.1f} MB of memory, more than"
             f" --memory {settings.memory}; allow more, or choose --kind ivfpq"
         )
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _needs_a_gpu() -> None:
+    pytest.importorskip("autofaiss")
     assert has_gpu(), "faiss sees no GPU: install faiss-gpu, and run on a machine with CUDA"
 
 

@@ -30,6 +30,7 @@ from tests.worlds.patch_world import (
     in_memory,
     make_world,
     manifest_of,
+    train_with_faiss,
 )
 
 logging.getLogger("autofaiss").setLevel(logging.CRITICAL)
@@ -42,14 +43,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Three shards of pictures with three indexes."""
     made = make_world(tmp_path_factory.mktemp("db"), 3, 5)
     build_index(made, "flat", kind="flat")
-    build_index(made, PQ, kind="ivfpq", index_key=PQ)
-    build_index(made, OPQ, kind="ivfpq", index_key=OPQ, nprobe=3)
+    train_with_faiss(made, PQ, PQ)
+    train_with_faiss(made, OPQ, OPQ, nprobe=3)
     return made
 
 
+@pytest.mark.parametrize("by", ["faiss", pytest.param("autofaiss", marks=pytest.mark.ivfpq)])
 @pytest.mark.parametrize("name", [PQ, OPQ])
-def test_a_trained_index_holds_every_entry(world: World, name: str) -> None:
+def test_a_trained_index_holds_every_entry(world: World, name: str, by: str) -> None:
     """All keys are in, ids and tokens at the same place, and most neighbours are found."""
+    if by == "autofaiss":
+        key, name = name, f"{name} by autofaiss"
+        build_index(world, name, kind="ivfpq", index_key=key)
     opened = PatchIndex.open(world.layout.root, name)
     inner = faiss.read_index(str(Path(world.layout.index(name)) / INDEX_FILE))
     assert inner.ntotal == opened.count == len(world.ids)
@@ -113,8 +118,16 @@ def test_progress_is_told_to_the_end(world: World, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"kind": "flat", "memory": "1KB"}, "Flat.*--memory 1KB"),
-        ({"kind": "ivfpq", "index_key": OPQ, "memory": "1KB"}, "OPQ2_8.*--memory 1KB"),
-        ({"kind": "ivfpq", "index_key": PQ, "memory": "1KB"}, "IVF4.*--memory 1KB"),
+        pytest.param(
+            {"kind": "ivfpq", "index_key": OPQ, "memory": "1KB"},
+            "OPQ2_8.*--memory 1KB",
+            marks=pytest.mark.ivfpq,
+        ),
+        pytest.param(
+            {"kind": "ivfpq", "index_key": PQ, "memory": "1KB"},
+            "IVF4.*--memory 1KB",
+            marks=pytest.mark.ivfpq,
+        ),
         ({"kind": "ivfpq", "index_key": "IVF100,PQ4x4"}, "IVF100.*3900 keys.*735"),
         ({"kind": "ivfpq", "index_key": "nonsense"}, "nonsense"),
         ({"kind": "ivfpq", "index_key": "IVF4,PQ5x4"}, "IVF4,PQ5x4"),
@@ -130,6 +143,7 @@ def test_settings_that_cannot_work_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.ivfpq
 @pytest.mark.parametrize("key", ["PQ4x4", "IVF4,Flat", "OPQ2_8,PQ2x4"])
 def test_other_layouts_of_faiss_work_or_are_refused(world: World, tmp_path: Path, key: str) -> None:
     """Whatever --index-key asks for ends in an index that finds keys, or in one line."""

@@ -31,12 +31,23 @@ from tests.worlds.patch_world import CODES, World, make_world
 WEIGHTS = (0.3, 1.2, 0.4, 2.1)
 
 
-@pytest.fixture(scope="module")
-def indexed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built database with an exact index and a coarse one."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        IndexSettings(kind="codebook", lists=4, nprobe=2),
+        pytest.param(
+            IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4", nprobe=2), marks=pytest.mark.ivfpq
+        ),
+    ],
+    ids=["codebook", "ivfpq"],
+)
+def indexed(
+    built: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """The built database with an exact index and a coarse one, "lists"."""
     database = Path(shutil.copytree(built, tmp_path_factory.mktemp("indexed") / "db"))
     index(database, IndexSettings(kind="flat"))
-    index(database, IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4", nprobe=2))
+    index(database, request.param, name="lists")
     return database
 
 
@@ -158,7 +169,7 @@ def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     """The exact one recalls all; both beat random codes; rows beyond the coarse one's lists lack."""
     found = evaluate(EvaluateSettings(database=indexed, pictures=3, queries=120, k=200))
     exact, coarse = found.indexes
-    assert (exact.name, coarse.name, coarse.nprobe) == ("flat", "ivfpq", 2)
+    assert (exact.name, coarse.name, coarse.nprobe) == ("flat", "lists", 2)
     assert exact.figures.recall["10"].mean == 1
     assert 0.1 < coarse.figures.recall["10"].mean < 1
     for one in found.indexes:
@@ -173,14 +184,14 @@ def test_indexes_are_evaluated_side_by_side(indexed: Path) -> None:
     [gains] = (line for line in text.splitlines() if "gain over flat" in line)
     assert gains.split()[3] == "-"
     fields = found.to_json()["indexes"]
-    assert list(fields) == ["flat", "ivfpq"]
+    assert list(fields) == ["flat", "lists"]
     assert fields["flat"]["recall_at_10"] == 1
     assert len(fields["flat"]["token_distance"]) == 100
     assert exact.gain is None
     assert coarse.gain is not None
     difference = exact.figures.nll.mean - coarse.figures.nll.mean
     assert coarse.gain.mean == pytest.approx(difference)
-    assert fields["ivfpq"]["nll_gain_over_first"]["mean"] == coarse.gain.mean
+    assert fields["lists"]["nll_gain_over_first"]["mean"] == coarse.gain.mean
     [alone] = evaluate(
         EvaluateSettings(database=indexed, indexes=("flat",), pictures=3, queries=120, k=200)
     ).indexes
@@ -261,7 +272,7 @@ def test_the_command_prints_a_table_json_and_draws(
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
-    assert set(json.loads(out)["indexes"]) == {"flat", "ivfpq"}
+    assert set(json.loads(out)["indexes"]) == {"flat", "lists"}
     code, _, err = run(capsys, *words, "--index", "nowhere")
     assert code == 1
     assert "no complete index" in err

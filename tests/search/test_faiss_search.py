@@ -23,6 +23,7 @@ from tests.worlds.patch_world import (
     distances_by_loop,
     in_memory,
     make_world,
+    train_with_faiss,
 )
 
 
@@ -31,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Three shards of pictures with two indexes: exact, and in four lists."""
     made = make_world(tmp_path_factory.mktemp("db"), 3, IMAGES // 3)
     build_index(made, "flat", kind="flat")
-    build_index(made, "lists", kind="ivfpq", index_key="IVF4,PQ4x4")
+    train_with_faiss(made, "lists", "IVF4,PQ4x4")
     return made
 
 

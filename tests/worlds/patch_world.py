@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -11,7 +12,14 @@ import pyarrow as pa
 from arrag_runtime import Neighbors, PatchIndex
 from arrag_runtime.format.ids import patch_ids
 from arrag_runtime.format.list_columns import fixed_lists
-from arrag_runtime.format.manifest import IndexManifest, Layout, write_codebook
+from arrag_runtime.format.manifest import (
+    IDS_FILE,
+    INDEX_FILE,
+    TOKENS_FILE,
+    IndexManifest,
+    Layout,
+    write_codebook,
+)
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import TokenizerSpec, key_spec, key_vectors, normalised
 from arrag_runtime.search.faiss_search import FaissSearch
@@ -92,6 +100,20 @@ def build_index(world: World, name: str, **settings: Any) -> FilledIndex:
     filled = train_and_fill(world.table, CODES, folder, wanted, NONE)
     manifest_of(name, filled, world, nprobe=wanted.nprobe).write(folder)
     return filled
+
+
+def train_with_faiss(world: World, name: str, key: str, *, nprobe: int | None = None) -> None:
+    """An ivfpq index that faiss alone trained and filled, written as `build_index` writes one."""
+    folder = Path(world.layout.index(name))
+    folder.mkdir(parents=True)
+    index = faiss.index_factory(world.vectors.shape[1], key)
+    index.train(world.vectors)
+    index.add(world.vectors)
+    faiss.write_index(index, str(folder / INDEX_FILE))
+    np.save(folder / IDS_FILE, world.ids)
+    np.save(folder / TOKENS_FILE, world.tokens)
+    filled = FilledIndex(index, "ivfpq", key, len(world.ids), {})
+    manifest_of(name, filled, world, nprobe=nprobe).write(folder)
 
 
 def manifest_of(

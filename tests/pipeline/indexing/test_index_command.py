@@ -18,21 +18,30 @@ from schemas.settings.query import QuerySettings
 from tests.pipeline.conftest import settings, write_picture
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        IndexSettings(kind="codebook", lists=5),
+        pytest.param(IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4"), marks=pytest.mark.ivfpq),
+    ],
+    ids=["codebook", "ivfpq"],
+)
 def test_a_build_brings_the_newest_index_up_to_date_as_it_was_made(
-    ray_session: None, copied: Path, pictures: Path, tmp_path: Path
+    ray_session: None, copied: Path, pictures: Path, tmp_path: Path, wanted: IndexSettings
 ) -> None:
     first = index_to_build(copied)
     assert first is not None
     assert (first.name, first.settings) == (None, IndexSettings())
-    made = index(copied, IndexSettings(kind="ivfpq", index_key="IVF4,PQ4x4"), name="mine")
-    assert (made.name, made.kind, made.index_key) == ("mine", "ivfpq", "IVF4,PQ4x4")
+    made = index(copied, wanted, name="mine")
+    key = wanted.index_key or "IVF5,PQ4x12 (the codebook)"
+    assert (made.name, made.kind, made.index_key) == ("mine", wanted.kind, key)
     assert index_to_build(copied) is None
     grown = Path(shutil.copytree(pictures, tmp_path / "grown"))
     write_picture(grown / "new.jpg", 77)
     build(settings(copied, grown))
     stale = index_to_build(copied)
     assert stale is not None
-    assert (stale.name, stale.settings.index_key) == ("mine", "IVF4,PQ4x4")
+    assert (stale.name, stale.settings) == ("mine", wanted)
 
 
 def test_what_a_killed_indexing_leaves_is_no_index_and_goes_away(copied: Path) -> None:
@@ -53,7 +62,7 @@ def test_names_that_are_no_folders_are_refused(built: Path, name: str) -> None:
         index(built, IndexSettings(), name=name)
 
 
-@pytest.mark.slow
+@pytest.mark.ivfpq
 def test_any_faiss_key_can_be_indexed(copied: Path) -> None:
     made = index(copied, IndexSettings(kind="ivfpq", index_key="HNSW16"))
     assert made.nprobe is None

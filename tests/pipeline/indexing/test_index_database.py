@@ -203,7 +203,9 @@ def test_a_compacted_table_that_has_grown_is_indexed_anew(layout: Layout, more: 
     assert sound(layout)
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivfpq", "codebook"])
+@pytest.mark.parametrize(
+    "kind", ["flat", pytest.param("ivfpq", marks=pytest.mark.ivfpq), "codebook"]
+)
 def test_removed_pictures_are_in_no_index(layout: Layout, kind: str) -> None:
     """Hidden in one that is open at once, absent from one that is built or grown later."""
     settings = {
