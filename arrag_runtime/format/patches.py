@@ -191,7 +191,5 @@ def _ordinals(total: int, count: int, seed: int) -> Ids:
 
 def _block(table: pa.Table) -> PatchBlock:
     return PatchBlock(
-        table["patch_id"].to_numpy(),
-        list_values(table["key"]),
-        table["next_token"].to_numpy(),
+        table["patch_id"].to_numpy(), list_values(table["key"]), table["next_token"].to_numpy()
     )
