@@ -29,11 +29,9 @@ class Neighbors:
     count: npt.NDArray[np.int64]
     """int64 [N], how many of the K are real."""
     copies: npt.NDArray[np.int64]
-    """int64 [N, K], how many entries of the same key and next token a result stands for; padding is
-    0."""
+    """int64 [N, K], how many entries of one key and next token a result is for; padding is 0."""
     places: Ids
-    """int64 [N, K], the row in the table or the place in the index that was searched; padding is
-    -1, and so is a place that is not known."""
+    """int64 [N, K], the row in the table or place in the index; -1 where not known, and padding."""
     weights: Floats
     """float32 [N, K], the weight of the database that a result is from; padding is 0."""
     origin: npt.NDArray[np.uint8]
@@ -120,24 +118,12 @@ class SearchEngine(Protocol):
         """Distances float32 [N, k], nearest first, and places int64 [N, k], -1 for none."""
 
 
-@dataclass(frozen=True)
-class EntryPart:
-    """What is known of the entries of one part, in its order, as `ListPart` names it."""
-
-    next_tokens: npt.NDArray[np.uint16]
-    patch_ids: Ids
-    copies_at: Ids
-    copies_start: Ids
-    copies_ids: Ids
-
-
 class EntryTable:
     """The entries of an index by place: next token, patch id, and the ids of identical ones."""
 
-    def __init__(self, parts: Sequence[EntryPart | ListPart]) -> None:
+    def __init__(self, parts: Sequence[ListPart]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part.next_tokens) for part in parts])
-        self.has_copies = any(len(part.copies_at) for part in parts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -149,21 +135,17 @@ class EntryTable:
 
     def tokens(self, places: Ids) -> npt.NDArray[np.uint16]:
         """The next tokens at these places, an array of any shape without -1."""
-        tokens: npt.NDArray[np.uint16] = self._gather(
-            places, [part.next_tokens for part in self._parts], np.uint16
-        )
+        tokens: npt.NDArray[np.uint16] = self._gather(places, [p.next_tokens for p in self._parts])
         return tokens
 
     def patch_ids(self, places: Ids) -> Ids:
         """The patch ids; of an entry with copies, the lowest one."""
-        ids: Ids = self._gather(places, [part.patch_ids for part in self._parts], np.int64)
+        ids: Ids = self._gather(places, [p.patch_ids for p in self._parts])
         return ids
 
     def copies(self, places: Ids) -> npt.NDArray[np.int64]:
         """How many keys the entries at these places stand for."""
         counts = np.ones(places.shape, np.int64)
-        if not self.has_copies:
-            return counts
         for part, end in zip(self._parts, self._ends, strict=True):
             if len(part.copies_at):
                 local = places - (end - len(part.next_tokens))
@@ -182,10 +164,10 @@ class EntryTable:
             return part.copies_ids[part.copies_start[at] : part.copies_start[at + 1]]
         return part.patch_ids[local : local + 1]
 
-    def _gather(self, places: Ids, columns: Sequence[Any], dtype: type) -> Any:
+    def _gather(self, places: Ids, columns: Sequence[Any]) -> Any:
         if len(columns) == 1:
             return columns[0][places]
-        values: npt.NDArray[Any] = np.empty(places.shape, dtype)
+        values = np.empty(places.shape, columns[0].dtype)
         number = np.searchsorted(self._ends, places, side="right")
         for index, column in enumerate(columns):
             here = number == index

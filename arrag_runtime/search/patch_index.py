@@ -6,7 +6,7 @@ result, nor is what was removed from the database, whichever process removed it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +30,26 @@ _SPARE, _GROWTH = 64, 4
 
 @dataclass(frozen=True)
 class _Hidden:
-    """The pictures that a search must not return."""
+    """The pictures that a search must not return, by ascending ids.
 
-    exclude: Ids | None
-    """int64 [N, M], those of each query, -1 for none."""
-    tombstones: Tombstones | None
-    """Those that were removed."""
+    exclude: int64 [N, M], those of each query, -1 for none; keep: all others than these.
+    """
+
+    exclude: Ids
+    removed: Ids
     keep: Ids | None
-    """int64, ascending: all others than these; None for no others."""
 
     @property
     def nothing(self) -> bool:
         """Whether every entry may be returned."""
-        removed = self.tombstones is not None and len(self.tombstones.ids) > 0
-        return self.exclude is None and self.keep is None and not removed
-
-    def rows(self, rows: Ids) -> "_Hidden":
-        """The same for some of the queries."""
-        exclude = None if self.exclude is None else self.exclude[rows]
-        return _Hidden(exclude, self.tombstones, self.keep)
+        return self.keep is None and not self.exclude.size and not self.removed.size
 
     def shows(self, query: int | slice, patch_ids: Ids) -> npt.NDArray[np.bool_]:
         """Which of these patches [N, K] (or [K] of one query) may be returned."""
         images = split_patch_ids(patch_ids)[0]
-        shown = np.ones(images.shape, bool)
-        if self.exclude is not None:
-            for own in np.moveaxis(self.exclude[query], -1, 0):
-                shown &= images != own[..., None]
-        if self.tombstones is not None:
-            shown &= ~self.tombstones.hides(images)
+        shown = ~contains(self.removed, images)
+        for own in np.moveaxis(self.exclude[query], -1, 0):
+            shown &= images != own[..., None]
         if self.keep is not None:
             shown &= contains(self.keep, images)
         return shown
@@ -76,8 +67,13 @@ class PatchIndex:
         tombstones: Tombstones | None = None,
     ) -> None:
         self.manifest = manifest
-        self._engine, self._entries, self._codes = engine, entries, codes
-        self._tombstones = tombstones
+        self.codes = codes
+        """The normalised codebook float32 [V, d] that keys are looked up in."""
+        self.count = manifest.count
+        """The number of keys, identical ones included."""
+        self.lists = engine.lists
+        """The number of lists, None without lists."""
+        self._engine, self._entries, self._tombstones = engine, entries, tombstones
         if engine.entries != len(entries) or entries.keys != manifest.count:
             raise IncompatibleError(
                 f"index {manifest.name} is damaged: {engine.entries} codes, {len(entries)} entries"
@@ -109,21 +105,6 @@ class PatchIndex:
     def nprobe(self, value: int) -> None:
         self._engine.nprobe = value
 
-    @property
-    def lists(self) -> int | None:
-        """The number of lists, None without lists."""
-        return self._engine.lists
-
-    @property
-    def codes(self) -> Floats:
-        """The normalised codebook float32 [V, d] that keys are looked up in."""
-        return self._codes
-
-    @property
-    def count(self) -> int:
-        """The number of keys, identical ones included."""
-        return self.manifest.count
-
     def vectors(self, keys: npt.NDArray[Any]) -> Floats:
         """Search vectors float32 [N, n · d] of token keys uint16 [N, n].
 
@@ -134,7 +115,7 @@ class PatchIndex:
             raise BadInputError(
                 f"a key of {self.manifest.keys.name} has {size} tokens, not {keys.shape[-1]}"
             )
-        return key_vectors(keys, self._codes, self.manifest.weights)
+        return key_vectors(keys, self.codes, self.manifest.weights)
 
     def search(
         self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None, keep: Ids | None = None
@@ -154,11 +135,12 @@ class PatchIndex:
         if k < 1:
             raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
         queries = len(vectors)
-        if exclude is not None:
-            exclude = exclude.reshape(queries, -1)
+        none = np.empty((queries, 0), np.int64)
+        excluded = none if exclude is None else exclude.reshape(queries, -1)
         if self._tombstones is not None:
             self._tombstones.refresh()
-        hidden = _Hidden(exclude, self._tombstones, keep)
+        removed = none[:0] if self._tombstones is None else self._tombstones.ids
+        hidden = _Hidden(excluded, removed, keep)
         wide = np.ascontiguousarray(vectors, np.float32)
         fetched = k if hidden.nothing else k + _SPARE
         places, distances = np.full((queries, k), -1), np.full((queries, k), np.inf, np.float32)
@@ -167,15 +149,12 @@ class PatchIndex:
         while len(waiting):
             fetched = min(fetched, max(self._engine.entries, 1))
             near, at = self._engine.search(wide[waiting], fetched)
-            patch_ids, stands_for = self._visible(at, hidden.rows(waiting))
+            here = replace(hidden, exclude=hidden.exclude[waiting])
+            patch_ids, stands_for = self._visible(at, here)
             width = min(k, fetched)
             order = np.argsort(stands_for == 0, axis=1, kind="stable")[:, :width]
-            for target, values in (
-                (places, at),
-                (distances, near),
-                (ids, patch_ids),
-                (copies, stands_for),
-            ):
+            kept, fresh = (places, distances, ids, copies), (at, near, patch_ids, stands_for)
+            for target, values in zip(kept, fresh, strict=True):
                 target[waiting, :width] = np.take_along_axis(values, order, axis=1)
             enough = np.count_nonzero(stands_for, axis=1) >= k
             exhausted = (at[:, -1] < 0) | (fetched >= self._engine.entries)
@@ -189,10 +168,10 @@ class PatchIndex:
 
     def _visible(self, places: Ids, hidden: _Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
         """The patch ids [N, K] at these places, and how many visible keys each stands for."""
-        real = places >= 0
-        safe = np.where(real, places, 0)
         if not len(self._entries):
             return places, np.zeros(places.shape, np.int64)
+        real = places >= 0
+        safe = np.where(real, places, 0)
         ids = np.where(real, self._entries.patch_ids(safe), -1)
         copies = np.where(real, self._entries.copies(safe), 0)
         if hidden.nothing:
