@@ -56,10 +56,8 @@ class ImageTable:
         """The token grids uint16 [h, w] of these pictures by id."""
         table = self._select(image_ids, ("image_id", "tokens"))
         tokens = list_values(table["tokens"])
-        return {
-            image: grid.reshape(height, -1)
-            for image, grid in zip(table["image_id"].to_pylist(), tokens, strict=True)
-        }
+        grids = tokens.reshape(len(tokens), height, tokens.shape[1] // height)
+        return dict(zip(table["image_id"].to_pylist(), grids, strict=True))
 
     def copies(self, hashes: Iterable[str]) -> dict[str, list[int]]:
         """The ids of the pictures whose original bytes have these hashes, several for copies."""

@@ -116,7 +116,6 @@ class PartWriter:
         self._draft = folder.with_name(f".{folder.name}.writing")
         self._at = [np.empty(0, np.int64)]
         self._counts = [np.empty(0, np.int64)]
-        self._entries = 0
         self._files = ExitStack()
 
     def __enter__(self) -> "PartWriter":
@@ -133,20 +132,18 @@ class PartWriter:
         that stand for more than one, in order.
         """
         at = np.flatnonzero(copies > 1)
-        self._at.append(at + self._entries)
+        self._at.append(at + self._sizes.sum())
         self._counts.append(copies[at])
         self._sizes += np.bincount(entries.lists, minlength=len(self._sizes))
-        self._entries += len(entries.lists)
         columns = (entries.codes, entries.next_tokens, entries.patch_ids, copies_ids)
         for stream, values in zip(self._streams, columns, strict=True):
             np.ascontiguousarray(values).tofile(stream)
 
     def append(self, part: ListPart) -> None:
         """Append a part whose lists are at or after those so far, its files copied as they are."""
-        self._at.append(part.copies_at + self._entries)
+        self._at.append(part.copies_at + self._sizes.sum())
         self._counts.append(np.diff(part.copies_start))
         self._sizes += np.diff(part.starts)
-        self._entries += part.entries
         for name, stream in zip(_STREAMED, self._streams, strict=True):
             with (part.folder / name).open("rb") as source:
                 shutil.copyfileobj(source, stream, 1 << 22)

@@ -81,8 +81,7 @@ class KeySpec:
 
     neighborhood: Neighborhood
     space: KeySpace = "codebook"
-    """Codebook keys are the neighbours' tokens, which stand for their codebook rows; latent keys
-    are the encoder's normalised outputs before quantisation."""
+    """Keys are tokens, which stand for codebook rows, or latents: normalised, not quantised."""
 
     @property
     def name(self) -> str:

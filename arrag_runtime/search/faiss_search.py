@@ -61,7 +61,7 @@ class FaissSearch:
             require_faiss().GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", value)
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Ids]:
-        """See `SearchEngine.search`."""
+        """See `CodebookSearch.search`."""
         index = self._index
         if self._on_gpu is not None:
             if max(k, self.nprobe or 0) <= _GPU_LIMIT:

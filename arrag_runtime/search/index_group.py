@@ -44,8 +44,6 @@ class IndexGroup:
             _require_same(self.indexes[0], other)
         self.manifest = self.indexes[0].manifest
         """Of the first index, whose keys are those of all."""
-        self.codes = self.indexes[0].codes
-        """The normalised codebook float32 [V, d]."""
         self.count = sum(index.count for index in self.indexes)
         """The number of keys of all indexes."""
 

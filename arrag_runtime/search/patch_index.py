@@ -21,9 +21,11 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.specs import Floats, key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch, require_faiss
 from arrag_runtime.search.faiss_search import FaissSearch, open_entries
-from arrag_runtime.search.neighbors import EntryTable, Neighbors, SearchEngine
+from arrag_runtime.search.neighbors import EntryTable, Neighbors
 from arrag_runtime.search.tombstones import Tombstones
 
+SearchEngine = CodebookSearch | FaissSearch
+"""What finds entries: places counted from 0 through everything that is stored."""
 _SPARE, _GROWTH = 64, 4
 """Where results may be hidden, so many more are fetched at first, then so many times as many."""
 
@@ -105,18 +107,6 @@ class PatchIndex:
     def nprobe(self, value: int) -> None:
         self._engine.nprobe = value
 
-    def vectors(self, keys: npt.NDArray[Any]) -> Floats:
-        """Search vectors float32 [N, n · d] of token keys uint16 [N, n].
-
-        Raises BadInputError for a key of another length or a token outside the codebook.
-        """
-        size = self.manifest.keys.neighborhood.size
-        if keys.ndim != 2 or keys.shape[1] != size:
-            raise BadInputError(
-                f"a key of {self.manifest.keys.name} has {size} tokens, not {keys.shape[-1]}"
-            )
-        return key_vectors(keys, self.codes, self.manifest.weights)
-
     def search(
         self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None, keep: Ids | None = None
     ) -> Neighbors:
@@ -125,8 +115,15 @@ class PatchIndex:
         exclude: int64 [N] or [N, M], for each query the pictures whose entries must not be returned
         (-1 for none). keep: int64, ascending; only these pictures' entries are returned. As many
         more entries are fetched as it takes, so a `keep` of few pictures is slow.
+        Raises BadInputError for a key of another length or a token outside the codebook.
         """
-        return self.search_vectors(self.vectors(keys), k, exclude=exclude, keep=keep)
+        size = self.manifest.keys.neighborhood.size
+        if keys.ndim != 2 or keys.shape[1] != size:
+            raise BadInputError(
+                f"a key of {self.manifest.keys.name} has {size} tokens, not {keys.shape[-1]}"
+            )
+        vectors = key_vectors(keys, self.codes, self.manifest.weights)
+        return self.search_vectors(vectors, k, exclude=exclude, keep=keep)
 
     def search_vectors(
         self, vectors: Floats, k: int, *, exclude: Ids | None = None, keep: Ids | None = None
@@ -136,15 +133,17 @@ class PatchIndex:
             raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
         queries = len(vectors)
         none = np.empty((queries, 0), np.int64)
-        excluded = none if exclude is None else exclude.reshape(queries, -1)
+        removed = np.empty(0, np.int64)
         if self._tombstones is not None:
             self._tombstones.refresh()
-        removed = none[:0] if self._tombstones is None else self._tombstones.ids
+            removed = self._tombstones.ids
+        excluded = none if exclude is None else exclude.reshape(queries, -1)
         hidden = _Hidden(excluded, removed, keep)
         wide = np.ascontiguousarray(vectors, np.float32)
         fetched = k if hidden.nothing else k + _SPARE
         places, distances = np.full((queries, k), -1), np.full((queries, k), np.inf, np.float32)
         ids, copies = np.full((queries, k), -1), np.zeros((queries, k), np.int64)
+        kept: list[npt.NDArray[Any]] = [places, distances, ids, copies]
         waiting = np.arange(queries)
         while len(waiting):
             fetched = min(fetched, max(self._engine.entries, 1))
@@ -153,8 +152,8 @@ class PatchIndex:
             patch_ids, stands_for = self._visible(at, here)
             width = min(k, fetched)
             order = np.argsort(stands_for == 0, axis=1, kind="stable")[:, :width]
-            kept, fresh = (places, distances, ids, copies), (at, near, patch_ids, stands_for)
-            for target, values in zip(kept, fresh, strict=True):
+            found: list[npt.NDArray[Any]] = [at, near, patch_ids, stands_for]
+            for target, values in zip(kept, found, strict=True):
                 target[waiting, :width] = np.take_along_axis(values, order, axis=1)
             enough = np.count_nonzero(stands_for, axis=1) >= k
             exhausted = (at[:, -1] < 0) | (fetched >= self._engine.entries)
