@@ -64,8 +64,7 @@ def merge(
     lam: λ in 0..1; with 0 the result is p_model bit for bit. tau: τ, in squared L2.
     Raises BadInputError for λ, τ or merge out of range, or neighbours of another number of rows.
     """
-    settings = DaidSettings(lam=lam, tau=tau, merge=merge)
-    return mix(p_model, neighbors, settings)
+    return mix(p_model, neighbors, DaidSettings(lam=lam, tau=tau, merge=merge))
 
 
 def mix(p_model: "Tensor", neighbors: Neighbors | None, settings: DaidSettings) -> "Tensor":
@@ -131,8 +130,7 @@ def counting(neighbors: Neighbors) -> npt.NDArray[np.bool_]:
 
 def entropy(probabilities: "Tensor") -> "Tensor":
     """The entropy of each row, nats [B]."""
-    tiny = 1e-30
-    return -(probabilities * probabilities.clamp_min(tiny).log()).sum(dim=-1)
+    return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=-1)
 
 
 def _tensor(values: Any, like: "Tensor") -> "Tensor":

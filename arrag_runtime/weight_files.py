@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -39,14 +40,14 @@ def fetch(reference: str, *, instead: str, file: str | None = None) -> tuple[Pat
     try:
         if file:
             path = Path(hf_hub_download(repo, file, revision=revision))
-            return path, f"{repo}@{path.parent.name}"
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
+        else:
+            path = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES]))
     except Exception as error:
         raise BadInputError(
             f"cannot fetch {repo}@{revision} from the hub ({type(error).__name__}); check the"
             f" network and your token (`hf auth login`), or give {instead}"
         ) from error
-    return path, f"{repo}@{path.name}"
+    return path, f"{repo}@{(path.parent if file else path).name}"
 
 
 def weight_files(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[Path]:
@@ -84,35 +85,29 @@ def read_tensors(files: Sequence[Path], prefix: str = "") -> Tensors:
     for file in files:
         try:
             found = _read(file, prefix)
-        except BadInputError:
-            raise
         except Exception as error:
             raise BadInputError(
                 f"'{file}' is no file of weights that can be read safely:"
                 f" {next(iter(str(error).splitlines()), type(error).__name__)}"
             ) from error
-        for name, tensor in found.items():
-            if name.startswith(prefix):
-                tensors[name.removeprefix(prefix)] = tensor
+        if not isinstance(found, dict):
+            raise BadInputError(f"'{file}' holds a {type(found).__name__}, not a model's weights")
+        for name, value in found.items():
+            if isinstance(value, torch.Tensor) and name.startswith(prefix):
+                tensors[name.removeprefix(prefix)] = value
     return tensors
 
 
-def _read(file: Path, prefix: str) -> Tensors:
-    if file.suffix != ".safetensors":
-        return _read_pickle(file)
-    from safetensors import safe_open
+def _read(file: Path, prefix: str) -> Any:
+    """What a file holds: of torch's own a state dict, also one in a training's checkpoint."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
 
-    with safe_open(str(file), framework="pt") as opened:
-        names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
-        return {name: opened.get_tensor(name) for name in names}
-
-
-def _read_pickle(file: Path) -> Tensors:
-    """A state dict of torch, which may be wrapped in a training's checkpoint."""
+        with safe_open(str(file), framework="pt") as opened:
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in names}
     loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, dict):
-        raise BadInputError(f"'{file}' holds a {type(loaded).__name__}, not a model's weights")
-    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    return loaded

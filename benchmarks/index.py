@@ -106,7 +106,8 @@ def resident_pages() -> int:
 def touched_lists(index: Any, keys: Any) -> float:
     """The share of an opened codebook index's lists that these queries visit."""
     engine = index._engine
-    found = engine._coarse.search(index.vectors(keys), engine.nprobe)[1]
+    vectors = key_vectors(keys, index.codes, index.manifest.weights)
+    found = engine._coarse.search(vectors, engine.nprobe)[1]
     return float(len(np.unique(found)) / engine.lists)
 
 

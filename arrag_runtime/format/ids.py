@@ -12,9 +12,7 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.specs import TokenizerSpec
 
 SHARD_BITS, ROW_BITS, POSITION_BITS = 39, 14, 10
-
 MAX_POSITIONS = 1 << POSITION_BITS
-
 Ids = npt.NDArray[np.int64]
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,6 @@ from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.location import exists
 
 _GRIDS = ("tokens", "latents")
-_COLUMNS = ("image_id", "key", "source", "caption", "url", "licence", "split", "sha256")
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,15 @@ class ImageTable:
 
     def rows(self, image_ids: Iterable[int]) -> dict[int, ImageRow]:
         """The rows of these pictures by id; unknown ids are left out."""
-        table = self._select(image_ids, _COLUMNS)
+        table = self._select(image_ids, [field.name for field in fields(ImageRow)])
         return {row["image_id"]: ImageRow(**row) for row in table.to_pylist()}
 
     def grids(self, image_ids: Iterable[int], height: int) -> dict[int, npt.NDArray[np.uint16]]:
         """The token grids uint16 [h, w] of these pictures by id."""
         table = self._select(image_ids, ("image_id", "tokens"))
         tokens = list_values(table["tokens"])
-        return {
-            image: grid.reshape(height, -1)
-            for image, grid in zip(table["image_id"].to_pylist(), tokens, strict=True)
-        }
+        grids = tokens.reshape(len(tokens), height, tokens.shape[1] // height)
+        return dict(zip(table["image_id"].to_pylist(), grids, strict=True))
 
     def copies(self, hashes: Iterable[str]) -> dict[str, list[int]]:
         """The ids of the pictures whose original bytes have these hashes, several for copies."""
@@ -68,17 +65,15 @@ class ImageTable:
         if not wanted:
             return {}
         found: dict[str, list[int]] = {}
-        table = self._dataset.to_table(
-            columns=["sha256", "image_id"], filter=f"sha256 IN ({wanted})"
-        )
+        columns = ["sha256", "image_id"]
+        table = self._dataset.to_table(columns=columns, filter=f"sha256 IN ({wanted})")
         for row in table.to_pylist():
             found.setdefault(row["sha256"], []).append(row["image_id"])
         return found
 
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
         """The ids [N], ascending, and flat grids [N, h · w] of up to `count` pictures of a split."""
-        ids = self._dataset.to_table(columns=["image_id"], filter=f"split = '{split}'")
-        every = np.setdiff1d(ids["image_id"].to_numpy(), self._hidden)
+        every = self._shown(f"split = '{split}'")
         rng = np.random.default_rng(seed)
         chosen = every if len(every) <= count else np.sort(rng.choice(every, count, replace=False))
         if not len(chosen):
@@ -89,16 +84,8 @@ class ImageTable:
 
     def captioned(self, split: str) -> tuple[Ids, int]:
         """The ids int64 [N] of a split's pictures with a caption, and how many have none."""
-        told, untold = (
-            np.setdiff1d(
-                self._dataset.to_table(
-                    columns=["image_id"], filter=f"split = '{split}' AND {condition}"
-                )["image_id"].to_numpy(),
-                self._hidden,
-            )
-            for condition in ("caption != ''", "(caption IS NULL OR caption = '')")
-        )
-        return told, len(untold)
+        told = self._shown(f"split = '{split}' AND caption != ''")
+        return told, len(self._shown(f"split = '{split}'")) - len(told)
 
     def schema(self, columns: Iterable[str]) -> pa.Schema:
         """The schema of some columns."""
@@ -123,11 +110,15 @@ class ImageTable:
                 f" {', '.join(known)}"
             ) from error
 
+    def _shown(self, where: str) -> Ids:
+        """The ids, ascending, of the pictures of a Lance filter that were not removed."""
+        ids = self._dataset.to_table(columns=["image_id"], filter=where)["image_id"]
+        return np.setdiff1d(ids.to_numpy(), self._hidden)
+
     def _select(self, image_ids: Iterable[int], columns: Iterable[str]) -> pa.Table:
         wanted = ", ".join(str(int(image)) for image in image_ids)
-        if not wanted:
-            return self._dataset.schema.empty_table().select(list(columns))
-        return self._dataset.to_table(columns=list(columns), filter=f"image_id IN ({wanted})")
+        where = f"image_id IN ({wanted})" if wanted else "false"
+        return self._dataset.to_table(columns=list(columns), filter=where)
 
 
 def _reason(error: Exception) -> str:

@@ -33,6 +33,8 @@ STARTS, CODES, TOKENS, IDS = "list_starts.npy", "codes.bin", "next_tokens.bin", 
 CENTROIDS, GRAPH = "centroids.npy", "coarse.hnsw"
 """Beside the parts: float32 [L, n · d], and faiss' graph over them where there are very many."""
 COPIES_AT, COPIES_START, COPIES_IDS = "copies_at.npy", "copies_start.npy", "copies_ids.bin"
+_STREAMED = (CODES, TOKENS, IDS, COPIES_IDS)
+"""The files that are written piece by piece."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,15 @@ class ListPart:
     def open(folder: Path, code_size: int) -> "ListPart":
         """Map the part in this folder. Raises IncompatibleError where its files are damaged."""
         try:
-            starts: Ids = np.load(folder / STARTS, mmap_mode="r")
-            at: Ids = np.load(folder / COPIES_AT, mmap_mode="r")
-            copies_start: Ids = np.load(folder / COPIES_START, mmap_mode="r")
-            entries, copies = int(starts[-1]), int(copies_start[-1])
-            return ListPart(
-                folder,
-                starts,
-                _mapped(folder / CODES, np.uint8, entries, code_size),
-                _mapped(folder / TOKENS, np.uint16, entries),
-                _mapped(folder / IDS, np.int64, entries),
-                at,
-                copies_start,
-                _mapped(folder / COPIES_IDS, np.int64, copies),
+            starts, at, copies_start = (
+                np.load(folder / name, mmap_mode="r") for name in (STARTS, COPIES_AT, COPIES_START)
             )
+            entries = int(starts[-1])
+            codes = _mapped(folder / CODES, np.uint8, entries, code_size)
+            tokens = _mapped(folder / TOKENS, np.uint16, entries)
+            ids = _mapped(folder / IDS, np.int64, entries)
+            copies_ids = _mapped(folder / COPIES_IDS, np.int64, int(copies_start[-1]))
+            return ListPart(folder, starts, codes, tokens, ids, at, copies_start, copies_ids)
         except (OSError, ValueError, EOFError, IndexError) as error:
             raise IncompatibleError(
                 f"index part {folder} is damaged or incomplete ({error}); index again"
@@ -117,18 +114,15 @@ class PartWriter:
     def __init__(self, folder: Path, lists: int) -> None:
         self._folder, self._sizes = folder, np.zeros(lists, np.int64)
         self._draft = folder.with_name(f".{folder.name}.writing")
-        self._at: list[Ids] = []
-        self._counts: list[Ids] = []
-        self._entries = 0
+        self._at = [np.empty(0, np.int64)]
+        self._counts = [np.empty(0, np.int64)]
         self._files = ExitStack()
 
     def __enter__(self) -> "PartWriter":
         shutil.rmtree(self._draft, ignore_errors=True)
         self._draft.mkdir(parents=True)
-        names = (CODES, TOKENS, IDS, COPIES_IDS)
-        self._streams = {
-            name: self._files.enter_context((self._draft / name).open("wb")) for name in names
-        }
+        paths = [self._draft / name for name in _STREAMED]
+        self._streams = [self._files.enter_context(path.open("wb")) for path in paths]
         return self
 
     def add(self, entries: Entries, copies: Ids, copies_ids: Ids) -> None:
@@ -138,25 +132,19 @@ class PartWriter:
         that stand for more than one, in order.
         """
         at = np.flatnonzero(copies > 1)
-        self._at.append(at + self._entries)
+        self._at.append(at + self._sizes.sum())
         self._counts.append(copies[at])
         self._sizes += np.bincount(entries.lists, minlength=len(self._sizes))
-        self._entries += len(entries.lists)
-        for name, values in (
-            (CODES, entries.codes),
-            (TOKENS, entries.next_tokens),
-            (IDS, entries.patch_ids),
-            (COPIES_IDS, copies_ids),
-        ):
-            np.ascontiguousarray(values).tofile(self._streams[name])
+        columns = (entries.codes, entries.next_tokens, entries.patch_ids, copies_ids)
+        for stream, values in zip(self._streams, columns, strict=True):
+            np.ascontiguousarray(values).tofile(stream)
 
     def append(self, part: ListPart) -> None:
         """Append a part whose lists are at or after those so far, its files copied as they are."""
-        self._at.append(part.copies_at + self._entries)
+        self._at.append(part.copies_at + self._sizes.sum())
         self._counts.append(np.diff(part.copies_start))
         self._sizes += np.diff(part.starts)
-        self._entries += part.entries
-        for name, stream in self._streams.items():
+        for name, stream in zip(_STREAMED, self._streams, strict=True):
             with (part.folder / name).open("rb") as source:
                 shutil.copyfileobj(source, stream, 1 << 22)
 
@@ -166,9 +154,8 @@ class PartWriter:
             shutil.rmtree(self._draft)
             return
         np.save(self._draft / STARTS, np.concatenate([[0], np.cumsum(self._sizes)]))
-        none = np.empty(0, np.int64)
-        np.save(self._draft / COPIES_AT, np.concatenate([none, *self._at]))
-        ends = np.cumsum(np.concatenate([none, *self._counts]))
+        np.save(self._draft / COPIES_AT, np.concatenate(self._at))
+        ends = np.cumsum(np.concatenate(self._counts))
         np.save(self._draft / COPIES_START, np.concatenate([[0], ends]))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._draft.rename(self._folder)

@@ -26,6 +26,17 @@ from urllib.parse import SplitResult, urlsplit
 from arrag_runtime.format.errors import BadInputError
 
 _STORES = ("s3", "gs")
+_OLD = ".old-"
+_YES = ("1", "true", "yes")
+_COPIED_AT_ONCE = 8 << 20
+_PATIENCE = timedelta(seconds=20)
+"""For a request to Google; Arrow would try for a quarter of an hour, also to find credentials."""
+_STORE_ERRORS = (
+    r"google::cloud::.*with a last message of (.*?)(?=\. | error_info)",
+    r"(Generic (?:GCS|S3) error: .*?)(?= - Server returned|, /|$)",
+    r"(.*AWS Error.*)",
+)
+"""What Arrow and Lance say of a store, without the places in their sources."""
 
 
 def resolved_place(place: str | Path) -> str:
@@ -166,9 +177,6 @@ def put_folder(draft: Path, place: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-_OLD = ".old-"
-
-
 def finish_replacements(parent: str) -> None:
     """Finish the replacements below this folder that a killed process left half done."""
     if in_store(parent):
@@ -216,7 +224,6 @@ def local_folder(place: str) -> Path:
 
 
 def _upload(folder: Path, place: str) -> None:
-    """Copy a folder's files to a store, its manifest last; the older one's goes before all else."""
     last = folder / "manifest.json"
     delete_place(join(place, last.name))
     delete_place(place)
@@ -237,18 +244,12 @@ def _download(place: str, folder: Path) -> None:
                 shutil.copyfileobj(source, file, _COPIED_AT_ONCE)
 
 
-_COPIED_AT_ONCE = 8 << 20
-
-
 def _below(place: str, *, recursive: bool) -> list[Any]:
-    """What Arrow knows of the files and folders below a prefix."""
     from pyarrow.fs import FileSelector
 
     store, path = _store(place)
-    found: list[Any] = store.get_file_info(
-        FileSelector(path, allow_not_found=True, recursive=recursive)
-    )
-    return found
+    selector = FileSelector(path, allow_not_found=True, recursive=recursive)
+    return list(store.get_file_info(selector))
 
 
 def _store(place: str) -> tuple[Any, str]:
@@ -272,13 +273,12 @@ def _filesystem(scheme: str, bucket: str) -> Any:
     own = "AWS_ENDPOINT_URL_S3"
     server = _server(own if os.environ.get(own) else "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if not server.netloc:
-        region = region or fs.resolve_s3_region(bucket)
-        return fs.S3FileSystem(region=region, allow_delayed_open=True)
+    if not region:
+        region = "us-east-1" if server.netloc else fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
-        region=region or "us-east-1",
-        scheme=server.scheme,
-        endpoint_override=server.netloc,
+        region=region,
+        scheme=server.scheme or None,
+        endpoint_override=server.netloc or None,
         allow_delayed_open=True,
     )
 
@@ -293,11 +293,6 @@ def _server(variable: str, allow: str) -> SplitResult:
     return server
 
 
-_YES = ("1", "true", "yes")
-_PATIENCE = timedelta(seconds=20)
-"""For a request to Google; Arrow would try for a quarter of an hour, also to find credentials."""
-
-
 def explain(error: OSError) -> str:
     """One line for people about a disk or a store that failed, with what to look at."""
     text = str(error)
@@ -306,14 +301,6 @@ def explain(error: OSError) -> str:
             check = "check the bucket's name, the network and the credentials (docs/cluster.md)"
             return f"{said[1]}; {check}"
     return f"{text}; check the path, its rights and the space left"
-
-
-_STORE_ERRORS = (
-    r"google::cloud::.*with a last message of (.*?)(?=\. | error_info)",
-    r"(Generic (?:GCS|S3) error: .*?)(?= - Server returned|, /|$)",
-    r"(.*AWS Error.*)",
-)
-"""What Arrow and Lance say of a store, without the places in their sources."""
 
 
 def cache_folder(given: str | None = None) -> Path:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,55 +26,25 @@ LEFT_OUT_FILE = "left_out.npy"
 """int64, ascending: the pictures of the table that an index leaves out, removed ones or copies."""
 
 
-@dataclass(frozen=True)
 class Layout:
     """Where things stand in a database: a folder, or a prefix in a bucket. Places are text."""
 
-    database: str | Path
-
-    @cached_property
-    def root(self) -> str:
-        """The absolute path, or the URI. Raises BadInputError for a store that is not known."""
-        return resolved_place(self.database)
-
-    @property
-    def manifest(self) -> str:
-        return join(self.root, "manifest.json")
-
-    @property
-    def codebook(self) -> str:
-        return join(self.root, "codebook.npy")
-
-    @property
-    def leases(self) -> str:
-        return join(self.root, "leases")
-
-    @property
-    def ledger(self) -> str:
-        return join(self.root, "shards.lance")
-
-    @property
-    def images(self) -> str:
-        return join(self.root, "images.lance")
-
-    @property
-    def rejects(self) -> str:
-        return join(self.root, "rejects.lance")
-
-    @property
-    def removed(self) -> str:
-        return join(self.root, "removed.lance")
-
-    @property
-    def receipts(self) -> str:
-        return join(self.root, "receipts")
+    def __init__(self, database: str | Path) -> None:
+        """Raises BadInputError for a store that is not known."""
+        self.database = database
+        self.root = root = resolved_place(database)
+        self.manifest = join(root, "manifest.json")
+        self.codebook = join(root, "codebook.npy")
+        self.leases = join(root, "leases")
+        self.ledger = join(root, "shards.lance")
+        self.images = join(root, "images.lance")
+        self.rejects = join(root, "rejects.lance")
+        self.removed = join(root, "removed.lance")
+        self.receipts = join(root, "receipts")
+        self.indexes = join(root, "index")
 
     def patches(self, keys: KeySpec) -> str:
         return join(self.root, "patches", f"{keys.name}.lance")
-
-    @property
-    def indexes(self) -> str:
-        return join(self.root, "index")
 
     def index(self, name: str) -> str:
         return join(self.indexes, name)
@@ -111,8 +80,7 @@ class DatabaseManifest:
 
     def write(self, layout: Layout) -> None:
         """Write `manifest.json`, whole or not at all."""
-        fields = asdict(self) | {"format": _FORMAT, "keys": self.keys.to_json()}
-        write_json(layout.manifest, fields)
+        _write(layout.manifest, self)
 
     @staticmethod
     def read(layout: Layout) -> "DatabaseManifest":
@@ -122,23 +90,11 @@ class DatabaseManifest:
                 f"no database at {layout.database} (no manifest.json); build one with"
                 f" `arrag-db build --db {layout.database}`, or name another with --db"
             )
-        fields = read_json(layout.manifest)
-        if fields.pop("format", None) != _FORMAT:
-            raise IncompatibleError(
-                f"{layout.manifest} is of another format than {_FORMAT}; use the version of"
-                " arrag-db that wrote it"
-            )
-        with _complete(layout.manifest):
-            return DatabaseManifest(
-                **fields
-                | {
-                    "tokenizer": TokenizerSpec(**fields["tokenizer"]),
-                    "encoder": EncoderSettings(**fields["encoder"]),
-                    "keys": KeySpec.from_json(fields["keys"]),
-                    "sources": tuple(fields["sources"]),
-                    "runs": tuple(fields["runs"]),
-                }
-            )
+        with _read(layout.manifest, "use the version of arrag-db that wrote it") as fields:
+            fields["tokenizer"] = TokenizerSpec(**fields["tokenizer"])
+            fields["encoder"] = EncoderSettings(**fields["encoder"])
+            lists = {"sources": tuple(fields["sources"]), "runs": tuple(fields["runs"])}
+            return DatabaseManifest(**fields | lists)
 
 
 @dataclass(frozen=True)
@@ -168,8 +124,7 @@ class IndexManifest:
     certificate: dict[str, Any]
     """What was measured against exact search, at every nprobe that was tried."""
     left_out: int = 0
-    """Pictures whose keys were in the table and were not taken; their ids are in
-    `LEFT_OUT_FILE`."""
+    """Pictures whose keys were in the table and were not taken, their ids in `LEFT_OUT_FILE`."""
     parts: tuple[str, ...] = ()
     """The folders of a codebook index."""
     weights: tuple[float, ...] | None = None
@@ -183,10 +138,7 @@ class IndexManifest:
 
     def write(self, folder: str | Path) -> None:
         """Write `manifest.json` into the index's folder, whole or not at all."""
-        write_json(
-            join(str(folder), "manifest.json"),
-            asdict(self) | {"format": _FORMAT, "keys": self.keys.to_json()},
-        )
+        _write(join(str(folder), "manifest.json"), self)
 
     @staticmethod
     def read(folder: str | Path) -> "IndexManifest":
@@ -197,26 +149,27 @@ class IndexManifest:
                 f"no complete index at {folder}; build it with `arrag-db index"
                 f" --db {str(folder).rpartition('/index/')[0] or 'DB'}`"
             )
-        fields = read_json(path)
-        if fields.pop("format", None) != _FORMAT:
-            raise IncompatibleError(f"{path} is of another format than {_FORMAT}; index again")
-        with _complete(path):
-            weights = fields["weights"]
-            return IndexManifest(
-                **fields
-                | {
-                    "keys": KeySpec.from_json(fields["keys"]),
-                    "parts": tuple(fields["parts"]),
-                    "weights": None if weights is None else tuple(weights),
-                }
-            )
+        with _read(path, "index again") as fields:
+            weights = None if fields["weights"] is None else tuple(fields["weights"])
+            return IndexManifest(**fields | {"parts": tuple(fields["parts"]), "weights": weights})
+
+
+def _write(path: str, manifest: DatabaseManifest | IndexManifest) -> None:
+    write_json(path, asdict(manifest) | {"format": _FORMAT, "keys": manifest.keys.to_json()})
 
 
 @contextmanager
-def _complete(path: str) -> Iterator[None]:
-    """Turn a field that is missing or unknown into one line about the file."""
+def _read(path: str, otherwise: str) -> Iterator[dict[str, Any]]:
+    """The fields of a manifest; one that is missing or unknown becomes one line about the file.
+
+    otherwise: what to do about another format.
+    """
+    fields = read_json(path)
+    if fields.pop("format", None) != _FORMAT:
+        raise IncompatibleError(f"{path} is of another format than {_FORMAT}; {otherwise}")
     try:
-        yield
+        fields["keys"] = KeySpec.from_json(fields["keys"])
+        yield fields
     except (KeyError, TypeError) as error:
         raise BadInputError(
             f"{path} lacks or has unknown fields ({error}); restore it or build anew"

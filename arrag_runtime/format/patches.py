@@ -82,9 +82,7 @@ class PatchTable:
 
     def blocks(self, size: int = BLOCK_ROWS, part: TablePart | None = None) -> Iterator[PatchBlock]:
         """All rows, or those of one part, in order, at most `size` at a time."""
-        fragments = None
-        if part is not None:
-            fragments = [self._dataset.get_fragment(n) for n in part.fragments]
+        fragments = [self._dataset.get_fragment(n) for n in part.fragments] if part else None
         scanner = self._dataset.scanner(
             batch_size=size,
             scan_in_order=True,
@@ -93,8 +91,7 @@ class PatchTable:
             batch_readahead=2,
             fragment_readahead=2,
         )
-        for batch in scanner.to_batches():
-            yield _block(pa.Table.from_batches([batch]))
+        yield from map(_block, scanner.to_batches())
 
     @property
     def mark(self) -> int:
@@ -160,10 +157,8 @@ class PatchTable:
     def _drawn(self, count: int, seed: int) -> Ids:
         """The ordinals of `sample`: drawn from the fragments in order of their first patch ids."""
         parts = self.parts(1)
-        if not parts:
-            return np.empty(0, np.int64)
-        starts = np.array([part.start for part in parts])
-        sizes = np.array([part.count for part in parts])
+        starts = np.array([part.start for part in parts], np.int64)
+        sizes = np.array([part.count for part in parts], np.int64)
         firsts = self._dataset.take(starts.tolist(), columns=["patch_id"])["patch_id"]
         order = np.argsort(firsts.to_numpy())
         ends = np.cumsum(sizes[order])
@@ -189,9 +184,6 @@ def _ordinals(total: int, count: int, seed: int) -> Ids:
     return np.sort(rng.choice(drawn, count, replace=False))
 
 
-def _block(table: pa.Table) -> PatchBlock:
-    return PatchBlock(
-        table["patch_id"].to_numpy(),
-        list_values(table["key"]),
-        table["next_token"].to_numpy(),
-    )
+def _block(rows: pa.Table | pa.RecordBatch) -> PatchBlock:
+    ids, tokens = rows["patch_id"].to_numpy(), rows["next_token"].to_numpy()
+    return PatchBlock(ids, list_values(rows["key"]), tokens)

@@ -81,8 +81,7 @@ class KeySpec:
 
     neighborhood: Neighborhood
     space: KeySpace = "codebook"
-    """Codebook keys are the neighbours' tokens, which stand for their codebook rows; latent keys
-    are the encoder's normalised outputs before quantisation."""
+    """Keys are tokens, which stand for codebook rows, or latents: normalised, not quantised."""
 
     @property
     def name(self) -> str:
@@ -129,19 +128,30 @@ def key_vectors(
     of two such vectors is Σ_o w_o · ‖q_o − k_o‖².
     Raises BadInputError for a token outside the codebook, or another number of weights than n.
     """
-    if keys.dtype.kind == "f":
-        return _weighted(np.ascontiguousarray(keys, dtype=np.float32), weights, codes.shape[1])
     vocabulary, dimension = codes.shape
-    missing = keys == MISSING
-    outside = (keys >= vocabulary) & ~missing
-    if outside.any():
+    if keys.dtype.kind == "f":
+        vectors: Floats = np.ascontiguousarray(keys, dtype=np.float32)
+    else:
+        missing = keys == MISSING
+        outside = keys[(keys >= vocabulary) & ~missing]
+        if outside.size:
+            raise BadInputError(
+                f"token {int(outside[0])} is outside the codebook of {vocabulary} codes;"
+                f" tokens are 0..{vocabulary - 1}"
+            )
+        vectors = codes[np.where(missing, 0, keys)]
+        vectors[missing] = 0
+        vectors = vectors.reshape(len(keys), keys.shape[1] * dimension)
+    if weights is None:
+        return vectors
+    neighbors = vectors.shape[1] // dimension
+    if len(weights) != neighbors or min(weights) < 0:
         raise BadInputError(
-            f"token {int(keys[outside].flat[0])} is outside the codebook of {vocabulary} codes;"
-            f" tokens are 0..{vocabulary - 1}"
+            f"{len(weights)} weights {weights} for keys of {neighbors} neighbours; give one for each"
+            " offset, none negative"
         )
-    vectors: Floats = codes[np.where(missing, 0, keys)]
-    vectors[missing] = 0
-    return _weighted(vectors.reshape(len(keys), keys.shape[1] * dimension), weights, dimension)
+    scaled: Floats = vectors * np.repeat(np.sqrt(np.asarray(weights, np.float32)), dimension)
+    return scaled
 
 
 def squared_distances(one: Floats, other: Floats) -> Floats:
@@ -152,18 +162,3 @@ def squared_distances(one: Floats, other: Floats) -> Floats:
     apart = one - other
     squares: Floats = np.einsum("...d,...d->...", apart, apart)
     return squares
-
-
-def _weighted(vectors: Floats, weights: tuple[float, ...] | None, dimension: int) -> Floats:
-    """Vectors [N, n · d] with each neighbour's d values scaled by the root of its weight."""
-    if weights is None:
-        return vectors
-    neighbors = vectors.shape[1] // dimension
-    if len(weights) != neighbors or min(weights) < 0:
-        raise BadInputError(
-            f"{len(weights)} weights {weights} for keys of {neighbors} neighbours; give one for each"
-            " offset, none negative"
-        )
-    scales = np.repeat(np.sqrt(np.asarray(weights, np.float32)), dimension)
-    scaled: Floats = vectors * scales
-    return scaled

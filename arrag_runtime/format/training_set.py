@@ -21,11 +21,10 @@ from arrag_runtime.format.location import exists, in_store, join, read_bytes, re
 from arrag_runtime.format.manifest import Layout, read_codebook
 from arrag_runtime.format.specs import Floats, KeySpec, TokenizerSpec
 
+_Take = Callable[[list[int]], pa.Table]
 _FORMAT = 1
-
 TRAINSET_ROWS, TRAINSET_MANIFEST, TRAINSET_CODEBOOK = "rows.lance", "manifest.json", "codebook.npy"
 """The parts of the folder; the last two are also the metadata keys of an exported file."""
-
 SETTINGS = b"trainset"
 """The metadata key of a table's schema that holds what its rows were made with."""
 
@@ -63,7 +62,8 @@ class TrainsetManifest:
                     " `arrag-db trainset`"
                 )
             fields["tokenizer"] = TokenizerSpec(**fields["tokenizer"])
-            return TrainsetManifest(**fields | {"keys": KeySpec.from_json(fields["keys"])})
+            fields["keys"] = KeySpec.from_json(fields["keys"])
+            return TrainsetManifest(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInputError(
                 f"{where} holds no training set ({error}); make it anew with `arrag-db trainset`"
@@ -87,9 +87,6 @@ def trainset_schema(manifest: TrainsetManifest) -> pa.Schema:
         ],
         metadata={SETTINGS: manifest.to_json().encode()},
     )
-
-
-_Take = Callable[[list[int]], pa.Table]
 
 
 @dataclass(frozen=True)
@@ -137,12 +134,9 @@ class TrainingSet:
     def rows(self, numbers: Sequence[int]) -> Examples:
         """The examples of these numbers, 0 ≤ number < len, in the order asked for."""
         table = self._take(self._order[list(numbers)].tolist())
-        neighbors = list_values(table["neighbors"])
-        return Examples(
-            table["caption"].to_pylist(),
-            list_values(table["tokens"]),
-            neighbors.reshape(len(neighbors), -1, self.manifest.k),
-        )
+        tokens, neighbors = list_values(table["tokens"]), list_values(table["neighbors"])
+        neighbors = neighbors.reshape(*tokens.shape, self.manifest.k)
+        return Examples(table["caption"].to_pylist(), tokens, neighbors)
 
 
 def _open_folder(folder: str) -> TrainingSet:
@@ -168,8 +162,7 @@ def _open_file(path: Path) -> TrainingSet:
             " `arrag-db trainset --export` wrote"
         ) from error
     metadata = table.schema.metadata or {}
-    manifest = TrainsetManifest.from_json(
-        metadata.get(TRAINSET_MANIFEST.encode(), b""), f"'{path}'"
-    )
+    described = metadata.get(TRAINSET_MANIFEST.encode(), b"")
+    manifest = TrainsetManifest.from_json(described, f"'{path}'")
     codebook: Floats = np.load(io.BytesIO(metadata[TRAINSET_CODEBOOK.encode()]))
     return TrainingSet(manifest, codebook, table["image_id"], table.take)

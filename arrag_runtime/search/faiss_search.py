@@ -12,10 +12,10 @@ import numpy as np
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE
 from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.codebook_search import require_faiss
-from arrag_runtime.search.neighbors import EntryPart
 
 _GPU_LIMIT = 2048
 """faiss' GPU kernels take no larger k or nprobe."""
@@ -29,10 +29,11 @@ class FaissSearch:
     def __init__(self, index: Any) -> None:
         self._index = index
         self._ivf = inner_ivf(index)
-        # The resources must live as long as the clone.
-        self._resources = None
+        self.entries = int(index.ntotal)
+        self.lists = None if self._ivf is None else int(self._ivf.nlist)
         self._on_gpu = None
         if self._ivf is not None and has_gpu():
+            # The resources must live as long as the clone.
             self._resources = require_faiss().StandardGpuResources()
             self._on_gpu = _clone_to_gpu(self._resources, index)
         self._announced = False
@@ -46,18 +47,7 @@ class FaissSearch:
             raise IncompatibleError(f"index {folder} is damaged; index again") from error
 
     @property
-    def entries(self) -> int:
-        """The number of entries."""
-        return int(self._index.ntotal)
-
-    @property
-    def lists(self) -> int | None:
-        """The number of lists, None without lists."""
-        return None if self._ivf is None else int(self._ivf.nlist)
-
-    @property
     def nprobe(self) -> int | None:
-        """The lists a search visits, read back from the IVF inside; None without lists."""
         return None if self._ivf is None else int(self._ivf.nprobe)
 
     @nprobe.setter
@@ -65,13 +55,13 @@ class FaissSearch:
         if self._ivf is None:
             raise BadInputError("this index has no lists, so no nprobe to set")
         if not 1 <= value <= self._ivf.nlist:
-            raise BadInputError(f"nprobe {value} is outside 1..{self._ivf.nlist} lists")
+            raise BadInputError(f"nprobe {value} is outside 1..{self.lists} lists")
         self._ivf.nprobe = value
         if self._on_gpu is not None and value <= _GPU_LIMIT:
             require_faiss().GpuParameterSpace().set_index_parameter(self._on_gpu, "nprobe", value)
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Ids]:
-        """See `SearchEngine.search`."""
+        """See `CodebookSearch.search`."""
         index = self._index
         if self._on_gpu is not None:
             if max(k, self.nprobe or 0) <= _GPU_LIMIT:
@@ -116,8 +106,11 @@ def inner_ivf(index: Any) -> Any:
         return None
 
 
-def open_entries(folder: Path) -> EntryPart:
-    """The next tokens and patch ids of such an index. Raises IncompatibleError if damaged."""
+def open_entries(folder: Path) -> ListPart:
+    """The next tokens and patch ids of such an index, as one list whose codes faiss holds.
+
+    Raises IncompatibleError where they are damaged.
+    """
     try:
         tokens, ids = (
             np.asarray(np.load(folder / name, mmap_mode="r")) for name in (TOKENS_FILE, IDS_FILE)
@@ -129,5 +122,6 @@ def open_entries(folder: Path) -> EntryPart:
             f"index {folder} is damaged: {len(ids)} patch ids for {len(tokens)} next tokens; index"
             " again"
         )
-    none = np.empty(0, np.int64)
-    return EntryPart(tokens, ids, none, np.zeros(1, np.int64), none)
+    none, codes = np.empty(0, np.int64), np.empty((len(ids), 0), np.uint8)
+    starts = np.array([0, len(ids)])
+    return ListPart(folder, starts, codes, tokens, ids, none, np.zeros(1, np.int64), none)

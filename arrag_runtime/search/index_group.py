@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from arrag_runtime.format.errors import BadInputError, IncompatibleError
 from arrag_runtime.format.ids import Ids
-from arrag_runtime.format.specs import SAME_CODE_COSINE, Floats
+from arrag_runtime.format.specs import SAME_CODE_COSINE
 from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.patch_index import PatchIndex
 
@@ -42,21 +42,10 @@ class IndexGroup:
             raise BadInputError(f"weights {self.weights} must not be negative, nor all be 0")
         for other in self.indexes[1:]:
             _require_same(self.indexes[0], other)
-
-    @property
-    def manifest(self) -> Any:
-        """The manifest of the first index, whose keys are those of all."""
-        return self.indexes[0].manifest
-
-    @property
-    def codes(self) -> Floats:
-        """The normalised codebook float32 [V, d]."""
-        return self.indexes[0].codes
-
-    @property
-    def count(self) -> int:
+        self.manifest = self.indexes[0].manifest
+        """Of the first index, whose keys are those of all."""
+        self.count = sum(index.count for index in self.indexes)
         """The number of keys of all indexes."""
-        return sum(index.count for index in self.indexes)
 
     def search(
         self,
@@ -68,26 +57,15 @@ class IndexGroup:
     ) -> Neighbors:
         """The k nearest entries of all indexes; see `PatchIndex.search`. keep: for each index."""
         kept = keep if keep is not None else [None] * len(self.indexes)
-        found = [
-            index.search(keys, k, exclude=exclude, keep=only)
-            for index, only in zip(self.indexes, kept, strict=True)
-        ]
-        return _nearest_of_all(found, self.weights, k)
-
-
-def _nearest_of_all(found: Sequence[Neighbors], weights: Sequence[float], k: int) -> Neighbors:
-    """The k nearest of several answers to the same queries; of equal ones the earlier answer's."""
-    weighted = [
-        replace(
-            one,
-            weights=one.weights * np.float32(weight),
-            origin=np.where(one.real, number, 0).astype(np.uint8),
-        )
-        for number, (one, weight) in enumerate(zip(found, weights, strict=True))
-    ]
-    # Padding has infinite distances, so it comes last.
-    distances = np.concatenate([one.distances for one in found], axis=1)
-    return Neighbors.chosen(weighted, np.argsort(distances, axis=1, kind="stable")[:, :k])
+        found = []
+        for number, index in enumerate(self.indexes):
+            one = index.search(keys, k, exclude=exclude, keep=kept[number])
+            weights = one.weights * np.float32(self.weights[number])
+            origin = np.where(one.real, number, 0).astype(np.uint8)
+            found.append(replace(one, weights=weights, origin=origin))
+        # Of equal ones the earlier index's come first; padding has infinite distances, so last.
+        distances = np.concatenate([one.distances for one in found], axis=1)
+        return Neighbors.chosen(found, np.argsort(distances, axis=1, kind="stable")[:, :k])
 
 
 def _require_same(one: PatchIndex, other: PatchIndex) -> None:
@@ -97,9 +75,8 @@ def _require_same(one: PatchIndex, other: PatchIndex) -> None:
             f"index {first.name} has keys {first.keys.name} and {second.name} has"
             f" {second.keys.name}; databases that are searched as one need the same"
         )
-    if one.codes.shape != other.codes.shape or (
-        float((one.codes * other.codes).sum(axis=1).min()) < SAME_CODE_COSINE
-    ):
+    alike = one.codes.shape == other.codes.shape
+    if not alike or (one.codes * other.codes).sum(axis=1).min() < SAME_CODE_COSINE:
         raise IncompatibleError(
             f"index {first.name} and {second.name} are of different codebooks"
             f" ({one.codes.shape} and {other.codes.shape}); search them one by one"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,9 @@ class Neighbors:
     count: npt.NDArray[np.int64]
     """int64 [N], how many of the K are real."""
     copies: npt.NDArray[np.int64]
-    """int64 [N, K], how many entries of the same key and next token a result stands for; padding is
-    0."""
+    """int64 [N, K], how many entries of one key and next token a result is for; padding is 0."""
     places: Ids
-    """int64 [N, K], the row in the table or the place in the index that was searched; padding is
-    -1, and so is a place that is not known."""
+    """int64 [N, K], the row in the table or place in the index; -1 where not known, and padding."""
     weights: Floats
     """float32 [N, K], the weight of the database that a result is from; padding is 0."""
     origin: npt.NDArray[np.uint8]
@@ -88,8 +86,9 @@ class Neighbors:
 
     def take(self, queries: npt.NDArray[Any] | slice) -> "Neighbors":
         """Those of some of the queries, by ordinals, a mask or a slice."""
-        rows = {field.name: getattr(self, field.name)[queries] for field in fields(self)}
-        return Neighbors(**rows)
+        return Neighbors(
+            **{field.name: getattr(self, field.name)[queries] for field in fields(self)}
+        )
 
 
 def _columns_within(count: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.bool_]:
@@ -98,46 +97,12 @@ def _columns_within(count: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.
     return within
 
 
-class SearchEngine(Protocol):
-    """What finds entries: places counted from 0 through everything that is stored."""
-
-    @property
-    def entries(self) -> int:
-        """The number of stored entries."""
-
-    @property
-    def lists(self) -> int | None:
-        """The number of lists, None without lists."""
-
-    @property
-    def nprobe(self) -> int | None:
-        """The lists a search visits, read back from faiss; None without lists."""
-
-    @nprobe.setter
-    def nprobe(self, value: int) -> None: ...
-
-    def search(self, vectors: Floats, k: int) -> tuple[Floats, Ids]:
-        """Distances float32 [N, k], nearest first, and places int64 [N, k], -1 for none."""
-
-
-@dataclass(frozen=True)
-class EntryPart:
-    """What is known of the entries of one part, in its order, as `ListPart` names it."""
-
-    next_tokens: npt.NDArray[np.uint16]
-    patch_ids: Ids
-    copies_at: Ids
-    copies_start: Ids
-    copies_ids: Ids
-
-
 class EntryTable:
     """The entries of an index by place: next token, patch id, and the ids of identical ones."""
 
-    def __init__(self, parts: Sequence[EntryPart | ListPart]) -> None:
+    def __init__(self, parts: Sequence[ListPart]) -> None:
         self._parts = parts
-        self._ends = np.cumsum([len(part.next_tokens) for part in parts])
-        self.has_copies = any(len(part.copies_at) for part in parts)
+        self._ends = np.cumsum([part.entries for part in parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -145,28 +110,22 @@ class EntryTable:
     @property
     def keys(self) -> int:
         """How many keys the entries stand for."""
-        return len(self) + sum(len(p.copies_ids) - len(p.copies_at) for p in self._parts)
+        return sum(part.keys for part in self._parts)
 
     def tokens(self, places: Ids) -> npt.NDArray[np.uint16]:
         """The next tokens at these places, an array of any shape without -1."""
-        tokens: npt.NDArray[np.uint16] = self._gather(
-            places, [part.next_tokens for part in self._parts], np.uint16
-        )
-        return tokens
+        return self._gather(places, [part.next_tokens for part in self._parts])
 
     def patch_ids(self, places: Ids) -> Ids:
         """The patch ids; of an entry with copies, the lowest one."""
-        ids: Ids = self._gather(places, [part.patch_ids for part in self._parts], np.int64)
-        return ids
+        return self._gather(places, [part.patch_ids for part in self._parts])
 
     def copies(self, places: Ids) -> npt.NDArray[np.int64]:
         """How many keys the entries at these places stand for."""
         counts = np.ones(places.shape, np.int64)
-        if not self.has_copies:
-            return counts
         for part, end in zip(self._parts, self._ends, strict=True):
             if len(part.copies_at):
-                local = places - (end - len(part.next_tokens))
+                local = places - (end - part.entries)
                 at = np.minimum(np.searchsorted(part.copies_at, local), len(part.copies_at) - 1)
                 hit = part.copies_at[at] == local
                 counts[hit] = np.diff(part.copies_start)[at[hit]]
@@ -176,16 +135,16 @@ class EntryTable:
         """The ids of all keys that the entry at this place stands for, ascending."""
         number = int(np.searchsorted(self._ends, place, side="right"))
         part = self._parts[number]
-        local = place - (self._ends[number] - len(part.next_tokens))
+        local = place - (self._ends[number] - part.entries)
         at = int(np.searchsorted(part.copies_at, local))
         if at < len(part.copies_at) and part.copies_at[at] == local:
             return part.copies_ids[part.copies_start[at] : part.copies_start[at + 1]]
         return part.patch_ids[local : local + 1]
 
-    def _gather(self, places: Ids, columns: Sequence[Any], dtype: type) -> Any:
+    def _gather(self, places: Ids, columns: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         if len(columns) == 1:
-            return columns[0][places]
-        values: npt.NDArray[Any] = np.empty(places.shape, dtype)
+            return np.take(columns[0], places)
+        values = np.empty(places.shape, columns[0].dtype)
         number = np.searchsorted(self._ends, places, side="right")
         for index, column in enumerate(columns):
             here = number == index

@@ -6,7 +6,7 @@ result, nor is what was removed from the database, whichever process removed it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,37 @@ from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layou
 from arrag_runtime.format.specs import Floats, key_vectors
 from arrag_runtime.search.codebook_search import CodebookSearch, require_faiss
 from arrag_runtime.search.faiss_search import FaissSearch, open_entries
-from arrag_runtime.search.neighbors import EntryTable, Neighbors, SearchEngine
+from arrag_runtime.search.neighbors import EntryTable, Neighbors
 from arrag_runtime.search.tombstones import Tombstones
 
+SearchEngine = CodebookSearch | FaissSearch
+"""What finds entries: places counted from 0 through everything that is stored."""
 _SPARE, _GROWTH = 64, 4
 """Where results may be hidden, so many more are fetched at first, then so many times as many."""
 
 
 @dataclass(frozen=True)
 class _Hidden:
-    """The pictures that a search must not return."""
+    """The pictures that a search must not return, by ascending ids.
 
-    exclude: Ids | None
-    """int64 [N, M], those of each query, -1 for none."""
-    tombstones: Tombstones | None
-    """Those that were removed."""
+    exclude: int64 [N, M], those of each query, -1 for none; keep: all others than these.
+    """
+
+    exclude: Ids
+    removed: Ids
     keep: Ids | None
-    """int64, ascending: all others than these; None for no others."""
 
     @property
     def nothing(self) -> bool:
         """Whether every entry may be returned."""
-        removed = self.tombstones is not None and len(self.tombstones.ids) > 0
-        return self.exclude is None and self.keep is None and not removed
-
-    def rows(self, rows: Ids) -> "_Hidden":
-        """The same for some of the queries."""
-        exclude = None if self.exclude is None else self.exclude[rows]
-        return _Hidden(exclude, self.tombstones, self.keep)
+        return self.keep is None and not self.exclude.size and not self.removed.size
 
     def shows(self, query: int | slice, patch_ids: Ids) -> npt.NDArray[np.bool_]:
         """Which of these patches [N, K] (or [K] of one query) may be returned."""
         images = split_patch_ids(patch_ids)[0]
-        shown = np.ones(images.shape, bool)
-        if self.exclude is not None:
-            for own in np.moveaxis(self.exclude[query], -1, 0):
-                shown &= images != own[..., None]
-        if self.tombstones is not None:
-            shown &= ~self.tombstones.hides(images)
+        shown = ~contains(self.removed, images)
+        for own in np.moveaxis(self.exclude[query], -1, 0):
+            shown &= images != own[..., None]
         if self.keep is not None:
             shown &= contains(self.keep, images)
         return shown
@@ -76,8 +69,13 @@ class PatchIndex:
         tombstones: Tombstones | None = None,
     ) -> None:
         self.manifest = manifest
-        self._engine, self._entries, self._codes = engine, entries, codes
-        self._tombstones = tombstones
+        self.codes = codes
+        """The normalised codebook float32 [V, d] that keys are looked up in."""
+        self.count = manifest.count
+        """The number of keys, identical ones included."""
+        self.lists = engine.lists
+        """The number of lists, None without lists."""
+        self._engine, self._entries, self._tombstones = engine, entries, tombstones
         if engine.entries != len(entries) or entries.keys != manifest.count:
             raise IncompatibleError(
                 f"index {manifest.name} is damaged: {engine.entries} codes, {len(entries)} entries"
@@ -109,33 +107,6 @@ class PatchIndex:
     def nprobe(self, value: int) -> None:
         self._engine.nprobe = value
 
-    @property
-    def lists(self) -> int | None:
-        """The number of lists, None without lists."""
-        return self._engine.lists
-
-    @property
-    def codes(self) -> Floats:
-        """The normalised codebook float32 [V, d] that keys are looked up in."""
-        return self._codes
-
-    @property
-    def count(self) -> int:
-        """The number of keys, identical ones included."""
-        return self.manifest.count
-
-    def vectors(self, keys: npt.NDArray[Any]) -> Floats:
-        """Search vectors float32 [N, n · d] of token keys uint16 [N, n].
-
-        Raises BadInputError for a key of another length or a token outside the codebook.
-        """
-        size = self.manifest.keys.neighborhood.size
-        if keys.ndim != 2 or keys.shape[1] != size:
-            raise BadInputError(
-                f"a key of {self.manifest.keys.name} has {size} tokens, not {keys.shape[-1]}"
-            )
-        return key_vectors(keys, self._codes, self.manifest.weights)
-
     def search(
         self, keys: npt.NDArray[Any], k: int, *, exclude: Ids | None = None, keep: Ids | None = None
     ) -> Neighbors:
@@ -144,8 +115,15 @@ class PatchIndex:
         exclude: int64 [N] or [N, M], for each query the pictures whose entries must not be returned
         (-1 for none). keep: int64, ascending; only these pictures' entries are returned. As many
         more entries are fetched as it takes, so a `keep` of few pictures is slow.
+        Raises BadInputError for a key of another length or a token outside the codebook.
         """
-        return self.search_vectors(self.vectors(keys), k, exclude=exclude, keep=keep)
+        size = self.manifest.keys.neighborhood.size
+        if keys.ndim != 2 or keys.shape[1] != size:
+            raise BadInputError(
+                f"a key of {self.manifest.keys.name} has {size} tokens, not {keys.shape[-1]}"
+            )
+        vectors = key_vectors(keys, self.codes, self.manifest.weights)
+        return self.search_vectors(vectors, k, exclude=exclude, keep=keep)
 
     def search_vectors(
         self, vectors: Floats, k: int, *, exclude: Ids | None = None, keep: Ids | None = None
@@ -154,28 +132,28 @@ class PatchIndex:
         if k < 1:
             raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
         queries = len(vectors)
-        if exclude is not None:
-            exclude = exclude.reshape(queries, -1)
+        none = np.empty((queries, 0), np.int64)
+        removed = np.empty(0, np.int64)
         if self._tombstones is not None:
             self._tombstones.refresh()
-        hidden = _Hidden(exclude, self._tombstones, keep)
+            removed = self._tombstones.ids
+        excluded = none if exclude is None else exclude.reshape(queries, -1)
+        hidden = _Hidden(excluded, removed, keep)
         wide = np.ascontiguousarray(vectors, np.float32)
         fetched = k if hidden.nothing else k + _SPARE
         places, distances = np.full((queries, k), -1), np.full((queries, k), np.inf, np.float32)
         ids, copies = np.full((queries, k), -1), np.zeros((queries, k), np.int64)
+        kept: list[npt.NDArray[Any]] = [places, distances, ids, copies]
         waiting = np.arange(queries)
         while len(waiting):
             fetched = min(fetched, max(self._engine.entries, 1))
             near, at = self._engine.search(wide[waiting], fetched)
-            patch_ids, stands_for = self._visible(at, hidden.rows(waiting))
+            here = replace(hidden, exclude=hidden.exclude[waiting])
+            patch_ids, stands_for = self._visible(at, here)
             width = min(k, fetched)
             order = np.argsort(stands_for == 0, axis=1, kind="stable")[:, :width]
-            for target, values in (
-                (places, at),
-                (distances, near),
-                (ids, patch_ids),
-                (copies, stands_for),
-            ):
+            found: list[npt.NDArray[Any]] = [at, near, patch_ids, stands_for]
+            for target, values in zip(kept, found, strict=True):
                 target[waiting, :width] = np.take_along_axis(values, order, axis=1)
             enough = np.count_nonzero(stands_for, axis=1) >= k
             exhausted = (at[:, -1] < 0) | (fetched >= self._engine.entries)
@@ -189,10 +167,10 @@ class PatchIndex:
 
     def _visible(self, places: Ids, hidden: _Hidden) -> tuple[Ids, npt.NDArray[np.int64]]:
         """The patch ids [N, K] at these places, and how many visible keys each stands for."""
-        real = places >= 0
-        safe = np.where(real, places, 0)
         if not len(self._entries):
             return places, np.zeros(places.shape, np.int64)
+        real = places >= 0
+        safe = np.where(real, places, 0)
         ids = np.where(real, self._entries.patch_ids(safe), -1)
         copies = np.where(real, self._entries.copies(safe), 0)
         if hidden.nothing:

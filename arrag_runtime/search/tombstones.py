@@ -41,7 +41,10 @@ class Tombstones:
         """
         before = self.ids
         if in_store(self._table):
-            self._look_into_store()
+            if time.monotonic() - self._looked >= STORE_SECONDS:
+                self._looked = time.monotonic()
+                if exists(self._table):
+                    self.ids, self._seen = _read(self._table, self._seen, self.ids)
         elif (changed := _changed(Path(self._table) / "_versions")) not in (None, self._seen):
             # Read before the stamp is old enough, the list is read once more at the next refresh.
             settled = time.time_ns() - changed > _SETTLED_NS
@@ -52,13 +55,6 @@ class Tombstones:
     def hides(self, image_ids: Ids) -> npt.NDArray[np.bool_]:
         """For each of these pictures, an array of any shape, whether it is hidden."""
         return contains(self.ids, image_ids)
-
-    def _look_into_store(self) -> None:
-        if time.monotonic() - self._looked < STORE_SECONDS:
-            return
-        self._looked = time.monotonic()
-        if exists(self._table):
-            self.ids, self._seen = _read(self._table, self._seen, self.ids)
 
 
 def _changed(folder: Path) -> int | None:
@@ -80,8 +76,9 @@ def _read(table: str, known: int | None = None, ids: Ids | None = None) -> tuple
             rows = listed.to_table(columns=["image_id"], filter="image_id IS NOT NULL")
             ids = np.unique(rows["image_id"].to_numpy())
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ArragError(
-            f"the list of removed pictures {table} cannot be read"
-            f" ({str(error).splitlines()[0]}); restore it before searching"
+            f"the list of removed pictures {table} cannot be read ({reason}); restore it before"
+            " searching"
         ) from error
     return ids, version

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.format.codes import CodeLayout, pack_keys, unpack_keys
+from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.inverted_lists import Entries, ListPart, PartWriter
 from arrag_runtime.format.patches import PatchBlock
@@ -54,7 +54,7 @@ def fill_part(
     for block in blocks:
         start, end = end, end + len(block.patch_ids)
         held.lists[start:end] = finder(key_vectors(block.keys, layout.codes, layout.weights))
-        held.codes[start:end] = pack_keys(block.keys, layout.bits, len(layout.codes))
+        held.codes[start:end] = layout.pack(block.keys)
         held.next_tokens[start:end] = block.next_tokens
         held.patch_ids[start:end] = block.patch_ids
     order = np.argsort(held.lists[:end], kind="stable")
@@ -120,7 +120,7 @@ def collapse(ordered: Entries, max_copies: int) -> tuple[Entries, Ids, Ids]:
 
 def _in_order(entries: Entries, layout: CodeLayout) -> Entries:
     """Entries by list, key, next token and id, sorted stably from the last criterion on."""
-    keys = unpack_keys(entries.codes, layout.keys.neighborhood.size, layout.bits, len(layout.codes))
+    keys = layout.unpack(entries.codes)
     order = np.argsort(entries.patch_ids)
     for column in (entries.next_tokens, *keys.T[::-1]):
         order = order[np.argsort(column[order], kind="stable")]

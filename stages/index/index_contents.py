@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arrag_runtime.format.codes import CodeLayout, unpack_keys
+from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.manifest import LEFT_OUT_FILE, IndexManifest
@@ -49,8 +49,7 @@ def index_contents(folder: Path, manifest: IndexManifest, codes: Floats) -> Iter
         part = ListPart.open(folder / name, layout.size)
         for start, stop in list_groups([part], 0, len(part.starts) - 1):
             entries = expanded(part, start, stop)
-            size = manifest.keys.neighborhood.size
-            keys = unpack_keys(entries.codes, size, layout.bits, len(codes))
+            keys = layout.unpack(entries.codes)
             yield PatchBlock(entries.patch_ids, keys, entries.next_tokens)
 
 

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arrag_runtime.format.codes import CodeLayout, code_bits, code_size, pack_keys, unpack_keys
+from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.errors import IncompatibleError
-from arrag_runtime.format.neighborhood import MISSING
-from arrag_runtime.format.specs import key_spec, key_vectors, normalised
+from arrag_runtime.format.neighborhood import MISSING, Neighborhood
+from arrag_runtime.format.specs import KeySpec, key_spec, key_vectors, normalised
 
 
 @given(
     neighbors=st.integers(1, 24),
-    bits=st.integers(1, 17),
+    bits=st.integers(1, 16),
     count=st.integers(0, 5),
     missing=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
@@ -23,19 +23,22 @@ def test_packed_keys_are_the_bytes_of_one_integer(
 ) -> None:
     """The first neighbour's token in the lowest bits; "missing" is one more than the last token."""
     # The last token that fits, less one place for "missing".
-    vocabulary = min((1 << bits) - 1, MISSING)
+    vocabulary = (1 << bits) - 1
+    row = Neighborhood("row", tuple((0, -n) for n in range(1, neighbors + 1)), "zero")
+    layout = CodeLayout(KeySpec(row), np.zeros((vocabulary, 1), np.float32))
+    assert layout.bits == bits
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, vocabulary, (count, neighbors)).astype(np.uint16)
     if missing:
         keys[rng.random(keys.shape) < 0.3] = MISSING
-    codes = pack_keys(keys, bits, vocabulary)
-    assert codes.shape == (count, code_size(neighbors, bits))
+    codes = layout.pack(keys)
+    assert codes.shape == (count, layout.size)
     for key, code in zip(keys.tolist(), codes, strict=True):
         whole = 0
         for place, token in enumerate(key):
             whole |= (vocabulary if token == MISSING else token) << (place * bits)
         assert code.tobytes() == whole.to_bytes(-(-neighbors * bits // 8), "little")
-    assert np.array_equal(unpack_keys(codes, neighbors, bits, vocabulary), keys)
+    assert np.array_equal(layout.unpack(codes), keys)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,8 @@ def test_packed_keys_are_the_bytes_of_one_integer(
 )
 def test_a_code_has_room_for_every_token(border: str, vocabulary: int, bits: int) -> None:
     """And, where neighbours may be missing, for one more; no bit beyond that."""
-    assert code_bits(key_spec("causal-1", border, "codebook"), vocabulary) == bits
+    codes = np.zeros((vocabulary, 1), np.float32)
+    assert CodeLayout(key_spec("causal-1", border, "codebook"), codes).bits == bits
 
 
 def test_seven_bytes_a_key() -> None:
@@ -65,8 +69,9 @@ def test_seven_bytes_a_key() -> None:
 
 
 def test_latent_keys_have_no_codes() -> None:
+    latent = CodeLayout(key_spec("causal-1", "skip", "latent"), np.zeros((24, 8), np.float32))
     with pytest.raises(IncompatibleError, match=r"latent space .* --kind ivfpq"):
-        code_bits(key_spec("causal-1", "skip", "latent"), 24)
+        _ = latent.bits
 
 
 @pytest.mark.parametrize("weights", [None, (0.5, 2.0, 0.0, 1.5)])

@@ -22,7 +22,7 @@ from arrag_runtime.format.manifest import IndexManifest, Layout, write_codebook
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.faiss_search import FaissSearch
-from arrag_runtime.search.neighbors import EntryPart, EntryTable
+from arrag_runtime.search.neighbors import EntryTable
 from arrag_runtime.search.tombstones import Tombstones
 from stages.index.coarse_lists import write_graph
 from stages.index.fill_lists import merge_parts
@@ -34,6 +34,7 @@ from tests.worlds.code_world import (
     open_codes,
     write_codes,
 )
+from tests.worlds.patch_world import one_list
 
 KINDS = ("flat", "lists", "codebook", "copies", "parts", "copies in parts")
 MAX_COPIES = 3
@@ -103,7 +104,6 @@ def opened(
         open_codes(root / "cut", twins, names, tombstones=hidden),
         MAX_COPIES,
     )
-    none = np.empty(0, np.int64)
     for name, key in (("flat", "Flat"), ("lists", "IVF4,Flat")):
         index = faiss.index_factory(twins.layout.dimension, key)
         index.train(twins.vectors)
@@ -124,7 +124,7 @@ def opened(
             recall_at_10=0.0,
             certificate={},
         )
-        part = EntryPart(twins.tokens, twins.ids, none, np.zeros(1, np.int64), none)
+        part = one_list(twins.tokens, twins.ids)
         hidden = Tombstones(Layout(root / "none"))
         engine = FaissSearch(index)
         found = PatchIndex(manifest, engine, EntryTable([part]), twins.layout.codes, hidden)

@@ -97,6 +97,7 @@ def test_a_retriever_asks_all_of_them(group: IndexGroup) -> None:
     """With what is to be kept and excluded; the key is that of the position."""
     grids = np.random.default_rng(4).integers(0, 24, (2, 7, 7)).astype(np.uint16)
     key = group.manifest.keys.neighborhood.key_at(grids, 3, 2)
+    assert key is not None
     keep: list[Ids | None] = [np.array([1, 2]), np.array([2]), None]
     found = Retriever(group, 30, keep=keep).at(grids, 3, 2, exclude=np.array([1, 2]))
     expected = group.search(key, 30, keep=keep, exclude=np.array([1, 2]))

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from arrag_runtime import Neighbors, PatchIndex
 from arrag_runtime.format.ids import patch_ids
+from arrag_runtime.format.inverted_lists import ListPart
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.manifest import (
     IDS_FILE,
@@ -23,7 +24,7 @@ from arrag_runtime.format.manifest import (
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import TokenizerSpec, key_spec, key_vectors, normalised
 from arrag_runtime.search.faiss_search import FaissSearch
-from arrag_runtime.search.neighbors import EntryPart, EntryTable
+from arrag_runtime.search.neighbors import EntryTable
 from schemas.records import Shard
 from schemas.settings.index import IndexSettings
 from schemas.tables import patches_schema
@@ -141,10 +142,14 @@ def manifest_of(
 
 def in_memory(manifest: IndexManifest, index: Any, world: World) -> PatchIndex:
     """A faiss index over the first entries of the world, opened without files."""
-    none = np.empty(0, np.int64)
-    tokens, ids = world.tokens[: index.ntotal], world.ids[: index.ntotal]
-    entries = EntryPart(tokens, ids, none, np.zeros(1, int), none)
+    entries = one_list(world.tokens[: index.ntotal], world.ids[: index.ntotal])
     return PatchIndex(manifest, FaissSearch(index), EntryTable([entries]), CODES)
+
+
+def one_list(tokens: npt.NDArray[np.uint16], ids: npt.NDArray[np.int64]) -> ListPart:
+    """Entries without copies in one list, without codes."""
+    starts, codes = np.array([0, len(ids)]), np.empty((len(ids), 0), np.uint8)
+    return ListPart(Path(), starts, codes, tokens, ids, NONE, np.zeros(1, np.int64), NONE)
 
 
 def distances_by_loop(world: World, vector: Any, exclude: int) -> list[tuple[float, int]]:
