@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from stages.measure.evaluate_tokens import Measured, TokenFigures
+from stages.measure.evaluate_tokens import TEMPERATURES, Measured, TokenFigures
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by colour-blind eyes (Okabe and Ito)."""
@@ -68,9 +68,9 @@ def _draw_likelihoods(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]
     """Likelihood of the true token by temperature; a dot, and its value, where it is best."""
     for place, (color, _, found) in enumerate(colored):
         for merge, curve in found.curves.items():
-            _line(axes, found.temperatures, curve, color, _STYLES[merge])
+            _line(axes, TEMPERATURES, curve, color, _STYLES[merge])
         best = min(found.curves["sum"], key=lambda point: point.mean)
-        at = found.temperatures[found.curves["sum"].index(best)]
+        at = TEMPERATURES[found.curves["sum"].index(best)]
         axes.plot([at], [best.mean], "o", color=color, markersize=5.5, zorder=4)
         axes.annotate(
             f"best {best.mean:.2f} at τ {at:g}",

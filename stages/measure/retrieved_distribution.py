@@ -60,7 +60,7 @@ def true_token_probability(
 
 
 def negative_log_likelihood(
-    retrieved: Probabilities, prior: Probabilities, backoff: float
+    retrieved: Probabilities, prior: Probabilities, backoff: float | Probabilities
 ) -> Probabilities:
     """−ln((1 − ε) · p_ret + ε · p_prior) of true tokens, in nats, whose probabilities are given."""
     nats: Probabilities = -np.log((1 - backoff) * retrieved + backoff * prior)
