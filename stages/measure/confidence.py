@@ -3,6 +3,7 @@
 Positions of one picture resemble each other, so a picture is what is drawn, with all its positions.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,9 @@ def mean_interval(
     draws = np.random.default_rng(seed).multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=_ROUNDS
     )
-    with np.errstate(invalid="ignore"):
+    # A column without values is NaN; draws in which it has none are left out.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         means = (draws @ sums) / (draws @ counts)
         mean = sums.sum(axis=0) / counts.sum(axis=0)
-    # Draws in which a column has no value are left out.
-    some = ~np.isnan(means).all(axis=0)
-    low, high = np.full((2, len(some)), np.nan)
-    if some.any():
-        ends = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
-        low[some], high[some] = np.nanquantile(means[:, some], ends, axis=0)
+        low, high = np.nanquantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
     return mean, low, high
