@@ -128,7 +128,7 @@ class Certificate:
 
     def to_text(self) -> str:
         """For people: what was chosen and why, and a line per try."""
-        chosen = self.chosen
+        chosen, at = self.chosen, str(self.target.k)
         probe = f"nprobe {chosen.nprobe}" if chosen.nprobe else "exhaustive"
         verdict = "reaches" if self.reached else "does not reach"
         said = ", ".join(f"@{k} {recall:.3f}" for k, recall in chosen.recall.items())
@@ -140,16 +140,14 @@ class Certificate:
             f"{probe} {verdict} {self.target}: recall {said}",
             f"  ms a query ({self.threads} threads): {times}",
             f"  {self.protocol}, against exact search; ties are hits",
-            f"  {'nprobe':>8}{f'recall@{self.target.k}':>14}{'lowest tenth':>14}"
+            f"  {'nprobe':>8}{f'recall@{at}':>14}{'lowest tenth':>14}"
             f"{'variation':>11}{'distance':>10}{'ms':>9}",
         ]
-        at = str(self.target.k)
-        for tried in self.tried:
-            lines.append(
-                f"  {tried.nprobe or '-':>8}{tried.recall[at]:>14.3f}{tried.lowest_tenth[at]:>14.3f}"
-                f"{tried.total_variation:>11.3f}{tried.distance_ratio[at]:>10.3f}"
-                f"{tried.ms_batch:>9.2f}"
-            )
+        lines += [
+            f"  {one.nprobe or '-':>8}{one.recall[at]:>14.3f}{one.lowest_tenth[at]:>14.3f}"
+            f"{one.total_variation:>11.3f}{one.distance_ratio[at]:>10.3f}{one.ms_batch:>9.2f}"
+            for one in self.tried
+        ]
         if not self.reached and chosen.nprobe:
             best = max(tried.recall[at] for tried in self.tried)
             lines.append(
