@@ -344,7 +344,7 @@ def _certified(
         nprobe=measured.chosen.nprobe,
         recall_at_10=measured.chosen.recall[ten],
         ms_per_query=measured.ms_per_query[ten]["batch"],
-        certificate=measured.to_json() | {"build_seconds": seconds},
+        certificate=asdict(measured) | {"build_seconds": seconds},
     )
 
 

@@ -73,7 +73,7 @@ def make_parts(job: PartsJob, decision: Decision, place: str) -> tuple[str, ...]
         if decision.filled is not None:
             _fill(job, decision.filled, decision.after)
         if merged is not None:
-            _merge(job, tuple(str(work / part) for part in decision.parts), merged)
+            _merge(job, tuple(work / part for part in decision.parts), merged)
     if merged is None:
         return decision.parts
     for part in decision.parts:
@@ -98,8 +98,8 @@ def _fill(job: PartsJob, name: str, after: int) -> None:
             table=table.path,
             version=table.version,
             rows=rows,
-            centroids=str(work / CENTROIDS),
-            folder=str(work / f"fill-{number:05}"),
+            centroids=work / CENTROIDS,
+            folder=work / f"fill-{number:05}",
             layout=layout,
         )
         for number, rows in enumerate(table.parts(part_rows(settings), after=after))
@@ -110,16 +110,16 @@ def _fill(job: PartsJob, name: str, after: int) -> None:
         shutil.rmtree(step.folder)
 
 
-def _merge(job: PartsJob, folders: tuple[str, ...], name: str) -> None:
+def _merge(job: PartsJob, folders: tuple[Path, ...], name: str) -> None:
     """Merge the parts in these folders into one."""
     merges = merge_steps(
         folders, job.work, job.layout, job.settings, job.left_out, _MERGED_BY_A_STEP
     )
     _run_steps(job, "merging the lists", merges)
     if len(merges) == 1:
-        Path(merges[0].folder).rename(job.work / name)
+        merges[0].folder.rename(job.work / name)
         return
-    slices = [ListPart.open(Path(step.folder), job.layout.size) for step in merges]
+    slices = [ListPart.open(step.folder, job.layout.size) for step in merges]
     append_parts(job.work / name, slices)
     for step in merges:
         shutil.rmtree(step.folder)
@@ -138,10 +138,10 @@ def _run_steps(job: PartsJob, doing: str, steps: Sequence[FillStep | MergeStep])
             job.progress(doing, done, len(steps))
 
 
-def _one_thread(step: FillStep | MergeStep) -> str:
+def _one_thread(step: FillStep | MergeStep) -> None:
     """A task has one core, so faiss must not start a thread for each of the machine's."""
     import faiss
 
     faiss.omp_set_num_threads(1)
     give_memory_back()
-    return run_step(step)
+    run_step(step)

@@ -48,24 +48,27 @@ def train_centroids(
     upper = _kmeans(vectors_of(sample[: groups * 256]), groups, seed)
     blocks = (sample[start : start + _BLOCK] for start in range(0, len(sample), _BLOCK))
     group_of = np.concatenate([nearest(upper, vectors_of(block)) for block in blocks])
-    sizes = np.bincount(group_of, minlength=groups)
-    shares = _apportion(sizes, lists)
-    order = np.argsort(group_of, kind="stable")
-    ends = np.cumsum(sizes)
+    members = _by_group(group_of, groups)
+    shares = _apportion(np.array([len(own) for own in members]), lists)
     return np.concatenate(
         [
-            _kmeans(vectors_of(sample[order[end - size : end]]), int(share), seed)
-            for end, size, share in zip(ends, sizes, shares, strict=True)
+            _kmeans(vectors_of(sample[own]), int(share), seed)
+            for own, share in zip(members, shares, strict=True)
             if share
         ]
     )
 
 
+def _by_group(group_of: npt.NDArray[Any], groups: int) -> list[Ids]:
+    """The members of each group, ascending, from the group of each."""
+    order = np.argsort(group_of, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(group_of, minlength=groups))[:-1])
+
+
 def _apportion(sizes: Ids, lists: int) -> Ids:
     """Lists for each group in proportion to its points, never more than it has points."""
     cumulated = np.concatenate([[0], np.cumsum(sizes)]) * lists // sizes.sum()
-    shares = np.diff(cumulated)
-    return np.minimum(shares, sizes)
+    return np.minimum(np.diff(cumulated), sizes)
 
 
 def _kmeans(vectors: Floats, count: int, seed: int) -> Floats:
@@ -90,36 +93,28 @@ def nearest(centroids: Floats, vectors: Floats) -> Ids:
 class ListFinder:
     """Finds the list of a key: exactly with few lists, else within the nearest groups of lists."""
 
-    def __init__(self, centroids: Floats, *, seed: int = 0) -> None:
+    def __init__(self, centroids: Floats) -> None:
         self._centroids = np.ascontiguousarray(centroids)
         self._grouped = len(centroids) >= _TWO_LEVELS_FROM
         if self._grouped:
-            self._upper = _kmeans(centroids, round(math.sqrt(len(centroids))), seed)
-            group_of = nearest(self._upper, centroids)
-            self._members = np.argsort(group_of, kind="stable")
-            self._ends = np.cumsum(np.bincount(group_of, minlength=len(self._upper)))
+            self._upper = _kmeans(centroids, round(math.sqrt(len(centroids))), seed=0)
+            self._members = _by_group(nearest(self._upper, centroids), len(self._upper))
 
     def __call__(self, vectors: Floats) -> Ids:
         """The list of each search vector float32 [N, D], int64 [N]."""
         if not self._grouped:
             return nearest(self._centroids, vectors)
-        wanted = min(_GROUPS_SEARCHED, len(self._upper))
-        groups = faiss.knn(vectors, self._upper, wanted)[1].astype(np.uint16)
+        groups = faiss.knn(vectors, self._upper, min(_GROUPS_SEARCHED, len(self._upper)))[1]
         best = np.full(len(vectors), np.inf, np.float32)
         lists = np.zeros(len(vectors), np.int64)
-        for rank in groups.T:
+        for rank in groups.T.astype(np.uint16):
             # All keys that look into one group do so together, in one product of matrices.
-            order = np.argsort(rank, kind="stable")
-            ends = np.cumsum(np.bincount(rank, minlength=len(self._upper)))
-            start = first = 0
-            for end, last in zip(ends, self._ends, strict=True):
-                if end > start and last > first:
-                    rows, members = order[start:end], self._members[first:last]
+            for rows, members in zip(_by_group(rank, len(self._upper)), self._members, strict=True):
+                if len(rows) and len(members):
                     distances, at = faiss.knn(vectors[rows], self._centroids[members], 1)
                     nearer = distances[:, 0] < best[rows]
                     best[rows[nearer]] = distances[nearer, 0]
                     lists[rows[nearer]] = members[at[nearer, 0]]
-                start, first = end, last
         return lists
 
 

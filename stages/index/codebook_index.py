@@ -6,6 +6,7 @@ anywhere.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 
 from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.inverted_lists import CENTROIDS, GRAPH, ListPart
 from arrag_runtime.format.patches import PatchTable, TablePart
 from arrag_runtime.format.specs import Floats, key_vectors
@@ -31,13 +31,11 @@ class FillStep:
     """Fill one part: rows of a table at a pinned version into `folder`, grouped by list."""
 
     table: str
-    """The place of the patches table."""
     version: int
     rows: TablePart
-    centroids: str
+    centroids: Path
     """The file of the trained centroids."""
-    folder: str
-    """Where the part is to stand."""
+    folder: Path
     layout: CodeLayout
 
 
@@ -45,43 +43,32 @@ class FillStep:
 class MergeStep:
     """Merge parts into `folder`, in canonical order."""
 
-    parts: tuple[str, ...]
-    """The folders of the parts."""
-    folder: str
-    """Where the merged part is to stand."""
-    first: int
-    """The first list that is taken."""
-    last: int
-    """One past the last list that is taken."""
+    parts: tuple[Path, ...]
+    folder: Path
+    lists: tuple[int, int]
+    """The first list that is taken, and one past the last."""
     layout: CodeLayout
     max_copies: int
     """Identical entries beyond this many are stored once."""
-    left_out: str | None
+    left_out: Path | None
     """A file of the ids of pictures whose entries are not taken."""
 
 
-def run_step(step: FillStep | MergeStep) -> str:
-    """Do one step and return its folder; nothing where that already stands."""
-    folder = Path(step.folder)
+def run_step(step: FillStep | MergeStep) -> None:
+    """Do one step; nothing where its folder already stands."""
+    folder, layout = step.folder, step.layout
     if folder.exists():
-        return step.folder
-    size = step.layout.size
+        return
     if isinstance(step, FillStep):
         centroids: Floats = np.load(step.centroids)
-        table = PatchTable(step.table, step.version)
-        blocks = table.blocks(part=step.rows)
+        blocks = PatchTable(step.table, step.version).blocks(part=step.rows)
         finder, lists = ListFinder(centroids), len(centroids)
-        fill_part(folder, blocks, finder, step.layout, lists=lists, keys=step.rows.count)
+        fill_part(folder, blocks, finder, layout, lists=lists, keys=step.rows.count)
     else:
-        merge_parts(
-            folder,
-            [ListPart.open(Path(part), size) for part in step.parts],
-            step.layout,
-            max_copies=step.max_copies,
-            left_out=None if step.left_out is None else np.load(step.left_out),
-            lists=(step.first, step.last),
-        )
-    return step.folder
+        parts = [ListPart.open(part, layout.size) for part in step.parts]
+        left_out = None if step.left_out is None else np.load(step.left_out)
+        most = step.max_copies
+        merge_parts(folder, parts, layout, max_copies=most, left_out=left_out, lists=step.lists)
 
 
 def train_lists(
@@ -105,16 +92,11 @@ def train_lists(
     wanted = min(lists * POINTS_PER_LIST, _TRAINED_ON_AT_MOST)
     sample = table.sample_keys(wanted, seed=settings.seed)
     np.random.default_rng(settings.seed).shuffle(sample)
-    centroids = train_centroids(
-        sample,
-        lists,
-        seed=settings.seed,
-        vectors_of=lambda keys: key_vectors(keys, layout.codes, layout.weights),
-    )
+    vectors_of = partial(key_vectors, codes=layout.codes, weights=layout.weights)
+    centroids = train_centroids(sample, lists, seed=settings.seed, vectors_of=vectors_of)
     write_graph(centroids, folder / GRAPH)
     draft = path.with_name(f".{path.name}")
-    with draft.open("wb") as stream:
-        np.save(stream, centroids)
+    np.save(draft, centroids)
     draft.rename(path)
     return centroids
 
@@ -133,7 +115,7 @@ def part_rows(settings: IndexSettings) -> int:
 
 
 def merge_steps(
-    parts: tuple[str, ...],
+    parts: tuple[Path, ...],
     folder: Path,
     layout: CodeLayout,
     settings: IndexSettings,
@@ -141,21 +123,13 @@ def merge_steps(
     entries: int,
 ) -> list[MergeStep]:
     """The steps that merge parts: one, or where these are large, one for each range of lists."""
-    sizes = sum(np.diff(ListPart.open(Path(part), layout.size).starts) for part in parts)
+    sizes = sum(np.diff(ListPart.open(part, layout.size).starts) for part in parts)
     ends = np.cumsum(sizes)
     total = int(ends[-1])
     wanted = max(1, -(-total // entries))
     cuts = np.searchsorted(ends, np.arange(1, wanted) * total // wanted, side="right")
-    bounds: Ids = np.unique(np.concatenate([[0], cuts, [len(ends)]]))
+    bounds: list[int] = np.unique([0, *cuts, len(ends)]).tolist()
     return [
-        MergeStep(
-            parts=parts,
-            folder=str(folder / f"slice-{number:05}"),
-            first=int(first),
-            last=int(last),
-            layout=layout,
-            max_copies=settings.max_copies,
-            left_out=None if left_out is None else str(left_out),
-        )
-        for number, (first, last) in enumerate(pairwise(bounds))
+        MergeStep(parts, folder / f"slice-{n:05}", lists, layout, settings.max_copies, left_out)
+        for n, lists in enumerate(pairwise(bounds))
     ]

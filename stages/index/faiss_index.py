@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ class FilledIndex:
     index: Any
     """faiss' own."""
     kind: str
-    """One of "flat" and "ivfpq"."""
     index_key: str
     """faiss' factory string."""
     trained_on: int
@@ -98,7 +98,7 @@ def _train(
 ) -> tuple[Any, int, dict[str, Any]]:
     """A trained, empty index; how many keys it was trained on; autofaiss' scores on them."""
     lists = int(match[1]) if (match := re.search(r"IVF(\d+)", key)) else 1
-    wanted = max(lists * _TRAINING_POINTS_PER_LIST, 256 * _TRAINING_POINTS_PER_LIST)
+    wanted = max(lists, 256) * _TRAINING_POINTS_PER_LIST
     needed = max(256 if "PQ" in key else 1, lists * FEWEST_POINTS)
     if table.count < needed:
         raise BadInputError(
@@ -106,15 +106,22 @@ def _train(
             " use --kind flat, or an --index-key with fewer lists"
         )
     empty = _make(key, dimension, table.count)
-    _require_nprobe(empty, settings)
+    ivf = inner_ivf(empty)
+    found = 0 if ivf is None else ivf.nlist
+    if settings.nprobe is not None and not 1 <= settings.nprobe <= found:
+        raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{found} lists")
     require_autofaiss()
     from autofaiss import build_index as autofaiss_build_index
     from autofaiss.external.build import estimate_memory_required_for_index_creation
+    from autofaiss.external.metadata import IndexMetadata
     from autofaiss.utils.cast import cast_bytes_to_memory_string
 
     # Where the system does not say what is free, as much as the index may take.
     memory = available_memory("cpu") or size_in_bytes("--memory", settings.memory)
-    _require_memory(_estimated_size(key, table.count, dimension, empty), settings, key)
+    size = int(IndexMetadata(key, table.count, dimension, False).estimated_index_size_in_bytes())
+    if size < 0:  # a layout that autofaiss does not know: codes, and 8 bytes of id per key
+        size = table.count * (empty.sa_code_size() + 8)
+    _require_memory(size, settings, key)
     required, _ = estimate_memory_required_for_index_creation(
         min(wanted, table.count), dimension, key
     )
@@ -123,12 +130,15 @@ def _train(
             f"training {key} needs {cast_bytes_to_memory_string(required)} and"
             f" {cast_bytes_to_memory_string(memory)} are free; use an --index-key with fewer lists"
         )
-    sample = table.sample(wanted, seed=settings.seed)
-    vectors = key_vectors(sample.keys, codes)
+    vectors = key_vectors(table.sample_keys(wanted, seed=settings.seed), codes)
     np.random.default_rng(settings.seed).shuffle(vectors)
-    # autofaiss draws a bar per step; the caller shows its own.
-    with _ErrorLines() as errors, contextlib.redirect_stderr(io.StringIO()):
-        try:
+    # autofaiss tells of failures by logging errors, or by raising one.
+    logger, errors, raised = logging.getLogger("autofaiss"), BufferingHandler(1 << 10), ""
+    errors.setLevel(logging.ERROR)
+    logger.addHandler(errors)
+    try:
+        # It draws a bar per step; the caller shows its own.
+        with contextlib.redirect_stderr(io.StringIO()):
             index, metrics = autofaiss_build_index(
                 vectors,
                 save_on_disk=False,
@@ -142,10 +152,13 @@ def _train(
                 nb_cores=faiss.omp_get_max_threads(),
                 verbose=logging.ERROR,
             )
-        except RuntimeError as error:
-            index, metrics, errors.text = None, None, str(error).splitlines()[0]
+    except RuntimeError as error:
+        index, metrics, raised = None, None, str(error).splitlines()[0]
+    finally:
+        logger.removeHandler(errors)
     if index is None:
-        raise BadInputError(f"autofaiss could not build {key}: {errors.text or 'no reason given'}")
+        reasons = ["no reason given", *(record.getMessage() for record in errors.buffer)]
+        raise BadInputError(f"autofaiss could not build {key}: {raised or reasons[-1]}")
     index.reset()
     scores = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float | str)}
     return index, len(vectors), scores
@@ -194,22 +207,6 @@ def _make(key: str, dimension: int, keys: int) -> Any:
         ) from error
 
 
-def _estimated_size(key: str, keys: int, dimension: int, empty: Any) -> int:
-    """Bytes an index takes, as autofaiss estimates it, or by its codes where it does not know."""
-    from autofaiss.external.metadata import IndexMetadata
-
-    estimated = int(IndexMetadata(key, keys, dimension, False).estimated_index_size_in_bytes())
-    # autofaiss answers -1 for a layout it does not know; then codes and 8 bytes of id per key.
-    return estimated if estimated >= 0 else keys * (empty.sa_code_size() + 8)
-
-
-def _require_nprobe(index: Any, settings: IndexSettings) -> None:
-    ivf = inner_ivf(index)
-    lists = 0 if ivf is None else ivf.nlist
-    if settings.nprobe is not None and not 1 <= settings.nprobe <= lists:
-        raise BadInputError(f"--nprobe {settings.nprobe} is outside 1..{lists} lists")
-
-
 def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
     allowed = size_in_bytes("--memory", settings.memory)
     if size > allowed:
@@ -217,21 +214,3 @@ def _require_memory(size: int, settings: IndexSettings, key: str) -> None:
             f"an index {key} takes about {size / 10**6:,.1f} MB of memory, more than"
             f" --memory {settings.memory}; allow more, or choose --kind ivfpq"
         )
-
-
-class _ErrorLines(logging.Handler):
-    """Collects what autofaiss logs as errors, since it reports failures in no other way."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage()
-
-    def __enter__(self) -> "_ErrorLines":
-        logging.getLogger("autofaiss").addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("autofaiss").removeHandler(self)

@@ -10,6 +10,7 @@ In memory at once: the packed entries of a part when filling, one group of lists
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ def merge_parts(
             if left_out is not None and len(left_out):
                 images = split_patch_ids(entries.patch_ids)[0]
                 entries = _take(entries, np.flatnonzero(~contains(left_out, images)))
-            ordered = _in_order(entries, layout)
-            writer.add(*collapse(ordered, max_copies))
+            writer.add(*collapse(_in_order(entries, layout), max_copies))
 
 
 def append_parts(folder: Path, slices: Sequence[ListPart]) -> None:
@@ -137,23 +137,17 @@ def _narrow(lists: Ids) -> npt.NDArray[Any]:
 
 
 def _take(entries: Entries, rows: Ids) -> Entries:
-    return Entries(
-        entries.lists[rows],
-        entries.codes[rows],
-        entries.next_tokens[rows],
-        entries.patch_ids[rows],
-    )
+    return Entries(**{name: column[rows] for name, column in vars(entries).items()})
 
 
 def list_groups(parts: Sequence[ListPart], first: int, last: int) -> Iterator[tuple[int, int]]:
     """Ranges of lists that hold up to `MERGE_ENTRIES` in all parts; a larger list stands alone."""
-    keys = sum(np.diff(part.starts) for part in parts)
-    ends = np.cumsum(keys)
+    ends = np.cumsum(sum(np.diff(part.starts) for part in parts))
     start = first
     while start < last:
         before = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, before + MERGE_ENTRIES, side="right"))
-        stop = min(max(stop, start + 1), last)
+        full = int(np.searchsorted(ends, before + MERGE_ENTRIES, side="right"))
+        stop = min(max(full, start + 1), last)
         yield start, stop
         start = stop
 
@@ -176,14 +170,9 @@ def expanded(part: ListPart, start: int, stop: int) -> Entries:
     repeated = np.repeat(np.arange(end - begin), counts)
     ids = entries.patch_ids[repeated]
     ids[counts[repeated] > 1] = part.copies_ids[part.copies_start[low] : part.copies_start[high]]
-    copied = _take(entries, repeated)
-    return Entries(copied.lists, copied.codes, copied.next_tokens, ids)
+    return replace(_take(entries, repeated), patch_ids=ids)
 
 
 def _concatenated(several: Sequence[Entries]) -> Entries:
-    return Entries(
-        np.concatenate([entries.lists for entries in several]),
-        np.concatenate([entries.codes for entries in several]),
-        np.concatenate([entries.next_tokens for entries in several]),
-        np.concatenate([entries.patch_ids for entries in several]),
-    )
+    names = (field.name for field in fields(Entries))
+    return Entries(**{name: np.concatenate([vars(one)[name] for one in several]) for name in names})

@@ -7,7 +7,6 @@ order.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +37,10 @@ def index_contents(folder: Path, manifest: IndexManifest, codes: Floats) -> Iter
     """
     if manifest.kind != "codebook":
         held = open_entries(folder)
-        for start in range(0, len(held.patch_ids), BLOCK_ROWS):
-            here = slice(start, start + BLOCK_ROWS)
-            ids = np.asarray(held.patch_ids[here])
-            none = np.empty((len(ids), 0), np.uint16)
-            yield PatchBlock(ids, none, np.asarray(held.next_tokens[here]))
+        keys = np.empty((len(held.patch_ids), 0), np.uint16)
+        every = PatchBlock(held.patch_ids, keys, held.next_tokens)
+        for start in range(0, len(keys), BLOCK_ROWS):
+            yield every.take(slice(start, start + BLOCK_ROWS))
         return
     layout = CodeLayout(manifest.keys, codes, manifest.weights)
     for name in manifest.parts:
@@ -58,14 +56,11 @@ def checksum(blocks: Iterable[PatchBlock], hidden: Ids, *, keys: bool) -> tuple[
 
     keys: whether keys count, besides patch ids and next tokens.
     """
-    count, total = 0, 0
+    count = total = 0
     for block in blocks:
         shown = ~contains(hidden, split_patch_ids(block.patch_ids)[0])
         hashes = _mixed(block.patch_ids[shown].astype(np.uint64))
-        columns: list[npt.NDArray[Any]] = [block.next_tokens[shown]]
-        if keys:
-            columns += list(block.keys[shown].T)
-        for column in columns:
+        for column in (block.next_tokens[shown], *(block.keys[shown].T if keys else ())):
             hashes = _mixed(hashes ^ column.astype(np.uint64))
         count += len(hashes)
         total = (total + int(hashes.sum(dtype=np.uint64))) % (1 << 64)

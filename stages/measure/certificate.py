@@ -8,7 +8,7 @@ target; where none does, the certificate says so.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,26 +117,18 @@ class Certificate:
     threads: int
     """With which the times were measured."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest keeps it."""
-        return asdict(self)
-
     @staticmethod
     def from_json(kept: dict[str, Any]) -> "Certificate":
-        """What `to_json` gave, perhaps with more beside it."""
+        """What `asdict` gave, perhaps with more beside it."""
         known = {field.name: kept[field.name] for field in fields(Certificate)}
-        return Certificate(
-            **known
-            | {
-                "target": Target(**kept["target"]),
-                "chosen": Certified(**kept["chosen"]),
-                "tried": tuple(Certified(**one) for one in kept["tried"]),
-            }
-        )
+        known["target"] = Target(**kept["target"])
+        known["chosen"] = Certified(**kept["chosen"])
+        known["tried"] = tuple(Certified(**one) for one in kept["tried"])
+        return Certificate(**known)
 
     def to_text(self) -> str:
         """For people: what was chosen and why, and a line per try."""
-        chosen = self.chosen
+        chosen, at = self.chosen, str(self.target.k)
         probe = f"nprobe {chosen.nprobe}" if chosen.nprobe else "exhaustive"
         verdict = "reaches" if self.reached else "does not reach"
         said = ", ".join(f"@{k} {recall:.3f}" for k, recall in chosen.recall.items())
@@ -148,16 +140,14 @@ class Certificate:
             f"{probe} {verdict} {self.target}: recall {said}",
             f"  ms a query ({self.threads} threads): {times}",
             f"  {self.protocol}, against exact search; ties are hits",
-            f"  {'nprobe':>8}{f'recall@{self.target.k}':>14}{'lowest tenth':>14}"
+            f"  {'nprobe':>8}{f'recall@{at}':>14}{'lowest tenth':>14}"
             f"{'variation':>11}{'distance':>10}{'ms':>9}",
         ]
-        at = str(self.target.k)
-        for tried in self.tried:
-            lines.append(
-                f"  {tried.nprobe or '-':>8}{tried.recall[at]:>14.3f}{tried.lowest_tenth[at]:>14.3f}"
-                f"{tried.total_variation:>11.3f}{tried.distance_ratio[at]:>10.3f}"
-                f"{tried.ms_batch:>9.2f}"
-            )
+        lines += [
+            f"  {one.nprobe or '-':>8}{one.recall[at]:>14.3f}{one.lowest_tenth[at]:>14.3f}"
+            f"{one.total_variation:>11.3f}{one.distance_ratio[at]:>10.3f}{one.ms_batch:>9.2f}"
+            for one in self.tried
+        ]
         if not self.reached and chosen.nprobe:
             best = max(tried.recall[at] for tried in self.tried)
             lines.append(
@@ -209,18 +199,20 @@ def certify(
             ms_batch=1000 * spent / len(queries.keys),
         )
 
-    if nprobe is not None:
+    if nprobe is not None or index.lists is None:
         tried = [measure(nprobe)]
-        reached = tried[0].recall[str(target.k)] >= target.recall
     else:
-        tried, reached = _try(measure, index.lists, target, approximate=distances_of is not None)
-    chosen = tried[_choose(tried, target, reached)]
+        tried = _try(measure, index.lists, target, approximate=distances_of is not None)
+    at = str(target.k)
+    best = max(one.recall[at] for one in tried)
+    enough = target.recall if best >= target.recall else best - _PLATEAU
+    chosen = next(one for one in tried if one.recall[at] >= enough)
     if chosen.nprobe is not None:
         index.nprobe = chosen.nprobe
     times = {str(k): _time(index, queries, k, exclude) for k in sorted({min(10, deepest), deepest})}
     return Certificate(
         target=target,
-        reached=reached,
+        reached=best >= target.recall,
         chosen=chosen,
         tried=tuple(tried),
         queries=len(queries.keys),
@@ -243,8 +235,7 @@ def recall_at(
     """
     reachable = np.minimum(exact.count, k)
     last = exact.distances[np.arange(len(count)), np.maximum(reachable - 1, 0)]
-    limit = np.where(reachable > 0, last, -np.inf)
-    limit = limit + _TOLERANCE * np.maximum(1, np.abs(np.where(reachable > 0, last, 0)))
+    limit = last + _TOLERANCE * np.maximum(1, last)
     real = np.arange(min(k, distances.shape[1])) < count[:, None]
     hits = (real & (distances[:, :k] <= limit[:, None])).sum(axis=1)
     recall: npt.NDArray[np.float64] = np.where(
@@ -267,50 +258,33 @@ def _distance_ratio(
 
 
 def _try(
-    measure: Callable[[int | None], Certified],
-    lists: int | None,
-    target: Target,
-    *,
-    approximate: bool,
-) -> tuple[list[Certified], bool]:
+    measure: Callable[[int], Certified], lists: int, target: Target, *, approximate: bool
+) -> list[Certified]:
     """Powers of two until the target is reached, then halving the gap below; ascending in nprobe.
 
     More lists can only find more. Where distances are approximations they soon find nothing more,
     so for those two doublings without gain are the end; otherwise all lists are.
     """
-    at = str(target.k)
-    if lists is None:
-        only = measure(None)
-        return [only], only.recall[at] >= target.recall
     tried: dict[int, Certified] = {}
-    nprobe, reached, still = 1, False, 0
-    while True:
+
+    def recall(nprobe: int) -> float:
         tried[nprobe] = measure(nprobe)
-        if reached := tried[nprobe].recall[at] >= target.recall:
-            break
-        if nprobe > 1:
-            before = max(r.recall[at] for n, r in tried.items() if n < nprobe)
-            still = still + 1 if tried[nprobe].recall[at] < before + 0.001 else 0
-        if nprobe == lists or (approximate and still == 2):
-            break
-        nprobe = min(2 * nprobe, lists)
-    if reached:
-        high, low = nprobe, max((n for n in tried if n < nprobe), default=0)
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried[middle] = measure(middle)
-            if tried[middle].recall[at] >= target.recall:
-                high = middle
-            else:
-                low = middle
-    return [tried[n] for n in sorted(tried)], reached
+        return tried[nprobe].recall[str(target.k)]
 
-
-def _choose(tried: list[Certified], target: Target, reached: bool) -> int:
-    """The place of the first that reaches the target, or else comes close to the best."""
-    recalls = [one.recall[str(target.k)] for one in tried]
-    enough = target.recall if reached else max(recalls) - _PLATEAU
-    return next(at for at, recall in enumerate(recalls) if recall >= enough)
+    low, high, best, still = 0, 1, -1.0, 0
+    while (found := recall(high)) < target.recall:
+        still = still + 1 if found < best + 0.001 else 0
+        best = max(best, found)
+        if high == lists or (approximate and still == 2):
+            return list(tried.values())
+        low, high = high, min(2 * high, lists)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if recall(middle) >= target.recall:
+            high = middle
+        else:
+            low = middle
+    return [tried[n] for n in sorted(tried)]
 
 
 def _time(index: Index, queries: Queries, k: int, exclude: Ids | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Positions of one picture resemble each other, so a picture is what is drawn, with all its positions.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ _LEVEL = 0.95
 
 
 def mean_interval(
-    values: npt.NDArray[Any], images: Ids, *, seed: int = 0, rounds: int = _ROUNDS
+    values: npt.NDArray[Any], images: Ids, *, seed: int = 0
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The mean of each column and the ends of its 95 % interval, float64 [C] each.
 
@@ -30,20 +31,11 @@ def mean_interval(
     np.add.at(sums, group, np.where(known, values, 0.0))
     np.add.at(counts, group, known)
     draws = np.random.default_rng(seed).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=rounds
+        len(names), np.full(len(names), 1 / len(names)), size=_ROUNDS
     )
-    with np.errstate(invalid="ignore"):
+    # A column without values is NaN; draws in which it has none are left out.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         means = (draws @ sums) / (draws @ counts)
         mean = sums.sum(axis=0) / counts.sum(axis=0)
-    return mean, *_quantiles(means)
-
-
-def _quantiles(
-    means: npt.NDArray[np.float64],
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The ends of the interval; draws in which a column has no value are left out."""
-    some = ~np.isnan(means).all(axis=0)
-    ends = np.full((2, means.shape[1]), np.nan)
-    if some.any():
-        ends[:, some] = np.nanquantile(means[:, some], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
-    return ends[0], ends[1]
+        low, high = np.nanquantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+    return mean, low, high

@@ -6,7 +6,6 @@ section 4): the k-th retrieved token's codebook row beside the true one's, again
 tokens of the corpus are the harder comparison, since frequent tokens lie close to many.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,16 +58,13 @@ class TokenFigures:
     prior_distance: Measured
     """Expected distance to a token drawn from the corpus."""
     nll: Measured
-    """Nats per token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on the other half of the
-    pictures."""
+    """Nats per token of (1 − ε) · p_ret + ε · p_prior, τ and ε chosen on the other pictures."""
     nll_temperature: float
     """τ, chosen on all pictures."""
     nll_backoff: float
     """ε, chosen on all pictures."""
     prior_nll: Measured
     """Nats per token of the corpus prior alone."""
-    temperatures: tuple[float, ...]
-    """Those that were tried, in squared L2."""
     curves: dict[str, tuple[Measured, ...]]
     """By merge what `nll` is, at each of the temperatures."""
     queries: int
@@ -76,8 +72,7 @@ class TokenFigures:
     mean_results: float
     """Results per query."""
     nats: Probabilities = field(compare=False, repr=False)
-    """float64 [Q], what `nll` is the mean of, by which two indexes that answered the same queries
-    are compared."""
+    """float64 [Q], what `nll` is the mean of, by which indexes are compared query by query."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that scripts read."""
@@ -98,7 +93,7 @@ class TokenFigures:
             "nll_curves": {
                 merge: [
                     {"temperature": temperature, "nll": found.mean, "interval": _ends(found)}
-                    for temperature, found in zip(self.temperatures, curve, strict=True)
+                    for temperature, found in zip(TEMPERATURES, curve, strict=True)
                 ]
                 for merge, curve in self.curves.items()
             },
@@ -118,7 +113,6 @@ def evaluate_tokens(
     codes: Floats,
     prior: Probabilities,
     *,
-    temperatures: Sequence[float] = TEMPERATURES,
     seed: int = 0,
 ) -> TokenFigures:
     """The figures of one answer.
@@ -128,56 +122,44 @@ def evaluate_tokens(
     normalised codebook [V, d]; prior: float64 [V], a share for every token.
     """
     truth, images = queries.next_tokens, queries.images
+
+    def each(columns: npt.NDArray[Any]) -> tuple[Measured, ...]:
+        return _measured(columns, images, seed)
+
+    def one(values: npt.NDArray[Any]) -> Measured:
+        return each(values[:, None])[0]
+
     ranks = min(RANKS, answer.tokens.shape[1])
-    real = answer.real[:, :ranks]
-    tokens = answer.tokens[:, :ranks]
+    real, tokens = answer.real[:, :ranks], answer.tokens[:, :ranks]
     apart = np.linalg.norm(codes[tokens] - codes[truth][:, None], axis=2)
     hits = np.logical_or.accumulate(real & (tokens == truth[:, None]), axis=1)
-    to_all = _to_every_code(codes, truth)
-    alone = -np.log(prior[truth])
-    fold = halves(images, seed)
+    squares = np.einsum("vd,vd->v", codes, codes)
+    # The distance of each true token's code to every code, [Q, V].
+    to_all = np.sqrt(np.maximum(squares[truth, None] + squares - 2 * codes[truth] @ codes.T, 0))
+    own, fold = prior[truth], halves(images, seed)
     chances = {
-        merge: true_token_probability(answer, truth, temperatures, merge) for merge in MERGES
+        merge: true_token_probability(answer, truth, TEMPERATURES, merge) for merge in MERGES
     }
-    curves = {
-        merge: np.stack([_cross_fitted(row[None], prior[truth], fold) for row in found], axis=1)
-        for merge, found in chances.items()
-    }
-    best = _cross_fitted(chances[_LIKELIHOOD_MERGE], prior[truth], fold)
-    everything = np.ones(len(truth), bool)
-    at, backoff = _choose(chances[_LIKELIHOOD_MERGE], prior[truth], everything)
-    recall = {
-        str(k): recall_at(distances, answer.count, exact, k)[:, None]
-        for k in _RECALL_DEPTHS
-        if k <= exact.tokens.shape[1]
-    }
-    rows = [
-        *recall.values(),
-        np.where(real, apart, np.nan),
-        hits.astype(np.float64),
-        to_all.mean(axis=1, keepdims=True),
-        (to_all @ prior)[:, None],
-        best[:, None],
-        alone[:, None],
-        *curves.values(),
-    ]
-    shown = iter(_measured(np.concatenate(rows, axis=1), images, seed))
-
-    def take(count: int) -> tuple[Measured, ...]:
-        return tuple(next(shown) for _ in range(count))
-
+    best = _cross_fitted(chances[_LIKELIHOOD_MERGE], own, fold)
+    at, backoff = _choose(chances[_LIKELIHOOD_MERGE], own)
     return TokenFigures(
-        recall={k: next(shown) for k in recall},
-        token_distance=take(ranks),
-        hit_rate=take(ranks),
-        random_distance=next(shown),
-        prior_distance=next(shown),
-        nll=next(shown),
-        nll_temperature=float(temperatures[at]),
+        recall={
+            str(k): one(recall_at(distances, answer.count, exact, k))
+            for k in _RECALL_DEPTHS
+            if k <= exact.tokens.shape[1]
+        },
+        token_distance=each(np.where(real, apart, np.nan)),
+        hit_rate=each(hits.astype(np.float64)),
+        random_distance=one(to_all.mean(axis=1)),
+        prior_distance=one(to_all @ prior),
+        nll=one(best),
+        nll_temperature=TEMPERATURES[at],
         nll_backoff=backoff,
-        prior_nll=next(shown),
-        temperatures=tuple(temperatures),
-        curves={merge: take(len(temperatures)) for merge in curves},
+        prior_nll=one(-np.log(own)),
+        curves={
+            merge: each(np.stack([_cross_fitted(row[None], own, fold) for row in found], axis=1))
+            for merge, found in chances.items()
+        },
         queries=len(truth),
         pictures=len(np.unique(images)),
         mean_results=float(answer.count.mean()),
@@ -196,24 +178,10 @@ def likelihood_gain(
     return gain
 
 
-def _to_every_code(codes: Floats, tokens: npt.NDArray[np.uint16]) -> Floats:
-    """The L2 distance of each token's code to every code, float32 [Q, V]."""
-    squares = np.einsum("vd,vd->v", codes, codes)
-    both = squares[tokens][:, None] + squares - 2 * codes[tokens] @ codes.T
-    distances: Floats = np.sqrt(np.maximum(both, 0))
-    return distances
-
-
-def _choose(
-    chances: Probabilities, prior: Probabilities, among: npt.NDArray[np.bool_]
-) -> tuple[int, float]:
-    """The temperature (its place) and the back-off that suit some of the queries best."""
-    losses = np.array(
-        [
-            [negative_log_likelihood(row[among], prior[among], e).mean() for e in BACKOFFS]
-            for row in chances
-        ]
-    )
+def _choose(chances: Probabilities, prior: Probabilities) -> tuple[int, float]:
+    """The temperature (its place) and the back-off that suit queries best."""
+    nats = negative_log_likelihood(chances[:, None], prior, np.array(BACKOFFS)[:, None])
+    losses = nats.mean(axis=2)
     at, backoff = np.unravel_index(np.argmin(losses), losses.shape)
     return int(at), BACKOFFS[int(backoff)]
 
@@ -227,15 +195,16 @@ def _cross_fitted(
     """
     nats = np.empty(len(fold))
     for half in (fold, ~fold):
-        chosen_on = ~half if (~half).any() else half
-        at, backoff = _choose(chances, prior, chosen_on)
+        other = ~half if (~half).any() else half
+        at, backoff = _choose(chances[:, other], prior[other])
         nats[half] = negative_log_likelihood(chances[at, half], prior[half], backoff)
     return nats
 
 
-def _measured(values: npt.NDArray[np.float64], images: Ids, seed: int) -> list[Measured]:
-    columns = zip(*mean_interval(values, images, seed=seed), strict=True)
-    return [Measured(float(mean), float(low), float(high)) for mean, low, high in columns]
+def _measured(values: npt.NDArray[Any], images: Ids, seed: int) -> tuple[Measured, ...]:
+    """The mean of each column [Q, C] and its interval."""
+    columns = np.stack(mean_interval(values, images, seed=seed), axis=1)
+    return tuple(Measured(*column) for column in columns.tolist())
 
 
 def _ends(found: Measured) -> tuple[float, float]:

@@ -12,7 +12,7 @@ give what one search gives.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,8 @@ class Queries:
 
     def take(self, chosen: npt.NDArray[Any]) -> "Queries":
         """Some of the queries, by mask or index."""
-        return Queries(
-            keys=self.keys[chosen],
-            next_tokens=self.next_tokens[chosen],
-            images=self.images[chosen],
-            exclude=self.exclude[chosen],
-            protocol=self.protocol,
-        )
+        columns = ("keys", "next_tokens", "images", "exclude")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
 
 def exact_search(
@@ -73,19 +68,15 @@ def exact_search(
     first_row: int = 0,
     progress: Callable[[int], None] = lambda _rows: None,
 ) -> Neighbors:
-    """The k nearest entries of every query, of equal ones the earlier row first.
-
-    Their `places` are rows of the table.
+    """The k nearest entries of every query, of equal ones the earlier row first; `places` are rows.
 
     blocks: the table's, in order, from `first_row` on; codes: the normalised codebook [V, d];
-    weights: one per offset; skip: sorted patch ids that are no entries of their own;
-    left_out: sorted ids of pictures whose entries are none;
-    progress: called with the rows done.
+    weights: one per offset; skip: sorted patch ids that are no entries of their own; left_out:
+    sorted ids of pictures whose entries are none; progress: called with the rows done.
     """
     if k < 1:
         raise BadInputError(f"k is {k}; ask for at least 1 neighbour")
-    vectors = key_vectors(queries.keys, codes, weights)
-    best = _Best(len(vectors), k)
+    best = _Best(key_vectors(queries.keys, codes, weights), queries.exclude, k)
     row = first_row
     for block in blocks:
         count = len(block.patch_ids)
@@ -94,20 +85,11 @@ def exact_search(
         keep = np.ones(count, bool) if skip is None else ~contains(skip, block.patch_ids)
         if left_out is not None:
             keep &= ~contains(left_out, split_patch_ids(block.patch_ids)[0])
-        found = key_vectors(block.keys[keep], codes, weights)
-        entries = _Entries(
-            found,
-            -0.5 * np.einsum("nd,nd->n", found, found),
-            np.arange(row, row + count)[keep],
-            block.patch_ids[keep],
-            split_patch_ids(block.patch_ids[keep])[0],
-            block.next_tokens[keep],
-        )
-        for start in range(0, len(entries.rows), _TILE):
-            tile = entries.cut(start, start + _TILE)
-            for at in range(0, len(vectors), _QUERY_TILE):
-                span = slice(at, min(at + _QUERY_TILE, len(vectors)))
-                _offer(best, span, vectors[span], queries.exclude[span], tile)
+        kept = np.flatnonzero(keep)
+        for start in range(0, len(kept), _TILE):
+            here = kept[start : start + _TILE]
+            tile = block.take(here)
+            best.offer(tile, row + here, key_vectors(tile.keys, codes, weights))
         row += count
         progress(row - first_row)
     return best.result()
@@ -135,62 +117,65 @@ def true_distances(
     For answers of an index whose own distances are approximations. Infinite for -1 and for ids that
     are not in the table.
     """
-    wanted = np.unique(patch_ids[patch_ids >= 0])
-    keys: npt.NDArray[Any] | None = None
-    seen = np.zeros(len(wanted), bool)
-    for block in blocks:
-        hit = contains(wanted, block.patch_ids)
-        at = np.searchsorted(wanted, block.patch_ids[hit])
-        if keys is None:
-            keys = np.zeros((len(wanted), block.keys.shape[1]), block.keys.dtype)
-        keys[at], seen[at] = block.keys[hit], True
+    wanted = np.unique(patch_ids)
+    named = [block.take(contains(wanted, block.patch_ids)) for block in blocks]
     distances = np.full(patch_ids.shape, np.inf, np.float32)
-    if keys is None or not seen.any():
+    if not named:
         return distances
+    keys = np.concatenate([block.keys for block in named])
+    known = np.concatenate([block.patch_ids for block in named])
+    order = np.argsort(known)
+    known, keys = known[order], keys[order]
     vectors = key_vectors(queries.keys, codes, weights)
     for row, ids in enumerate(patch_ids):
-        at = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
-        known = (wanted[at] == ids) & seen[at]
-        named = key_vectors(keys[at[known]], codes, weights)
-        distances[row, known] = squared_distances(named, vectors[row])
+        here = contains(known, ids)
+        entries = key_vectors(keys[np.searchsorted(known, ids[here])], codes, weights)
+        distances[row, here] = squared_distances(entries, vectors[row])
     return distances
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """Some rows of a table: vectors [N, n · d], −‖x‖²/2 of each, and what they are."""
-
-    vectors: Floats
-    halves: Floats
-    rows: Ids
-    patch_ids: Ids
-    images: Ids
-    tokens: npt.NDArray[np.uint16]
-
-    def cut(self, start: int, stop: int) -> "_Entries":
-        cut = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)}
-        return _Entries(**cut)
 
 
 class _Best:
     """The nearest entries so far of each query: up to k, and unsorted newcomers behind them."""
 
-    def __init__(self, queries: int, k: int) -> None:
-        self.k = k
-        self.packed: _Packed = np.full((queries, k + _TILE), _NOTHING)
-        self.ids = np.full((queries, k + _TILE), -1, np.int64)
-        self.tokens = np.zeros((queries, k + _TILE), np.uint16)
-        self.fill = np.zeros(queries, np.int64)
-        self.last: _Packed = np.full(queries, _NOTHING)
+    def __init__(self, vectors: Floats, exclude: Ids, k: int) -> None:
+        self.vectors, self.exclude, self.k = vectors, exclude, k
+        shape = (len(vectors), k + _TILE)
+        self.packed: _Packed = np.full(shape, _NOTHING)
+        self.ids = np.full(shape, -1, np.int64)
+        self.tokens = np.zeros(shape, np.uint16)
+        self.fill = np.zeros(len(vectors), np.int64)
+        self.last: _Packed = np.full(len(vectors), _NOTHING)
         """The k-th nearest of each, once there are as many; nothing beyond it can enter."""
 
-    def limits(self, span: slice) -> npt.NDArray[np.float64]:
-        """The distance of the k-th nearest so far; infinite where there are fewer."""
-        last = self.last[span]
-        distances = (last >> np.uint64(_ROW_SHIFT)).astype(np.uint32).view(np.float32)
-        return np.where(last == _NOTHING, np.inf, distances.astype(np.float64))
+    def offer(self, tile: PatchBlock, rows: Ids, entries: Floats) -> None:
+        """Add what of a tile is nearer to a query than its k-th nearest so far.
 
-    def add(self, at: Ids, packed: _Packed, ids: Ids, tokens: Any) -> None:
+        rows: of the table, int64 [N]; entries: the tile's search vectors, float32 [N, D].
+        """
+        halves = 0.5 * np.einsum("nd,nd->n", entries, entries)
+        images = split_patch_ids(tile.patch_ids)[0]
+        for start in range(0, len(self.vectors), _QUERY_TILE):
+            span = slice(start, start + _QUERY_TILE)
+            vectors, exclude, last = self.vectors[span], self.exclude[span], self.last[span]
+            limits = np.where(last == _NOTHING, np.inf, _distances(last).astype(np.float64))
+            squares = np.einsum("qd,qd->q", vectors, vectors).astype(np.float64)
+            # ‖q − x‖² ≤ limit, as q·x − ‖x‖²/2 ≥ (‖q‖² − limit)/2, with room for rounding.
+            floor = (squares - limits) / 2 - _MARGIN * (1 + squares)
+            scores = vectors @ entries.T
+            scores -= halves
+            flat = np.flatnonzero(scores >= floor.astype(np.float32)[:, None])
+            if not len(flat):
+                continue
+            query, entry = np.divmod(flat, len(rows))
+            apart = squared_distances(entries.take(entry, axis=0), vectors.take(query, axis=0))
+            packed = _pack(apart, rows[entry])
+            near = packed < last[query]
+            for column in exclude.T:
+                near &= column[query] != images[entry]
+            query, entry = query[near], entry[near]
+            self._add(start + query, packed[near], tile.patch_ids[entry], tile.next_tokens[entry])
+
+    def _add(self, at: Ids, packed: _Packed, ids: Ids, tokens: Any) -> None:
         """Newcomers of queries `at` (ascending), at most _TILE for each."""
         members, starts, sizes = np.unique(at, return_index=True, return_counts=True)
         full = members[self.fill[members] + sizes > self.packed.shape[1]]
@@ -216,39 +201,19 @@ class _Best:
         packed: _Packed = np.take_along_axis(self.packed, order, axis=1)
         return Neighbors.of(
             np.take_along_axis(self.tokens, order, axis=1),
-            (packed >> np.uint64(_ROW_SHIFT)).astype(np.uint32).view(np.float32),
+            _distances(packed),
             np.take_along_axis(self.ids, order, axis=1),
             (packed != _NOTHING).sum(axis=1),
             places=(packed & np.uint64((1 << _ROW_SHIFT) - 1)).astype(np.int64),
         )
 
 
-def _offer(best: _Best, span: slice, vectors: Floats, exclude: Ids, tile: _Entries) -> None:
-    """Add what of a tile is nearer to these queries than their k-th nearest so far."""
-    limits = best.limits(span)
-    squares = np.einsum("qd,qd->q", vectors, vectors).astype(np.float64)
-    # ‖q − x‖² ≤ limit, as q·x − ‖x‖²/2 ≥ (‖q‖² − limit)/2, with room for rounding.
-    floor = (squares - limits) / 2 - _MARGIN * (1 + squares)
-    scores = vectors @ tile.vectors.T
-    scores += tile.halves
-    flat = np.flatnonzero(scores >= floor.astype(np.float32)[:, None])
-    if not len(flat):
-        return
-    query, entry = np.divmod(flat, len(tile.rows))
-    distances = squared_distances(
-        np.take(tile.vectors, entry, axis=0), np.take(vectors, query, axis=0)
-    )
-    packed = _pack(distances, tile.rows[entry])
-    near = packed < best.last[span][query]
-    for column in exclude.T:
-        near &= column[query] != tile.images[entry]
-    query, entry = query[near], entry[near]
-    if len(query):
-        at = query + span.start
-        best.add(at, packed[near], tile.patch_ids[entry], tile.tokens[entry])
-
-
 def _pack(distances: Floats, rows: Ids) -> _Packed:
     """Distances and rows as numbers of the same order: floats ≥ 0 sort like their bits."""
     bits = np.ascontiguousarray(distances, np.float32).view(np.uint32).astype(np.uint64)
     return (bits << np.uint64(_ROW_SHIFT)) | rows.astype(np.uint64)
+
+
+def _distances(packed: _Packed) -> Floats:
+    """The distances that were packed."""
+    return (packed >> np.uint64(_ROW_SHIFT)).astype(np.uint32).view(np.float32)

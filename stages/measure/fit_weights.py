@@ -14,18 +14,18 @@ weights change who the candidates are. Equal weights get their own τ and ε. Wh
 from pictures that were used for neither fit.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids, contains, split_patch_ids
 from arrag_runtime.format.images import ImageTable
-from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock, PatchTable
+from arrag_runtime.format.patches import PatchBlock, PatchTable
 from arrag_runtime.format.specs import (
     Floats,
     KeySpec,
@@ -33,7 +33,6 @@ from arrag_runtime.format.specs import (
     key_vectors,
     squared_distances,
 )
-from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.confidence import mean_interval
 from stages.measure.exact_search import Queries, exact_search
 from stages.measure.retrieved_distribution import (
@@ -45,12 +44,14 @@ from stages.measure.sample_queries import halves, sample_queries
 
 _SETTLED = 0.02
 """Rounds end when no weight changes by more."""
-_SMALLEST, _LARGEST = 1e-3, 1e3
+_RATES = (1e-3, 1e3)
 """Bounds on an offset's weight by temperature."""
 _BACKOFFS = (1e-4, 0.95)
 """Bounds on the share of the prior."""
 _QUERIES_AT_ONCE = 64
 """Queries whose candidates are held as vectors at once."""
+
+_Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class WeightSettings:
 class RateFit:
     """What is fitted: the offsets' weights by temperature, and the share of the prior."""
 
-    rates: npt.NDArray[np.float64]
+    rates: _Values
     """w_o / τ, float64 [n]."""
     backoff: float
     """ε."""
@@ -122,20 +123,6 @@ class FittedWeights:
     """How many were fitted to."""
     judged_on: str
     """What the likelihoods are of, in words."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest keeps it."""
-        return asdict(self)
-
-    def to_text(self) -> str:
-        """One line for people."""
-        low, high = self.gain_interval
-        weights = ", ".join(f"{weight:.2f}" for weight in self.weights)
-        return (
-            f"offset weights {weights}: negative log likelihood {self.equal:.3f} with equal weights,"
-            f" {self.learned:.3f} with these, gain {self.gain:.3f} ({low:.3f} to {high:.3f}; the"
-            f" prior alone {self.prior:.3f}; {self.judged_on})"
-        )
 
 
 def corpus_prior(next_tokens: npt.NDArray[np.uint16], vocabulary: int) -> Probabilities:
@@ -197,13 +184,11 @@ def fit_weights(
             f" {len(np.unique(fit.images))} and {len(np.unique(judge.images))} with {len(shared)}"
             " in common; use --weights equal, or a larger database"
         )
-    neighbors = fit.keys.shape[1]
     prior = corpus_prior(entries.next_tokens, len(codes))
-    equal = weights = (1.0,) * neighbors
+    equal = weights = (1.0,) * fit.keys.shape[1]
     progress("equal weights")
     candidates = OffsetDistances.search(entries, codes, fit, prior, equal, settings.k)
-    plain = _fit_temperature(candidates)
-    fitted = RateFit(np.full(neighbors, 1 / plain.temperature), plain.backoff)
+    fitted = plain = _fit_temperature(candidates, equal)
     done = 0
     for done in range(1, settings.rounds + 1):
         progress(f"round {done}")
@@ -216,9 +201,14 @@ def fit_weights(
     # The last candidates are those of the final weights, so τ and ε are fitted to them once more.
     scale = _fit_temperature(candidates, weights)
     progress("judging")
-    before = _judge(entries, codes, judge, prior, equal, plain, settings.k)
-    after = _judge(entries, codes, judge, prior, weights, scale, settings.k)
-    alone = -np.log(prior[judge.next_tokens])
+    own = prior[judge.next_tokens]
+
+    def judged(weights: tuple[float, ...], fitted: RateFit) -> Probabilities:
+        found = exact_search([entries], codes, judge, settings.k, weights=weights)
+        likely = true_token_probability(found, judge.next_tokens, [fitted.temperature], "sum")
+        return negative_log_likelihood(likely[0], own, fitted.backoff)
+
+    before, after, alone = judged(equal, plain), judged(weights, scale), -np.log(own)
     columns = np.stack([before, after, before - after, alone], axis=1)
     mean, low, high = mean_interval(columns, judge.images, seed=settings.seed)
     return FittedWeights(
@@ -237,21 +227,6 @@ def fit_weights(
         queries=len(fit.keys),
         judged_on=judge.protocol,
     )
-
-
-def _judge(
-    entries: PatchBlock,
-    codes: Floats,
-    queries: Queries,
-    prior: Probabilities,
-    weights: tuple[float, ...],
-    fit: RateFit,
-    k: int,
-) -> Probabilities:
-    """The negative log likelihood of each query's true token, float64 [Q]."""
-    found = exact_search(_entry_blocks(entries), codes, queries, k, weights=weights)
-    retrieved = true_token_probability(found, queries.next_tokens, [fit.temperature], "sum")[0]
-    return negative_log_likelihood(retrieved, prior[queries.next_tokens], fit.backoff)
 
 
 @dataclass(frozen=True)
@@ -276,73 +251,51 @@ class OffsetDistances:
         weights: tuple[float, ...],
         k: int,
     ) -> "OffsetDistances":
-        found = exact_search(_entry_blocks(entries), codes, queries, k, weights=weights)
-        """Those that are nearest under these weights."""
-        return OffsetDistances(
-            _offset_distances(entries, codes, queries, found),
-            ((found.tokens == queries.next_tokens[:, None]) & found.real).astype(np.float32),
-            found.real,
-            prior[queries.next_tokens],
-        )
-
-
-def _offset_distances(
-    entries: PatchBlock, codes: Floats, queries: Queries, found: Neighbors
-) -> Floats:
-    """‖q_o − k_o‖² of every candidate, float32 [Q, K, n]; 0 for padding."""
-    (count, k), neighbors = found.places.shape, queries.keys.shape[1]
-    distances = np.zeros((count, k, neighbors), np.float32)
-    vectors = key_vectors(queries.keys, codes).reshape(count, 1, neighbors, -1)
-    for start in range(0, count, _QUERIES_AT_ONCE):
-        here = slice(start, start + _QUERIES_AT_ONCE)
-        places = found.places[here]
-        keys = key_vectors(entries.keys[np.maximum(places, 0).reshape(-1)], codes)
-        keys = keys.reshape(*places.shape, neighbors, -1)
-        distances[here] = squared_distances(keys, vectors[here])
-    distances[~found.real] = 0
-    return distances
+        """Of the candidates that are nearest under these weights."""
+        found = exact_search([entries], codes, queries, k, weights=weights)
+        (count, k), offsets = found.places.shape, len(weights)
+        distances = np.zeros((count, k, offsets), np.float32)
+        vectors = key_vectors(queries.keys, codes).reshape(count, 1, offsets, -1)
+        for start in range(0, count, _QUERIES_AT_ONCE):
+            here = slice(start, start + _QUERIES_AT_ONCE)
+            keys = entries.keys[np.maximum(found.places[here], 0).reshape(-1)]
+            named = key_vectors(keys, codes).reshape(-1, k, offsets, vectors.shape[-1])
+            distances[here] = squared_distances(named, vectors[here])
+        distances[~found.real] = 0
+        hit = (found.tokens == queries.next_tokens[:, None]) & found.real
+        own = prior[queries.next_tokens]
+        return OffsetDistances(distances, hit.astype(np.float32), found.real, own)
 
 
 def _fit_rates(candidates: OffsetDistances, start: RateFit) -> RateFit:
     """Rates and back-off that minimise the negative log likelihood, from `start`."""
-    neighbors = len(start.rates)
-    low, high = np.log(_SMALLEST), np.log(_LARGEST)
-    found = minimize(
-        lambda x: likelihood_loss(candidates, np.exp(x[:neighbors]), x[neighbors]),
-        [*np.log(start.rates), np.log(start.backoff / (1 - start.backoff))],
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(low, high)] * neighbors + [_logits()],
-        options={"maxiter": 60},
-    )
-    return RateFit(np.exp(found.x[:neighbors]), float(1 / (1 + np.exp(-found.x[neighbors]))))
+    offsets = len(start.rates)
+    ends = [*np.log(start.rates), logit(start.backoff)]
+    return _fit(candidates, np.ones(offsets), np.eye(offsets), ends)
 
 
-def _fit_temperature(
-    candidates: OffsetDistances, weights: tuple[float, ...] | None = None
-) -> RateFit:
-    """The temperature and back-off that suit fixed weights, by default equal ones."""
-    fixed = np.ones(candidates.distances.shape[2]) if weights is None else np.array(weights)
+def _fit_temperature(candidates: OffsetDistances, weights: tuple[float, ...]) -> RateFit:
+    """The temperature and back-off that suit fixed weights."""
+    spread = max(float(candidates.distances.sum(axis=2)[candidates.real].std()), 0.05)
+    return _fit(candidates, np.array(weights), np.ones((1, len(weights))), [-np.log(spread), -2.0])
 
-    def loss(x: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        rates = fixed * np.exp(x[0])
-        value, slope = likelihood_loss(candidates, rates, x[1])
-        return value, np.array([slope[:-1].sum(), slope[-1]])
 
-    spread = candidates.distances.sum(axis=2)[candidates.real].std()
-    found = minimize(
-        loss,
-        [-np.log(max(float(spread), 0.05)), -2.0],
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(np.log(_SMALLEST), np.log(_LARGEST)), _logits()],
-    )
-    return RateFit(fixed * np.exp(found.x[0]), float(1 / (1 + np.exp(-found.x[1]))))
+def _fit(candidates: OffsetDistances, base: _Values, moves: _Values, start: list[float]) -> RateFit:
+    """The best rates base · exp(x · moves) and back-off; start: x and the back-off's logit."""
+
+    def loss(x: _Values) -> tuple[float, _Values]:
+        value, slope = likelihood_loss(candidates, base * np.exp(x[:-1] @ moves), x[-1])
+        return value, np.append(moves @ slope[:-1], slope[-1])
+
+    bounds = [np.log(_RATES)] * len(moves) + [logit(_BACKOFFS)]
+    options = {"maxiter": 60}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return RateFit(base * np.exp(found.x[:-1] @ moves), float(expit(found.x[-1])))
 
 
 def likelihood_loss(
-    candidates: OffsetDistances, rates: npt.NDArray[np.float64], logit: float
-) -> tuple[float, npt.NDArray[np.float64]]:
+    candidates: OffsetDistances, rates: _Values, backoff_logit: float
+) -> tuple[float, _Values]:
     """The mean negative log likelihood and its slopes by ln(rates) and the back-off's logit.
 
     With e_k = exp(−Σ_o r_o · D_ko), Z = Σ e_k, A = Σ_hit e_k and p = A / Z:
@@ -355,7 +308,7 @@ def likelihood_loss(
     hit = mass * candidates.hit
     total = np.maximum(mass.sum(axis=1, dtype=np.float64), 1e-30)
     p = hit.sum(axis=1, dtype=np.float64) / total
-    backoff = 1 / (1 + np.exp(-logit))
+    backoff = expit(backoff_logit)
     likelihood = (1 - backoff) * p + backoff * candidates.prior
     pulls = np.matmul(mass[:, None], candidates.distances)[:, 0]
     hits = np.matmul(hit[:, None], candidates.distances)[:, 0]
@@ -363,16 +316,3 @@ def likelihood_loss(
     slope = -((1 - backoff) * by_rate / likelihood[:, None]).mean(axis=0) * rates
     by_backoff = -((candidates.prior - p) / likelihood).mean() * backoff * (1 - backoff)
     return float(-np.log(likelihood).mean()), np.append(slope, by_backoff)
-
-
-def _entry_blocks(entries: PatchBlock) -> Iterator[PatchBlock]:
-    """Entries in memory as a table gives them."""
-    for start in range(0, len(entries.keys), BLOCK_ROWS):
-        cut = slice(start, start + BLOCK_ROWS)
-        yield entries.take(cut)
-
-
-def _logits() -> tuple[float, float]:
-    """The bounds of the back-off as logits."""
-    low, high = _BACKOFFS
-    return float(np.log(low / (1 - low))), float(np.log(high / (1 - high)))

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from stages.measure.evaluate_tokens import Measured, TokenFigures
+from stages.measure.evaluate_tokens import TEMPERATURES, Measured, TokenFigures
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by colour-blind eyes (Okabe and Ito)."""
@@ -52,25 +52,22 @@ def _draw_distances(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]])
     """Distance of the k-th retrieved token's code to the true one's, from 0 up."""
     first = colored[0][2]
     for color, _, found in colored:
-        ranks = list(range(1, len(found.token_distance) + 1))
-        _line(axes, ranks, found.token_distance, color, "-")
-    higher, lower = first.random_distance, first.prior_distance
-    _level(axes, higher, "a random code", above=True)
-    _level(axes, lower, "a token of the corpus", above=False)
-    _style(axes, "Retrieved tokens beside the true one")
-    axes.set_xlabel("rank k of the retrieved token")
-    axes.set_ylabel("mean L2 distance of codes")
+        _line(axes, range(1, len(found.token_distance) + 1), found.token_distance, color, "-")
+    _level(axes, first.random_distance, "a random code", above=True)
+    _level(axes, first.prior_distance, "a token of the corpus", above=False)
+    title = "Retrieved tokens beside the true one"
+    _style(axes, title, "rank k of the retrieved token", "mean L2 distance of codes")
     axes.set_xlim(0, max(len(found.token_distance) for _, _, found in colored) + 1)
-    axes.set_ylim(0, 1.15 * max(higher.mean, lower.mean))
+    axes.set_ylim(0, 1.15 * max(first.random_distance.mean, first.prior_distance.mean))
 
 
 def _draw_likelihoods(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]]) -> None:
     """Likelihood of the true token by temperature; a dot, and its value, where it is best."""
     for place, (color, _, found) in enumerate(colored):
         for merge, curve in found.curves.items():
-            _line(axes, found.temperatures, curve, color, _STYLES[merge])
-        best = min(found.curves["sum"], key=lambda point: point.mean)
-        at = found.temperatures[found.curves["sum"].index(best)]
+            _line(axes, TEMPERATURES, curve, color, _STYLES[merge])
+        points = zip(found.curves["sum"], TEMPERATURES, strict=True)
+        best, at = min(points, key=lambda point: point[0].mean)
         axes.plot([at], [best.mean], "o", color=color, markersize=5.5, zorder=4)
         axes.annotate(
             f"best {best.mean:.2f} at τ {at:g}",
@@ -81,12 +78,11 @@ def _draw_likelihoods(axes: Any, colored: Sequence[tuple[str, str, TokenFigures]
             color=color,
         )
     _level(axes, colored[0][2].prior_nll, "the corpus prior alone", above=True)
-    _style(axes, "The true token's likelihood under what is retrieved")
+    title = "The true token's likelihood under what is retrieved"
+    _style(axes, title, "temperature τ", "negative log likelihood, nats a token")
     axes.set_xscale("log")
     axes.set_xticks(_TICKS, labels=[f"{tick:g}" for tick in _TICKS])
     axes.minorticks_off()
-    axes.set_xlabel("temperature τ")
-    axes.set_ylabel("negative log likelihood, nats a token")
     low, high = axes.get_ylim()
     # Room below the curves for the best values, and above the prior's line for its name.
     axes.set_ylim(low - (high - low) * (0.06 + 0.06 * len(colored)), high + (high - low) * 0.06)
@@ -117,15 +113,13 @@ def _level(axes: Any, level: Measured, label: str, *, above: bool) -> None:
     )
 
 
-def _style(axes: Any, title: str) -> None:
+def _style(axes: Any, title: str, across: str, up: str) -> None:
     """Few lines, light ones."""
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel(across, color=_INK)
+    axes.set_ylabel(up, color=_INK)
     axes.grid(True, color=_GRID, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
     axes.tick_params(colors=_INK, labelsize=9)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)

@@ -60,7 +60,7 @@ def true_token_probability(
 
 
 def negative_log_likelihood(
-    retrieved: Probabilities, prior: Probabilities, backoff: float
+    retrieved: Probabilities, prior: Probabilities, backoff: float | Probabilities
 ) -> Probabilities:
     """−ln((1 − ε) · p_ret + ε · p_prior) of true tokens, in nats, whose probabilities are given."""
     nats: Probabilities = -np.log((1 - backoff) * retrieved + backoff * prior)
@@ -74,16 +74,13 @@ def total_variation(
 
     A query without results in one of them alone counts as 1.
     """
-    count = len(one.count)
-    distances = np.zeros(count)
+    distances = np.zeros(len(one.count))
     vocabulary = int(max(one.tokens.max(initial=0), other.tokens.max(initial=0))) + 1
-    for rows in _chunks(count, vocabulary):
-        mine, theirs = (
-            _dense(answer.take(rows), vocabulary, temperature, merge) for answer in (one, other)
-        )
+    for rows in _chunks(len(distances), vocabulary):
+        mine = _dense(one.take(rows), vocabulary, temperature, merge)
+        theirs = _dense(other.take(rows), vocabulary, temperature, merge)
         distances[rows] = np.abs(mine - theirs).sum(axis=1) / 2
-        missing = (one.count[rows] == 0) != (other.count[rows] == 0)
-        distances[rows] = np.where(missing, 1.0, distances[rows])
+    distances[(one.count == 0) != (other.count == 0)] = 1
     return distances
 
 
@@ -92,8 +89,7 @@ def _dense(answer: Neighbors, vocabulary: int, temperature: float, merge: Merge)
     mass = np.exp(_excess(answer).astype(np.float64) / -temperature) * entry_shares(answer, merge)
     count = len(answer.count)
     cells = np.arange(count)[:, None] * vocabulary + answer.tokens
-    dense = np.bincount(cells.reshape(-1), mass.reshape(-1), count * vocabulary)
-    dense = dense.reshape(-1, vocabulary)
+    dense = np.bincount(cells.ravel(), mass.ravel(), count * vocabulary).reshape(count, vocabulary)
     probabilities: Probabilities = dense / np.maximum(dense.sum(axis=1, keepdims=True), 1e-300)
     return probabilities
 

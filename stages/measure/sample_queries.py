@@ -31,30 +31,17 @@ def sample_queries(
     if not len(ids) and split is None:
         chosen = "database"
         ids, grids = images.sample(chosen, pictures, seed=seed)
-    size = keys.neighborhood.size
-    if not len(ids):
-        empty = np.empty(0, np.int64)
-        return Queries(
-            keys=np.empty((0, size), np.uint16),
-            next_tokens=np.empty(0, np.uint16),
-            images=empty,
-            exclude=empty[:, None],
-            protocol=f"no {chosen} pictures",
-        )
     height, width = spec.grid_height, spec.grid_width
     every = keys.neighborhood.keys(grids.reshape(-1, height, width))
-    per_picture = every.shape[1]
     positions = keys.neighborhood.positions(height, width)
-    total = len(ids) * per_picture
-    rng = np.random.default_rng(seed)
-    at = np.sort(rng.choice(total, min(queries, total), replace=False))
-    picture, position = np.divmod(at, per_picture)
+    total = len(ids) * len(positions)
+    at = np.sort(np.random.default_rng(seed).choice(total, min(queries, total), replace=False))
+    picture, position = np.divmod(at, len(positions))
+    said = "pictures of the database, their own excluded"
     if chosen == "heldout":
         said = "held-out pictures"
-    else:
-        said = "pictures of the database, their own excluded"
     return Queries(
-        keys=every.reshape(total, size)[at],
+        keys=every[picture, position],
         next_tokens=grids[picture, positions[position]],
         images=ids[picture],
         exclude=_own_and_copies(images, ids)[picture],
@@ -68,11 +55,12 @@ def _own_and_copies(images: ImageTable, ids: Ids) -> Ids:
     copies = images.copies(row.sha256 for row in rows.values())
     rows |= images.rows(copy for group in copies.values() for copy in group)
     own = [
-        [copy for copy in copies[rows[int(image)].sha256] if rows[copy].split == "database"]
-        for image in ids
+        [copy for copy in copies[rows[image].sha256] if rows[copy].split == "database"]
+        for image in ids.tolist()
     ]
     widest = max([1, *map(len, own)])
-    return np.array([group + [NO_IMAGE] * (widest - len(group)) for group in own], np.int64)
+    padded = [group + [NO_IMAGE] * (widest - len(group)) for group in own]
+    return np.array(padded, np.int64).reshape(-1, widest)
 
 
 def halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:

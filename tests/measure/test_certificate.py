@@ -1,6 +1,6 @@
 """Certificates: recall as a loop counts it, and the smallest nprobe that reaches a target."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ def test_certificates_become_json(
     made = certify(
         indexes["lists"], queries, exact, Target(1.0, 2048), threads=3, progress=seen.append
     )
-    fields = made.to_json()
+    fields = asdict(made)
     assert sorted(n for n in seen if n) == [one["nprobe"] for one in fields["tried"]]
     assert fields["chosen"]["nprobe"] == made.chosen.nprobe == 8
     assert (fields["threads"], fields["merge"], fields["temperature"]) == (3, "nearest", 0.6)
