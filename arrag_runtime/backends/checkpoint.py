@@ -23,6 +23,10 @@ SAMPLE_GENERATOR = Path(__file__).parent / "weights" / "sample"
 GUIDANCE = 5.0
 """The weight of guidance that Janus-Pro generates with."""
 _PAD = "<｜▁pad▁｜>"
+_ACCEPTED = (
+    "a folder with config.json, tokenizer.json and weights, or a hub id such as"
+    " deepseek-community/Janus-Pro-1B"
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,7 @@ def read_checkpoint(reference: str) -> Checkpoint:
     path = folder / "config.json"
     if not path.exists():
         raise BadInputError(
-            f"'{reference}' has no config.json, so it is no Janus checkpoint; name a folder with"
-            " config.json, tokenizer.json and weights, or a hub id such as"
-            " deepseek-community/Janus-Pro-1B"
+            f"'{reference}' has no config.json, so it is no Janus checkpoint; name {_ACCEPTED}"
         )
     try:
         fields = json.loads(path.read_text())
@@ -83,7 +85,7 @@ def read_checkpoint(reference: str) -> Checkpoint:
         raise
     # What is wrong with a folder shows as nearly any exception of the libraries that read it.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = next(iter(str(error).splitlines()), "")
         raise BadInputError(
             f"'{reference}' cannot be read as a Janus checkpoint: {type(error).__name__}: {reason}"
         ) from error
@@ -116,17 +118,13 @@ def _tokenizer(folder: Path) -> Any:
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.pad_token_id is None and _PAD in tokenizer.get_vocab():
         tokenizer.pad_token = _PAD
-    missing = [
-        name
-        for name, there in (
-            ("beginning of text", tokenizer.bos_token_id is not None),
-            ("padding", tokenizer.pad_token_id is not None),
-            ("<begin_of_image>", "<begin_of_image>" in tokenizer.get_vocab()),
-        )
-        if not there
-    ]
-    if missing:
-        raise BadInputError(f"the text tokenizer in '{folder}' has no token for {missing[0]}")
+    for name, token in (
+        ("beginning of text", tokenizer.bos_token_id),
+        ("padding", tokenizer.pad_token_id),
+        ("<begin_of_image>", tokenizer.get_vocab().get("<begin_of_image>")),
+    ):
+        if token is None:
+            raise BadInputError(f"the text tokenizer in '{folder}' has no token for {name}")
     return tokenizer
 
 
@@ -136,8 +134,5 @@ def _folder(reference: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(reference):
-        raise BadInputError(
-            f"no model at '{reference}'; use 'sample', a folder with config.json, tokenizer.json and"
-            " weights, or a hub id such as deepseek-community/Janus-Pro-1B"
-        )
+        raise BadInputError(f"no model at '{reference}'; use 'sample', {_ACCEPTED}")
     return fetch(reference, instead="--model a folder")[0]

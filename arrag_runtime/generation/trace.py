@@ -11,15 +11,17 @@ weight of (their number / number of candidates) instead, which says that they ag
 caused it.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.daid import DaidSettings, counting
 from arrag_runtime.format.ids import MAX_POSITIONS, POSITION_BITS
+from arrag_runtime.format.images import ImageRow
 from arrag_runtime.generation.copied_runs import CopyRun
 from arrag_runtime.generation.generate import Generated
 from arrag_runtime.search.neighbors import Neighbors
@@ -29,24 +31,10 @@ if TYPE_CHECKING:
 
 SourceImage = tuple[int, int]
 """A picture that was retrieved from: the number of its database, and its image id."""
-
 _MOST_ENTRIES = 16
 """Entries listed for a token, the heaviest; `entries_left_out` counts the others."""
-
-
-class Origin(Protocol):
-    """What is known of a source picture."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def caption(self) -> str | None: ...
-    @property
-    def url(self) -> str | None: ...
-    @property
-    def licence(self) -> str | None: ...
+_ABOUT = ("key", "source", "caption", "url", "licence")
+"""What is told of a source picture."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +112,8 @@ def _mixed_entries(
     """
     places = np.flatnonzero(counting(found)[row])
     tokens, distances = found.tokens[row, places], found.distances[row, places].astype(np.float64)
-    shares = found.weights[row, places] * np.exp(
-        (distances.min(initial=np.inf) - distances) / mixing.tau
-    )
+    nearest = distances.min(initial=np.inf)
+    shares = found.weights[row, places] * np.exp((nearest - distances) / mixing.tau)
     mine = tokens == token
     if mixing.merge == "sum":
         shares = shares * found.copies[row, places]
@@ -164,10 +151,10 @@ def _entry(found: Neighbors, row: int, place: int, weight: float) -> RetrievedEn
 
 def source_weights(trace: Sequence[TokenTrace]) -> dict[SourceImage, float]:
     """The sources behind a picture with their weights summed over it, heaviest first."""
-    sums: dict[SourceImage, float] = {}
+    sums: dict[SourceImage, float] = defaultdict(float)
     for token in trace:
         for entry in token.entries:
-            sums[entry.source] = sums.get(entry.source, 0.0) + entry.weight
+            sums[entry.source] += entry.weight
     return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -182,64 +169,40 @@ def heat(trace: Sequence[TokenTrace], height: int, width: int) -> npt.NDArray[np
 def trace_json(
     generated: Generated,
     traces: Sequence[Sequence[TokenTrace]],
-    origins: Mapping[SourceImage, Origin],
+    origins: Mapping[SourceImage, ImageRow],
     copies: Sequence[CopyRun | None],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `--trace` writes: the settings, and for each picture its tokens, sources and copies."""
     width = generated.tokens.shape[2]
-    images = []
-    for prompt, seed, trace, copy in zip(
-        generated.prompts, generated.seeds, traces, copies, strict=True
-    ):
-        sums = source_weights(trace)
-        images.append(
-            {
-                "prompt": prompt,
-                "seed": seed,
-                "retrieved_share": sum(token.weight for token in trace) / max(len(trace), 1),
-                "longest_copy": None if copy is None else asdict(copy),
-                "sources": [
-                    {
-                        "database": source[0],
-                        "image_id": source[1],
-                        "weight": weight,
-                        **_about(origins.get(source)),
-                    }
-                    for source, weight in sums.items()
-                ],
-                "tokens": [_token_json(token, origins, width) for token in trace],
-            }
-        )
-    return {**settings, "images": images}
 
+    def about(source: SourceImage) -> dict[str, str | None]:
+        return {name: getattr(origins.get(source), name, None) for name in _ABOUT}
 
-def _token_json(
-    token: TokenTrace, origins: Mapping[SourceImage, Origin], width: int
-) -> dict[str, Any]:
-    listed = []
-    for entry in token.entries[:_MOST_ENTRIES]:
+    def entry_json(entry: RetrievedEntry) -> dict[str, Any]:
         row, col = divmod(entry.patch_id % MAX_POSITIONS, width)
-        listed.append(
-            {
-                **asdict(entry),
-                "image_id": entry.source[1],
-                "row": row,
-                "col": col,
-                **_about(origins.get(entry.source)),
-            }
+        place = {"image_id": entry.source[1], "row": row, "col": col}
+        return vars(entry) | place | about(entry.source)
+
+    def token_json(token: TokenTrace) -> dict[str, Any]:
+        listed = [entry_json(entry) for entry in token.entries[:_MOST_ENTRIES]]
+        left_out = len(token.entries) - len(listed)
+        return vars(token) | {"entries": listed, "entries_left_out": left_out}
+
+    images = [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "retrieved_share": sum(token.weight for token in trace) / max(len(trace), 1),
+            "longest_copy": None if copy is None else vars(copy),
+            "sources": [
+                {"database": source[0], "image_id": source[1], "weight": weight} | about(source)
+                for source, weight in source_weights(trace).items()
+            ],
+            "tokens": [token_json(token) for token in trace],
+        }
+        for prompt, seed, trace, copy in zip(
+            generated.prompts, generated.seeds, traces, copies, strict=True
         )
-    return {
-        "row": token.row,
-        "col": token.col,
-        "token": token.token,
-        "p_model": token.p_model,
-        "p_mixed": token.p_mixed,
-        "entries": listed,
-        "entries_left_out": max(0, len(token.entries) - _MOST_ENTRIES),
-    }
-
-
-def _about(origin: Origin | None) -> dict[str, str | None]:
-    names = ("key", "source", "caption", "url", "licence")
-    return {name: getattr(origin, name, None) for name in names}
+    ]
+    return {**settings, "images": images}

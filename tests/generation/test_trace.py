@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from arrag_runtime import Generated, Neighbors, daid
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.format.ids import patch_ids
+from arrag_runtime.format.images import ImageRow
 from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
 from arrag_runtime.generation.decode_loop import Choice
 from arrag_runtime.generation.picture_grid import comparison, grid_picture, save_png
@@ -126,9 +126,7 @@ def test_a_sources_weights_are_summed_over_the_picture() -> None:
     assert values[0, 0] == 0
 
 
-ORIGIN = SimpleNamespace(
-    key="a.jpg", source="folder:x", caption="a hat", url="http://x/a", licence="CC0"
-)
+ORIGIN = ImageRow(1, "a.jpg", "folder:x", "a hat", "http://x/a", "CC0", "database", "")
 
 
 def test_the_json_names_every_entrys_origin(tmp_path: Path) -> None:
