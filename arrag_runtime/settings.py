@@ -71,6 +71,12 @@ Database = Annotated[str | Path, Option(flags="--db", env="ARRAG_DB")]
 Databases = Annotated[tuple[str | Path, ...], Option(flags="--db", env="ARRAG_DB")]
 DATABASE = "arrag-db"
 """The folder of a database where none is named."""
+_IN_TOML: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
+"""How values of a type may stand in a file, and in words."""
 
 
 @dataclass(frozen=True)
@@ -173,27 +179,16 @@ class Setting:
             return ",".join(map(str, value)) if value else None
         return [str(one) if self.type is str else one for one in value] if self.many else value
 
-    def accepts(self, value: Any) -> bool:
-        """Whether a value as TOML has it is of the right type."""
-        if self.many:
-            one = replace(self, many=False)
-            return isinstance(value, list) and all(one.accepts(part) for part in value)
-        kinds = {bool: (bool,), int: (int,), float: (int, float)}
-        return type(value) in kinds.get(self.type, (str,))
-
-    def from_toml(self, value: Any) -> Any:
-        """Such a value as the field has it."""
-        if self.many:
-            return tuple(replace(self, many=False).from_toml(one) for one in value)
-        return self.type(value) if self.type in (float, Path) else value
-
-    @property
-    def wanted(self) -> str:
-        """What `accepts` accepts, in words."""
-        if self.many:
-            return "a list such as " + ("[1, 2]" if self.type is int else '["…"]')
-        names = {bool: "true or false", int: "a whole number", float: "a number"}
-        return names.get(self.type, "a text in quotes")
+    def from_toml(self, value: Any, name: str) -> Any:
+        """The value of the field, from what stands in a file. Raises BadInputError for its type."""
+        allowed, wanted = _IN_TOML.get(self.type, ((str,), "a text in quotes"))
+        parts = value if self.many else [value]
+        if not isinstance(parts, list) or not all(type(part) in allowed for part in parts):
+            if self.many:
+                wanted = "a list such as " + ("[1, 2]" if self.type is int else '["…"]')
+            raise BadInputError(f"{name} is {value!r}; give {wanted}")
+        made = tuple(self.type(one) if self.type in (float, Path) else one for one in parts)
+        return made if self.many else made[0]
 
 
 @dataclass(frozen=True)
@@ -322,12 +317,9 @@ def read_toml(settings: type, path: Path, *, others: Collection[str] = ()) -> di
             near = get_close_matches(key, [*known, *others], 1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the names, less the dashes"
             raise BadInputError(f"--config '{path}' has an unknown name '{name}'; {hint}")
-        setting = known[key]
         try:
-            if not setting.accepts(value):
-                raise BadInputError(f"{name} is {value!r}; give {setting.wanted}")
-            found[key] = setting.from_toml(value)
-            setting.check(found[key])
+            found[key] = known[key].from_toml(value, name)
+            known[key].check(found[key])
         except BadInputError as error:
             raise BadInputError(f"--config '{path}': {error}") from error
     return found

@@ -31,10 +31,12 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model before it is built."""
+    """A model before it is built, by the name that the user gave it.
+
+    guidance and temperature are what its `generation_config.json` asks for, else Janus-Pro's own.
+    """
 
     name: str
-    """What the user called it."""
     config: Any
     """transformers' JanusConfig."""
     tokenizer: Any
@@ -42,9 +44,7 @@ class Checkpoint:
     state: Callable[[], Tensors]
     """Reads its tensors, under transformers' names."""
     guidance: float = GUIDANCE
-    """The weight that its `generation_config.json` asks for, else Janus-Pro's own."""
     temperature: float = 1.0
-    """The temperature that its `generation_config.json` asks for, else Janus-Pro's own."""
 
     @property
     def parameters(self) -> int:
@@ -74,13 +74,16 @@ def read_checkpoint(reference: str) -> Checkpoint:
             )
         tokenizer = _tokenizer(folder)
         if kind == "multi_modality":
-            state = to_transformers_names(_read_folder(folder))
+            state = to_transformers_names(_state(folder))
             config = original_config(fields, state, tokenizer)
             return Checkpoint(reference, config, tokenizer, lambda: state)
-        asked = _generation(folder)
         from transformers import JanusConfig
 
         config = JanusConfig.from_pretrained(folder)
+        path = folder / "generation_config.json"
+        asked = json.loads(path.read_text()) if path.exists() else {}
+        guidance = float(asked.get("guidance_scale") or GUIDANCE)
+        temperature = float(asked.get("temperature") or 1.0)
     except ArragError:
         raise
     # What is wrong with a folder shows as nearly any exception of the libraries that read it.
@@ -89,24 +92,15 @@ def read_checkpoint(reference: str) -> Checkpoint:
         raise BadInputError(
             f"'{reference}' cannot be read as a Janus checkpoint: {type(error).__name__}: {reason}"
         ) from error
-    read = _sample_state if reference == "sample" else _read_folder
-    return Checkpoint(reference, config, tokenizer, lambda: read(folder), *asked)
+    return Checkpoint(reference, config, tokenizer, lambda: _state(folder), guidance, temperature)
 
 
-def _generation(folder: Path) -> tuple[float, float]:
-    """The weight of guidance and the temperature that a folder asks for."""
-    path = folder / "generation_config.json"
-    fields = json.loads(path.read_text()) if path.exists() else {}
-    return float(fields.get("guidance_scale") or GUIDANCE), float(fields.get("temperature") or 1.0)
-
-
-def _read_folder(folder: Path) -> Tensors:
-    return read_tensors(weight_files(folder))
-
-
-def _sample_state(folder: Path) -> Tensors:
-    tokenizer = read_tensors([SAMPLE_TOKENIZER])
-    return _read_folder(folder) | {f"model.vqmodel.{name}": t for name, t in tokenizer.items()}
+def _state(folder: Path) -> Tensors:
+    state = read_tensors(weight_files(folder))
+    if folder == SAMPLE_GENERATOR:
+        shared = read_tensors([SAMPLE_TOKENIZER])
+        state |= {f"model.vqmodel.{name}": tensor for name, tensor in shared.items()}
+    return state
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -13,22 +13,19 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class CopyRun:
-    """A run of positions that repeats a source picture's own layout."""
+    """A run of `length` positions that repeats a source picture's own layout.
+
+    It begins at (row, col) of the generated picture and at (source_row, source_col) of the source.
+    """
 
     database: int
     """The number of the source's database."""
     image_id: int
-    """The source picture."""
     length: int
-    """Positions in the run."""
     row: int
-    """Where the run begins in the generated picture."""
     col: int
-    """Where the run begins in the generated picture."""
     source_row: int
-    """Where it begins in the source."""
     source_col: int
-    """Where it begins in the source."""
     matches: int
     """Positions of the whole picture that repeat the source at that displacement."""
 

@@ -22,12 +22,12 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.images import ImageRow, ImageTable
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.generation.augmenter import Augmenter
-from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
+from arrag_runtime.generation.copied_runs import longest_copy
 from arrag_runtime.generation.generate import Generated, generate
 from arrag_runtime.generation.picture_grid import comparison, grid_picture, save_png
 from arrag_runtime.generation.settings import GenerateSettings
-from arrag_runtime.generation.trace import SourceImage, TokenTrace, Tracer, trace_json
-from arrag_runtime.generation.trace_sheet import Traced, draw_trace, heaviest_sources
+from arrag_runtime.generation.trace import SourceImage, TokenTrace, Traced, Tracer, trace_json
+from arrag_runtime.generation.trace_sheet import draw_trace, heaviest_sources
 from arrag_runtime.progress import Progress, silent
 from arrag_runtime.search.index_group import IndexGroup
 from arrag_runtime.search.patch_index import PatchIndex
@@ -40,16 +40,13 @@ _MOST_TRACED_ROWS = 8
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The pictures of one method."""
+    """The pictures of one method, "plain", "daid" or "faid", and the seconds of decoding tokens."""
 
     method: str
-    """Its name: "plain", "daid" or "faid"."""
     generated: Generated
-    """The token grids."""
     pixels: Pixels
-    """The pictures, uint8 [N, H, W, 3]."""
+    """uint8 [N, H, W, 3]."""
     seconds: float
-    """What decoding the tokens took."""
     traces: Sequence[Sequence[TokenTrace]]
     """For each picture its tokens' traces; none where nothing was asked for or retrieved."""
 
@@ -74,16 +71,14 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What came out of generating."""
+    """What came out of generating with each method."""
 
     settings: GenerateSettings
-    """What was asked for."""
     backend: Backend
     """The generator, kept to draw sources for the trace."""
     index: str | None
     """The name of the index that was searched; None where nothing was."""
     results: tuple[MethodResult, ...]
-    """One per method."""
 
     def save(self, path: Path) -> None:
         """Write the picture: all pictures in a grid, or the methods side by side."""
@@ -126,52 +121,48 @@ class GenerateReport:
             origins |= {(number, image): row for image, row in table.rows(ids).items()}
             held = table.grids(ids, self.backend.grid[0])
             grids |= {(number, image): grid for image, grid in held.items()}
-        copies = [longest_copy(grid, grids) for grid in result.generated.tokens]
-        return TraceReport(self, result, origins, grids, copies)
+        made = result.generated
+        copies = [longest_copy(grid, grids) for grid in made.tokens]
+        parts = zip(made.prompts, made.seeds, result.pixels, result.traces, copies, strict=True)
+        pictures = [Traced(*part) for part in parts]
+        return TraceReport(self, result.method, pictures, origins, grids)
 
 
 @dataclass(frozen=True)
 class TraceReport:
-    """A trace with the origins of its sources."""
+    """The traced pictures of a method, and the rows and token grids [h, w] of their sources."""
 
     report: GenerateReport
-    """What was generated."""
-    result: MethodResult
-    """The method that is traced."""
+    method: str
+    pictures: Sequence[Traced]
     origins: Mapping[SourceImage, ImageRow]
-    """What is known of each source."""
     grids: Mapping[SourceImage, npt.NDArray[np.uint16]]
-    """The token grid [h, w] of each source."""
-    copies: Sequence[CopyRun | None]
-    """The longest copied run of each picture."""
 
     def to_json(self) -> dict[str, Any]:
         """What `--trace` writes."""
-        settings, result = self.report.settings, self.result
+        settings = self.report.settings
         about: dict[str, Any] = {
-            "method": result.method,
+            "method": self.method,
             "model": settings.model,
             "databases": [str(database) for database in settings.databases],
             "index": self.report.index,
         }
-        if result.method == "daid":
+        if self.method == "daid":
             mixing = settings.daid
             about |= {"k": settings.k, "lambda": mixing.lam, "tau": mixing.tau}
             about |= {"merge": mixing.merge, "entropy_above": mixing.entropy_above}
-        return trace_json(result.generated, result.traces, self.origins, self.copies, about)
+        return trace_json(self.pictures, self.report.backend.grid[1], self.origins, about)
 
     def draw(self, path: Path) -> None:
         """What `--trace-sheet` draws: the first eight pictures and their heaviest sources."""
-        backend, made = self.report.backend, self.result.generated
-        traces = self.result.traces[:_MOST_TRACED_ROWS]
-        wanted = {source for trace in traces for source in heaviest_sources(trace)}
+        backend, rows = self.report.backend, self.pictures[:_MOST_TRACED_ROWS]
+        wanted = {source for row in rows for source in heaviest_sources(row.trace)}
         shown = {
             source: backend.pixels(self.grids[source][None])[0]
             for source in sorted(wanted & self.grids.keys())
         }
-        rows = list(map(Traced, made.prompts, made.seeds, self.result.pixels, traces, self.copies))
-        about = f"{_LABELS[self.result.method]}, {self.report.settings.model}"
-        title = f"Where the tokens came from: {about}"
+        method = f"{_LABELS[self.method]}, {self.report.settings.model}"
+        title = f"Where the tokens came from: {method}"
         save_png(draw_trace(rows, backend.grid, shown, self.origins, title), path)
 
 

@@ -23,7 +23,6 @@ from arrag_runtime.daid import DaidSettings, counting
 from arrag_runtime.format.ids import MAX_POSITIONS, POSITION_BITS
 from arrag_runtime.format.images import ImageRow
 from arrag_runtime.generation.copied_runs import CopyRun
-from arrag_runtime.generation.generate import Generated
 from arrag_runtime.search.neighbors import Neighbors
 
 if TYPE_CHECKING:
@@ -58,18 +57,13 @@ class RetrievedEntry:
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """A generated token and what raised it."""
+    """A generated token, its probability without and with retrieval, and what raised it."""
 
     row: int
-    """Of its position, in the token grid."""
     col: int
-    """Of its position, in the token grid."""
     token: int
-    """Its id."""
     p_model: float
-    """Its probability without retrieval."""
     p_mixed: float
-    """Its probability with retrieval."""
     entries: tuple[RetrievedEntry, ...]
     """The retrieved entries that raised it, heaviest first."""
 
@@ -77,6 +71,17 @@ class TokenTrace:
     def weight(self) -> float:
         """How much of it came from retrieval, 0..1."""
         return sum(entry.weight for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A generated picture, uint8 [H, W, 3], its tokens' traces, and its longest copied run."""
+
+    prompt: str
+    seed: int
+    pixels: npt.NDArray[np.uint8]
+    trace: Sequence[TokenTrace]
+    copy: CopyRun | None
 
 
 class Tracer:
@@ -167,14 +172,15 @@ def heat(trace: Sequence[TokenTrace], height: int, width: int) -> npt.NDArray[np
 
 
 def trace_json(
-    generated: Generated,
-    traces: Sequence[Sequence[TokenTrace]],
+    pictures: Sequence[Traced],
+    width: int,
     origins: Mapping[SourceImage, ImageRow],
-    copies: Sequence[CopyRun | None],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `--trace` writes: the settings, and for each picture its tokens, sources and copies."""
-    width = generated.tokens.shape[2]
+    """What `--trace` writes: the settings, and for each picture its tokens, sources and copies.
+
+    width: the columns of a token grid.
+    """
 
     def about(source: SourceImage) -> dict[str, str | None]:
         return {name: getattr(origins.get(source), name, None) for name in _ABOUT}
@@ -191,18 +197,16 @@ def trace_json(
 
     images = [
         {
-            "prompt": prompt,
-            "seed": seed,
-            "retrieved_share": sum(token.weight for token in trace) / max(len(trace), 1),
-            "longest_copy": None if copy is None else vars(copy),
+            "prompt": one.prompt,
+            "seed": one.seed,
+            "retrieved_share": sum(token.weight for token in one.trace) / max(len(one.trace), 1),
+            "longest_copy": None if one.copy is None else vars(one.copy),
             "sources": [
                 {"database": source[0], "image_id": source[1], "weight": weight} | about(source)
-                for source, weight in source_weights(trace).items()
+                for source, weight in source_weights(one.trace).items()
             ],
-            "tokens": [token_json(token) for token in trace],
+            "tokens": [token_json(token) for token in one.trace],
         }
-        for prompt, seed, trace, copy in zip(
-            generated.prompts, generated.seeds, traces, copies, strict=True
-        )
+        for one in pictures
     ]
     return {**settings, "images": images}

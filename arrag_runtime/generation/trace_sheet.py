@@ -7,7 +7,6 @@ heaviest source pictures with the number of tokens expected to stem from each.
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -15,29 +14,12 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from arrag_runtime.format.images import ImageRow
-from arrag_runtime.generation.copied_runs import CopyRun
 from arrag_runtime.generation.picture_grid import FAINT, INK, font
-from arrag_runtime.generation.trace import SourceImage, TokenTrace, heat, source_weights
+from arrag_runtime.generation.trace import SourceImage, TokenTrace, Traced, heat, source_weights
 
 _TILE, _TEXT, _TOP, _GAP, _MARGIN = 168, 64, 64, 12, 24
 _MOST_SOURCES = 6
 _HOT = (225, 29, 72)
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A generated picture with its trace."""
-
-    prompt: str
-    """What was asked for."""
-    seed: int
-    """The picture's own."""
-    pixels: npt.NDArray[np.uint8]
-    """uint8 [H, W, 3]."""
-    trace: Sequence[TokenTrace]
-    """One per token."""
-    copy: CopyRun | None
-    """The longest run that repeats one source."""
 
 
 def heaviest_sources(trace: Sequence[TokenTrace]) -> dict[SourceImage, float]:
