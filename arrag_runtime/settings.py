@@ -330,7 +330,7 @@ def _field_docs(settings: type) -> Mapping[str, str]:
     """The docstring below each field of a class, on one line; read off the source text."""
     try:
         (source,) = ast.parse(inspect.getsource(settings)).body
-    except (OSError, TypeError):
+    except (OSError, TypeError, SyntaxError):
         return {}
     return {
         ast.unparse(field.target): inspect.cleandoc(str(doc.value.value)).replace("\n", " ")

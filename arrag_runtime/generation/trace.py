@@ -130,10 +130,8 @@ def _mixed_entries(
         shares = shares / max(int(mine.sum()), 1)
     weights = mixing.lam * shares / total / p_mixed
     at = np.flatnonzero(mine)
-    return tuple(
-        _entry(found, row, int(places[i]), float(weights[i]))
-        for i in at[np.argsort(-weights[at], kind="stable")]
-    )
+    at = at[np.argsort(-weights[at], kind="stable")]
+    return _entries(found, row, places[at], weights[at])
 
 
 def _agreeing_entries(
@@ -142,16 +140,15 @@ def _agreeing_entries(
     """The entries among FAiD's candidates that offered `token`, nearest first."""
     count = min(int(found.count[row]), candidates)
     at = np.flatnonzero(found.tokens[row, :count] == token)
-    return tuple(_entry(found, row, int(i), 1 / candidates) for i in at)
+    return _entries(found, row, at, np.full(len(at), 1 / candidates))
 
 
-def _entry(found: Neighbors, row: int, place: int, weight: float) -> RetrievedEntry:
-    return RetrievedEntry(
-        int(found.patch_ids[row, place]),
-        float(found.distances[row, place]),
-        weight,
-        int(found.origin[row, place]),
-    )
+def _entries(
+    found: Neighbors, row: int, places: npt.NDArray[Any], weights: npt.NDArray[Any]
+) -> tuple[RetrievedEntry, ...]:
+    columns = (found.patch_ids, found.distances, found.origin)
+    ids, distances, databases = (column[row, places].tolist() for column in columns)
+    return tuple(map(RetrievedEntry, ids, distances, weights.tolist(), databases))
 
 
 def source_weights(trace: Sequence[TokenTrace]) -> dict[SourceImage, float]:
