@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,7 +36,6 @@ from schemas.settings.trainset import TrainsetSettings
 
 if TYPE_CHECKING:
     from arrag_runtime.format.manifest import IndexManifest
-    from arrag_runtime.generation.methods import GenerateReport
     from pipeline.build import BuildReport
     from pipeline.query import QueryAnswer
     from pipeline.verify import Check
@@ -406,6 +405,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate pictures, and look up on the way what came next in real ones."""
+    from arrag_runtime.format.manifest import write_json
     from arrag_runtime.generation.methods import run as run_generate
 
     tracing = trace is not None or trace_sheet is not None
@@ -415,30 +415,14 @@ def generate(
         session.save(out)
         if tracing:
             show("tracing", 0, 1)
-            _write_trace(session, trace, trace_sheet)
+            told = session.traced()
+            if trace is not None:
+                trace.parent.mkdir(parents=True, exist_ok=True)
+                write_json(str(trace), told.to_json())
+            if trace_sheet is not None:
+                told.draw(trace_sheet)
     fields = session.to_json() | {"out": str(out)}
     typer.echo(json.dumps(fields) if as_json else session.to_text() + f"\nwrote {out}")
-
-
-def _write_trace(session: "GenerateReport", trace: Path | None, trace_sheet: Path | None) -> None:
-    """Look the sources up in the databases' images, then write what was asked for."""
-    from arrag_runtime.format.images import ImageTable
-    from arrag_runtime.format.manifest import Layout, write_json
-
-    sources = session.sources()
-    rows: dict[tuple[int, int], Any] = {}
-    grids: dict[tuple[int, int], Any] = {}
-    for number, database in enumerate(session.settings.databases):
-        table = ImageTable(Layout(database).images)
-        ids = [image for origin, image in sources if origin == number]
-        rows |= {(number, image): row for image, row in table.rows(ids).items()}
-        grids |= {(number, image): g for image, g in table.grids(ids, session.grid[0]).items()}
-    told = session.traced(rows, grids)
-    if trace is not None:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        write_json(str(trace), told.to_json())
-    if trace_sheet is not None:
-        told.draw(trace_sheet)
 
 
 @runtime.command()

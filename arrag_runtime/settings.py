@@ -17,12 +17,12 @@ import json
 import keyword
 import tomllib
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache, reduce
 from itertools import pairwise
-from operator import or_
+from operator import ge, gt, le, lt, or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -71,6 +71,12 @@ Database = Annotated[str | Path, Option(flags="--db", env="ARRAG_DB")]
 Databases = Annotated[tuple[str | Path, ...], Option(flags="--db", env="ARRAG_DB")]
 DATABASE = "arrag-db"
 """The folder of a database where none is named."""
+_IN_TOML: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
+"""How values of a type may stand in a file, and in words."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +129,12 @@ class Setting:
         """Raise BadInputError for a value out of bounds, or not among the choices."""
         if value is None or self.many:
             return
-        if choices := self.choices:
-            if value not in choices:
-                raise BadInputError(
-                    f"unknown {self.flag} '{value}'; choose one of {', '.join(choices)}"
-                )
-            return
-        option = self.option
-        low = option.minimum is not None and not value >= option.minimum
-        high = option.maximum is not None and not value <= option.maximum
-        at_low = option.above is not None and not value > option.above
-        at_high = option.below is not None and not value < option.below
-        if low or high or at_low or at_high:
+        if self.choices and value not in self.choices:
+            listed = ", ".join(self.choices)
+            raise BadInputError(f"unknown {self.flag} '{value}'; choose one of {listed}")
+        own = self.option
+        bounds = ((own.minimum, ge), (own.above, gt), (own.maximum, le), (own.below, lt))
+        if not all(bound is None or holds(value, bound) for bound, holds in bounds):
             raise BadInputError(f"{self.flag} is {value}; give {self._range()}")
 
     @property
@@ -143,13 +143,12 @@ class Setting:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     def _range(self) -> str:
-        option = self.option
-        least = option.minimum if option.above is None else option.above
-        most = option.maximum if option.below is None else option.below
-        more = "more than " if option.above is not None else ""
-        if most is None:
-            return f"{more}{least}" if more else f"{least} or more"
-        return f"{more}{least} to {'below ' if option.below is not None else ''}{most}"
+        own = self.option
+        least = f"{own.minimum}" if own.above is None else f"more than {own.above}"
+        most = own.maximum if own.below is None else f"below {own.below}"
+        if most is not None:
+            return f"{least} to {most}"
+        return f"{least} or more" if own.above is None else least
 
     def parse(self, given: Any) -> Any:
         """The value of the field, from what a command line gives. Raises BadInputError."""
@@ -160,18 +159,17 @@ class Setting:
         if given is None:
             return self.default
         parts = [part.strip() for part in given.split(",")]
+        example = self.option.example
         if self.type is int:
             try:
                 return tuple(int(part) for part in parts)
             except ValueError as error:
                 raise BadInputError(
-                    f"{self.flag} '{given}' is no list of numbers; write them like"
-                    f" '{self.option.example}'"
+                    f"{self.flag} '{given}' is no list of numbers; write them like '{example}'"
                 ) from error
         if not any(parts):
             raise BadInputError(
-                f"{self.flag} '{given}' names no {self.option.each}; write e.g."
-                f" '{self.option.example}'"
+                f"{self.flag} '{given}' names no {self.option.each}; write e.g. '{example}'"
             )
         return tuple(part for part in parts if part)
 
@@ -181,30 +179,20 @@ class Setting:
             return ",".join(map(str, value)) if value else None
         return [str(one) if self.type is str else one for one in value] if self.many else value
 
-    def accepts(self, value: Any) -> bool:
-        """Whether a value as TOML has it is of the right type."""
-        if self.many:
-            one = replace(self, many=False)
-            return isinstance(value, list) and all(one.accepts(part) for part in value)
-        if isinstance(value, bool) or self.type is bool:
-            return isinstance(value, bool) and self.type is bool
-        if self.type in (int, float):
-            return isinstance(value, int if self.type is int else int | float)
-        return isinstance(value, str)
-
-    @property
-    def wanted(self) -> str:
-        """What `accepts` accepts, in words."""
-        names = {bool: "true or false", int: "a whole number", float: "a number"}
-        if self.many:
-            return f"a list such as [{'1, 2' if self.type is int else _toml('…')}]"
-        return names.get(self.type, "a text in quotes")
+    def from_toml(self, value: Any, name: str) -> Any:
+        """The value of the field, from what stands in a file. Raises BadInputError for its type."""
+        allowed, wanted = _IN_TOML.get(self.type, ((str,), "a text in quotes"))
+        parts = value if self.many else [value]
+        if not isinstance(parts, list) or not all(type(part) in allowed for part in parts):
+            if self.many:
+                wanted = "a list such as " + ("[1, 2]" if self.type is int else '["…"]')
+            raise BadInputError(f"{name} is {value!r}; give {wanted}")
+        made = tuple(self.type(one) if self.type in (float, Path) else one for one in parts)
+        return made if self.many else made[0]
 
 
 @dataclass(frozen=True)
 class _Nested:
-    """A field that holds further settings."""
-
     type: Any
     optional: bool
     group: Group
@@ -215,9 +203,11 @@ def _members(settings: Any) -> dict[str, "Setting | _Nested"]:
     """The fields of a class that are options or groups of them; others cannot be set by users."""
     found: dict[str, Setting | _Nested] = {}
     for field in fields(settings):
-        marks = getattr(field.type, "__metadata__", ())
-        for mark in marks:
-            kind, optional = _without_none(get_args(field.type)[0])
+        for mark in getattr(field.type, "__metadata__", ()):
+            kind = get_args(field.type)[0]
+            optional = types.NoneType in get_args(kind)
+            if optional:
+                kind = reduce(or_, (one for one in get_args(kind) if one is not types.NoneType))
             if isinstance(mark, Group):
                 found[field.name] = _Nested(kind, optional, mark)
             elif isinstance(mark, Option):
@@ -231,14 +221,6 @@ def _members(settings: Any) -> dict[str, "Setting | _Nested"]:
     return found
 
 
-def _without_none(kind: Any) -> tuple[Any, bool]:
-    """A type without None, and whether it had None."""
-    if get_origin(kind) not in (Union, types.UnionType):
-        return kind, False
-    rest = [one for one in get_args(kind) if one is not types.NoneType]
-    return reduce(or_, rest), len(rest) < len(get_args(kind))
-
-
 @cache
 def settings_of(settings: Any) -> tuple[Setting, ...]:
     """The options of a class of settings, those of its groups among them."""
@@ -249,34 +231,28 @@ def settings_of(settings: Any) -> tuple[Setting, ...]:
             continue
         for inner in settings_of(member.type):
             if not member.group.only or inner.path[0] in member.group.only:
-                needed = inner.default is MISSING and member.optional
-                found.append(
-                    replace(
-                        inner,
-                        path=(name, *inner.path),
-                        default=None if needed else inner.default,
-                        panel=inner.panel or member.group.panel,
-                    )
-                )
+                path, panel = (name, *inner.path), inner.panel or member.group.panel
+                default = inner.default
+                if default is MISSING and member.optional:
+                    default = None
+                found.append(replace(inner, path=path, default=default, panel=panel))
     return tuple(found)
 
 
 def check(settings: Any) -> None:
     """Raise BadInputError for the first of its own fields that is out of bounds."""
-    kind: Any = type(settings)
-    for name, member in _members(kind).items():
+    for name, member in _members(settings.__class__).items():
         if isinstance(member, Setting):
             member.check(getattr(settings, name))
 
 
 def values_of(settings: Any) -> dict[str, Any]:
     """The settings in force by their names in a file."""
-    kind: Any = type(settings)
     found: dict[str, Any] = {}
-    for setting in settings_of(kind):
+    for setting in settings_of(settings.__class__):
         value: Any = settings
         for name in setting.path:
-            value = None if value is None else getattr(value, name)
+            value = getattr(value, name, None)  # of a group that is None, nothing
         found[setting.key] = value
     return found
 
@@ -297,18 +273,14 @@ def make(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         offered = [s for s in settings_of(settings) if s.path[0] == name]
         inner = {s.key: values[s.key] for s in offered if s.key in values}
         needed = [s for s in settings_of(member.type) if s.default is MISSING]
-        if member.optional and any(inner.get(s.key) is None for s in needed):
-            _refuse_parts(offered, inner, needed[0].flag)
-        else:
+        if not member.optional or all(inner.get(s.key) is not None for s in needed):
             given[name] = make(member.type, inner)
+            continue
+        main = needed[0].flag
+        for part in offered:
+            if part.flag != main and inner.get(part.key, part.default) != part.default:
+                raise BadInputError(f"{part.flag} says more about a {main}; give {main} too")
     return kind(**given)
-
-
-def _refuse_parts(offered: Collection[Setting], inner: Mapping[str, Any], main: str) -> None:
-    """Refuse options that say more about something that is not there."""
-    for setting in offered:
-        if setting.flag != main and inner.get(setting.key, setting.default) != setting.default:
-            raise BadInputError(f"{setting.flag} says more about a {main}; give {main} too")
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
@@ -317,13 +289,9 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, bool | int):
-        return str(value).lower()
     if isinstance(value, float):
-        return repr(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        return repr(value)  # json spells infinity in another way
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
 
 
 def read_toml(settings: type, path: Path, *, others: Collection[str] = ()) -> dict[str, Any]:
@@ -349,43 +317,24 @@ def read_toml(settings: type, path: Path, *, others: Collection[str] = ()) -> di
             near = get_close_matches(key, [*known, *others], 1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the names, less the dashes"
             raise BadInputError(f"--config '{path}' has an unknown name '{name}'; {hint}")
-        setting = known[key]
-        if not setting.accepts(value):
-            raise BadInputError(f"--config '{path}': {name} is {value!r}; give {setting.wanted}")
         try:
-            found[key] = _from_toml(setting, value)
-            setting.check(found[key])
+            found[key] = known[key].from_toml(value, name)
+            known[key].check(found[key])
         except BadInputError as error:
             raise BadInputError(f"--config '{path}': {error}") from error
     return found
-
-
-def _from_toml(setting: Setting, value: Any) -> Any:
-    """A value of the field's own type."""
-    if setting.many:
-        return tuple(_from_toml(replace(setting, many=False), one) for one in value)
-    return setting.type(value) if setting.type in (float, Path) else value
 
 
 @cache
 def _field_docs(settings: type) -> Mapping[str, str]:
     """The docstring below each field of a class, on one line; read off the source text."""
     try:
-        module = inspect.getmodule(settings)
-        tree = ast.parse(inspect.getsource(cast(types.ModuleType, module)))
-    except (OSError, TypeError):
+        (source,) = ast.parse(inspect.getsource(settings)).body
+    except (OSError, TypeError, SyntaxError):
         return {}
-    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
-    found = next((node for node in classes if node.name == settings.__name__), None)
-    return dict(_docs_below(found.body)) if found else {}
-
-
-def _docs_below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for field, doc in pairwise(body):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(doc, ast.Expr)
-            and isinstance(doc.value, ast.Constant)
-        ):
-            yield field.target.id, inspect.cleandoc(str(doc.value.value)).replace("\n", " ")
+    return {
+        ast.unparse(field.target): inspect.cleandoc(str(doc.value.value)).replace("\n", " ")
+        for field, doc in pairwise(cast(ast.ClassDef, source).body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+        if isinstance(doc.value, ast.Constant)
+    }

@@ -1,7 +1,5 @@
 """Generators: prompts and the tokens chosen so far in, logits of the next image token out.
 
-Read this file first, then `janus`.
-
 A generator is named in `BACKENDS` and follows the protocol `Backend`; torch and transformers are
 imported only when one is loaded. Read `janus` first.
 """
@@ -56,13 +54,13 @@ class Backend(Protocol):
         """Pictures uint8 [B, H, W, 3] of token grids uint16 [B, h, w]."""
 
 
-def _janus(model: str, device: str, precision: str | None) -> Any:
+def _janus(model: str, device: str, precision: str | None) -> Backend:
     from arrag_runtime.backends.janus import load_janus
 
     return load_janus(model, device, precision)
 
 
-BACKENDS: dict[str, Callable[[str, str, str | None], Any]] = {"janus": _janus}
+BACKENDS: dict[str, Callable[[str, str, str | None], Backend]] = {"janus": _janus}
 
 
 def load_backend(
@@ -77,5 +75,4 @@ def load_backend(
     """
     if name not in BACKENDS:
         raise BadInputError(f"unknown generator '{name}'; choose one of {', '.join(BACKENDS)}")
-    backend: Backend = BACKENDS[name](model, device, precision)
-    return backend
+    return BACKENDS[name](model, device, precision)

@@ -23,14 +23,20 @@ SAMPLE_GENERATOR = Path(__file__).parent / "weights" / "sample"
 GUIDANCE = 5.0
 """The weight of guidance that Janus-Pro generates with."""
 _PAD = "<｜▁pad▁｜>"
+_ACCEPTED = (
+    "a folder with config.json, tokenizer.json and weights, or a hub id such as"
+    " deepseek-community/Janus-Pro-1B"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model before it is built."""
+    """A model before it is built, by the name that the user gave it.
+
+    guidance and temperature are what its `generation_config.json` asks for, else Janus-Pro's own.
+    """
 
     name: str
-    """What the user called it."""
     config: Any
     """transformers' JanusConfig."""
     tokenizer: Any
@@ -38,9 +44,7 @@ class Checkpoint:
     state: Callable[[], Tensors]
     """Reads its tensors, under transformers' names."""
     guidance: float = GUIDANCE
-    """The weight that its `generation_config.json` asks for, else Janus-Pro's own."""
     temperature: float = 1.0
-    """The temperature that its `generation_config.json` asks for, else Janus-Pro's own."""
 
     @property
     def parameters(self) -> int:
@@ -58,9 +62,7 @@ def read_checkpoint(reference: str) -> Checkpoint:
     path = folder / "config.json"
     if not path.exists():
         raise BadInputError(
-            f"'{reference}' has no config.json, so it is no Janus checkpoint; name a folder with"
-            " config.json, tokenizer.json and weights, or a hub id such as"
-            " deepseek-community/Janus-Pro-1B"
+            f"'{reference}' has no config.json, so it is no Janus checkpoint; name {_ACCEPTED}"
         )
     try:
         fields = json.loads(path.read_text())
@@ -72,39 +74,33 @@ def read_checkpoint(reference: str) -> Checkpoint:
             )
         tokenizer = _tokenizer(folder)
         if kind == "multi_modality":
-            state = to_transformers_names(_read_folder(folder))
+            state = to_transformers_names(_state(folder))
             config = original_config(fields, state, tokenizer)
             return Checkpoint(reference, config, tokenizer, lambda: state)
-        asked = _generation(folder)
         from transformers import JanusConfig
 
         config = JanusConfig.from_pretrained(folder)
+        path = folder / "generation_config.json"
+        asked = json.loads(path.read_text()) if path.exists() else {}
+        guidance = float(asked.get("guidance_scale") or GUIDANCE)
+        temperature = float(asked.get("temperature") or 1.0)
     except ArragError:
         raise
     # What is wrong with a folder shows as nearly any exception of the libraries that read it.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = next(iter(str(error).splitlines()), "")
         raise BadInputError(
             f"'{reference}' cannot be read as a Janus checkpoint: {type(error).__name__}: {reason}"
         ) from error
-    read = _sample_state if reference == "sample" else _read_folder
-    return Checkpoint(reference, config, tokenizer, lambda: read(folder), *asked)
+    return Checkpoint(reference, config, tokenizer, lambda: _state(folder), guidance, temperature)
 
 
-def _generation(folder: Path) -> tuple[float, float]:
-    """The weight of guidance and the temperature that a folder asks for."""
-    path = folder / "generation_config.json"
-    fields = json.loads(path.read_text()) if path.exists() else {}
-    return float(fields.get("guidance_scale") or GUIDANCE), float(fields.get("temperature") or 1.0)
-
-
-def _read_folder(folder: Path) -> Tensors:
-    return read_tensors(weight_files(folder))
-
-
-def _sample_state(folder: Path) -> Tensors:
-    tokenizer = read_tensors([SAMPLE_TOKENIZER])
-    return _read_folder(folder) | {f"model.vqmodel.{name}": t for name, t in tokenizer.items()}
+def _state(folder: Path) -> Tensors:
+    state = read_tensors(weight_files(folder))
+    if folder == SAMPLE_GENERATOR:
+        shared = read_tensors([SAMPLE_TOKENIZER])
+        state |= {f"model.vqmodel.{name}": tensor for name, tensor in shared.items()}
+    return state
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -116,17 +112,13 @@ def _tokenizer(folder: Path) -> Any:
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.pad_token_id is None and _PAD in tokenizer.get_vocab():
         tokenizer.pad_token = _PAD
-    missing = [
-        name
-        for name, there in (
-            ("beginning of text", tokenizer.bos_token_id is not None),
-            ("padding", tokenizer.pad_token_id is not None),
-            ("<begin_of_image>", "<begin_of_image>" in tokenizer.get_vocab()),
-        )
-        if not there
-    ]
-    if missing:
-        raise BadInputError(f"the text tokenizer in '{folder}' has no token for {missing[0]}")
+    for name, token in (
+        ("beginning of text", tokenizer.bos_token_id),
+        ("padding", tokenizer.pad_token_id),
+        ("<begin_of_image>", tokenizer.get_vocab().get("<begin_of_image>")),
+    ):
+        if token is None:
+            raise BadInputError(f"the text tokenizer in '{folder}' has no token for {name}")
     return tokenizer
 
 
@@ -136,8 +128,5 @@ def _folder(reference: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(reference):
-        raise BadInputError(
-            f"no model at '{reference}'; use 'sample', a folder with config.json, tokenizer.json and"
-            " weights, or a hub id such as deepseek-community/Janus-Pro-1B"
-        )
+        raise BadInputError(f"no model at '{reference}'; use 'sample', {_ACCEPTED}")
     return fetch(reference, instead="--model a folder")[0]

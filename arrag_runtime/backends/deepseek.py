@@ -1,22 +1,8 @@
 """deepseek-ai's original layout of Janus-Pro, mapped to transformers' names.
 
-| deepseek-ai | transformers |
-| --- | --- |
-| `language_model.model.*` | `model.language_model.*` |
-| `language_model.lm_head.weight` | `lm_head.weight` |
-| `gen_embed.weight` | `model.generation_embeddings.weight` |
-| `gen_aligner.layers.0`, `.layers.2` | `model.generation_aligner.fc1`, `.hidden_layers.0` |
-| `gen_head.output_mlp_projector` | `model.generation_head.proj_out` |
-| `gen_head.vision_head` | `model.generation_head.vision_head` |
-| `aligner.layers.0`, `.layers.2` | `model.aligner.fc1`, `.hidden_layers.0` |
-| `gen_vision_model.*` | `model.vqmodel.*`, inside as LlamaGen's VQ-16 (`tokenizers.vq16`) |
-| `vision_model.vision_tower.blocks.i` | `model.vision_model.encoder.layers.i` |
-| its `attn.qkv` | `self_attn.q_proj` + `k_proj` + `v_proj` |
-| its `attn.proj`, `norm1`, `norm2` | `self_attn.projection_layer`, `layer_norm1`, `layer_norm2` |
-| `vision_tower.patch_embed.proj` | `embeddings.patch_embedding` |
-| `vision_tower.pos_embed` [1, N, D] | `embeddings.position_embedding.weight` [N, D] |
-| `vision_tower.norm` | `post_layernorm` |
-| `vision_tower.attn_pool.*`, `quantize.codebook_used` | not used |
+`_NAMES` lists what is only renamed. The tokenizer of pictures, `gen_vision_model`, is LlamaGen's
+VQ-16 (`tokenizers.vq16`); the vision tower has queries, keys and values in one tensor `qkv`, and
+positions [1, N, D] that are [N, D] in transformers.
 
 The vision tower is for understanding pictures; generation never calls it. Widths are read off the
 weights, so narrow models load the same way; the tower's heads, which weights do not tell, are 64
@@ -35,6 +21,7 @@ from arrag_runtime.weight_files import Tensors
 
 _VQ = "gen_vision_model."
 _TOWER = r"^vision_model\.vision_tower\."
+_LAYERS = "model.vision_model.encoder.layers."
 _NAMES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -44,13 +31,10 @@ _NAMES = (
     (_TOWER + r"patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
     (_TOWER + r"pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
     (_TOWER + r"norm\.", "model.vision_model.post_layernorm."),
-    (_TOWER + r"blocks\.(\d+)\.norm(\d)\.", r"model.vision_model.encoder.layers.\1.layer_norm\2."),
-    (
-        _TOWER + r"blocks\.(\d+)\.attn\.proj\.",
-        r"model.vision_model.encoder.layers.\1.self_attn.projection_layer.",
-    ),
-    (_TOWER + r"blocks\.(\d+)\.attn\.", r"model.vision_model.encoder.layers.\1.self_attn."),
-    (_TOWER + r"blocks\.", "model.vision_model.encoder.layers."),
+    (_TOWER + r"blocks\.(\d+)\.norm(\d)\.", _LAYERS + r"\1.layer_norm\2."),
+    (_TOWER + r"blocks\.(\d+)\.attn\.proj\.", _LAYERS + r"\1.self_attn.projection_layer."),
+    (_TOWER + r"blocks\.(\d+)\.attn\.", _LAYERS + r"\1.self_attn."),
+    (_TOWER + r"blocks\.", _LAYERS),
 )
 _ALIGNER = re.compile(r"^(gen_aligner|aligner)\.layers\.(\d+)\.(weight|bias)$")
 
@@ -81,9 +65,8 @@ def janus_name(name: str) -> str:
         return f"model.vqmodel.{transformers_name(name.removeprefix(_VQ))}"
     if aligner := _ALIGNER.match(name):
         which, number, kind = aligner.groups()
-        place = {"gen_aligner": "generation_aligner", "aligner": "aligner"}[which]
         layer = "fc1" if number == "0" else f"hidden_layers.{int(number) // 2 - 1}"
-        return f"model.{place}.{layer}.{kind}"
+        return f"model.{which.replace('gen_', 'generation_')}.{layer}.{kind}"
     for theirs, ours in _NAMES:
         name = re.sub(theirs, ours, name)
     return name
@@ -114,21 +97,20 @@ def original_config(fields: Mapping[str, Any], state: Tensors, tokenizer: Any) -
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    tower = "model.vision_model."
-    width, _, patch, _ = state[f"{tower}embeddings.patch_embedding.weight"].shape
-    places = state[f"{tower}embeddings.position_embedding.weight"].shape[0]
+    embeddings = "model.vision_model.embeddings."
+    width, _, patch, _ = state[f"{embeddings}patch_embedding.weight"].shape
+    places = state[f"{embeddings}position_embedding.weight"].shape[0]
     vision = JanusVisionConfig(
         hidden_size=width,
-        num_hidden_layers=_count(state, rf"{tower}encoder\.layers\.(\d+)\."),
+        num_hidden_layers=_count(state, re.escape(_LAYERS) + r"(\d+)\."),
         num_attention_heads=max(1, width // 64),
         image_size=round(places**0.5) * patch,
         patch_size=patch,
-        mlp_ratio=state[f"{tower}encoder.layers.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=state[f"{_LAYERS}0.mlp.fc1.weight"].shape[0] / width,
         projection_dim=state["model.aligner.fc1.weight"].shape[0],
         depth=1 + _count(state, r"model\.aligner\.hidden_layers\.(\d+)\."),
     )
-    inner = {name.removeprefix("model.vqmodel."): tensor for name, tensor in state.items()}
-    shape = VQShape.of(inner)
+    shape = VQShape.of({name.removeprefix("model.vqmodel."): t for name, t in state.items()})
     vq = JanusVQVAEConfig(
         embed_dim=shape.dimension,
         num_embeddings=shape.codes,

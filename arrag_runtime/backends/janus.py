@@ -47,6 +47,8 @@ class JanusBackend:
         self.guidance, self.temperature = guidance, temperature
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._pad = int(tokenizer.pad_token_id)
+        self._begin = int(tokenizer.convert_tokens_to_ids(_BEGIN_OF_IMAGE))
         side = int(model.config.vq_config.num_patches)
         self.grid = (side, side)
         weight = model.model.vqmodel.quantize.embedding.weight
@@ -55,8 +57,7 @@ class JanusBackend:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        device: torch.device = self.model.device
-        return device
+        return torch.device(self.model.device)
 
     def codebook(self) -> Floats:
         """See `Backend.codebook`."""
@@ -74,8 +75,8 @@ class JanusBackend:
             )
         if guided:
             # Guidance compares with the same prompt blanked out, all but its beginning and end.
-            kept = (ids == self.tokenizer.bos_token_id) | (ids == self._begin())
-            ids = torch.cat([ids, torch.where(kept, ids, self._pad())])
+            kept = (ids == self.tokenizer.bos_token_id) | (ids == self._begin)
+            ids = torch.cat([ids, torch.where(kept, ids, self._pad)])
             mask = mask.repeat(2, 1)
         return JanusDecoding(self.model, ids.to(self.device), mask.to(self.device), steps)
 
@@ -100,8 +101,7 @@ class JanusBackend:
         shown = [self._cut(prompt.strip(), longest) for prompt in prompts]
         rows = [self._ids(TEMPLATE.format(prompt=prompt)) for prompt in shown]
         width = max(map(len, rows))
-        pad = self._pad()
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return ids, mask
 
@@ -110,20 +110,13 @@ class JanusBackend:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if longest is None or len(ids) <= longest:
             return prompt
-        cut: str = self.tokenizer.decode(ids[:longest])
-        return cut
+        return str(self.tokenizer.decode(ids[:longest]))
 
     def _ids(self, text: str) -> list[int]:
         """A text's ids, its beginning marked whatever the tokenizer's file says of that."""
         begin = int(self.tokenizer.bos_token_id)
         ids: list[int] = list(self.tokenizer(text)["input_ids"])
         return ids if ids[0] == begin else [begin, *ids]
-
-    def _begin(self) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(_BEGIN_OF_IMAGE))
-
-    def _pad(self) -> int:
-        return int(self.tokenizer.pad_token_id)
 
 
 class JanusDecoding:
@@ -132,17 +125,15 @@ class JanusDecoding:
     def __init__(self, model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> None:
         from transformers import StaticCache
 
-        self._model = model
-        self._ids = ids
+        self._model, self._ids = model, ids
         rows, length = ids.shape
         space = length + steps
         self._cache = StaticCache(config=model.config.text_config, max_cache_len=space)
         self._at = torch.full((1, 1), length, device=ids.device)
         # What may be seen: 0 for the prompt's own tokens and those read so far, else "never".
         self._never = torch.finfo(model.dtype).min
-        self._seen = torch.full(
-            (rows, 1, 1, space), self._never, dtype=model.dtype, device=ids.device
-        )
+        shape = (rows, 1, 1, space)
+        self._seen = torch.full(shape, self._never, dtype=model.dtype, device=ids.device)
         self._seen[:, 0, 0, :length].masked_fill_(mask.bool(), 0)
 
     @torch.inference_mode()
@@ -185,17 +176,13 @@ def load_janus(reference: str, device: str = "cpu", precision: str | None = None
     """
     chosen = require_precision(device, precision)
     require_device(device, "--device cpu")
-    checkpoint = read_checkpoint(reference)
+    read = read_checkpoint(reference)
     dtype = torch_dtype(chosen)
-    require_memory(checkpoint.parameters * dtype.itemsize, device, f"{reference} in {chosen}")
+    require_memory(read.parameters * dtype.itemsize, device, f"{reference} in {chosen}")
     with out_of_memory(f"loading {reference} in {chosen} on {device}"):
-        model = janus_model(checkpoint, dtype).to(device)
+        model = janus_model(read, dtype).to(device)
     return JanusBackend(
-        model,
-        checkpoint.tokenizer,
-        reference,
-        guidance=checkpoint.guidance,
-        temperature=checkpoint.temperature,
+        model, read.tokenizer, reference, guidance=read.guidance, temperature=read.temperature
     )
 
 

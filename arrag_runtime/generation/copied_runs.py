@@ -13,22 +13,19 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class CopyRun:
-    """A run of positions that repeats a source picture's own layout."""
+    """A run of `length` positions that repeats a source picture's own layout.
+
+    It begins at (row, col) of the generated picture and at (source_row, source_col) of the source.
+    """
 
     database: int
     """The number of the source's database."""
     image_id: int
-    """The source picture."""
     length: int
-    """Positions in the run."""
     row: int
-    """Where the run begins in the generated picture."""
     col: int
-    """Where the run begins in the generated picture."""
     source_row: int
-    """Where it begins in the source."""
     source_col: int
-    """Where it begins in the source."""
     matches: int
     """Positions of the whole picture that repeat the source at that displacement."""
 
@@ -41,12 +38,9 @@ def longest_copy(
     sources: grids [h, w] by (database, image id). Of equal runs the one with more matches is
     returned; None where no token of any source recurs.
     """
-    best: CopyRun | None = None
-    for name, source in sources.items():
-        found = _longest(grid, source, name)
-        if found and (best is None or (found.length, found.matches) > (best.length, best.matches)):
-            best = found
-    return best
+    runs = [_longest(grid, source, name) for name, source in sources.items()]
+    found = [run for run in runs if run is not None]
+    return max(found, key=lambda run: (run.length, run.matches), default=None)
 
 
 def _longest(
@@ -63,21 +57,12 @@ def _longest(
     order = np.lexsort((ours, displacement))
     ours, theirs, displacement = ours[order], theirs[order], displacement[order]
     breaks = (np.diff(ours) != 1) | (np.diff(displacement) != 0)
-    starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-    lengths = np.diff(np.concatenate([starts, [len(ours)]]))
-    matches = np.unique(displacement, return_counts=True)
-    count_of = dict(zip(matches[0].tolist(), matches[1].tolist(), strict=True))
-    counts = np.array([count_of[d] for d in displacement[starts].tolist()])
-    at = int(np.lexsort((counts, lengths))[-1])
-    row, col = divmod(int(ours[starts[at]]), width)
-    source_row, source_col = divmod(int(theirs[starts[at]]), width)
-    return CopyRun(
-        database=name[0],
-        image_id=name[1],
-        length=int(lengths[at]),
-        row=row,
-        col=col,
-        source_row=source_row,
-        source_col=source_col,
-        matches=int(counts[at]),
-    )
+    starts = np.append(0, np.flatnonzero(breaks) + 1)
+    lengths = np.diff(starts, append=len(ours))
+    _, which, counts = np.unique(displacement, return_inverse=True, return_counts=True)
+    matches = counts[which[starts]]
+    at = np.lexsort((matches, lengths))[-1]
+    start, length, matching = starts[at], int(lengths[at]), int(matches[at])
+    row, col = divmod(int(ours[start]), width)
+    source_row, source_col = divmod(int(theirs[start]), width)
+    return CopyRun(*name, length, row, col, source_row, source_col, matching)

@@ -159,15 +159,14 @@ class Searcher:
             nothing: Future[Neighbors | None] = Future()
             nothing.set_result(None)
             return nothing
-        arriving = None
+        arriving, ready = None, None
         if newest is not None:
             # On a GPU the copy is queued before the forward pass, and only the thread waits for it.
             arriving = newest.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event() if newest.is_cuda else None  # type: ignore[no-untyped-call]
-            if ready is not None:
+            if newest.is_cuda:
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record()
-            return self._thread.submit(self._search, arriving, ready, row, col)
-        return self._thread.submit(self._search, None, None, row, col)
+        return self._thread.submit(self._search, arriving, ready, row, col)
 
     def _search(
         self, arriving: torch.Tensor | None, ready: Any | None, row: int, col: int

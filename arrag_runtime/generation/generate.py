@@ -67,9 +67,15 @@ def generate(
     from arrag_runtime.generation.decode_loop import Sampling, decode_grids
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    heat = backend.temperature if temperature is None else temperature
-    _check(texts, images, batch_size, heat)
-    wanted = max([0, *(augmenter.k for augmenter in augmenters)])
+    guidance = backend.guidance if guidance is None else guidance
+    temperature = backend.temperature if temperature is None else temperature
+    if not texts or not all(text.strip() for text in texts):
+        raise BadInputError("a prompt is empty; say what to draw, like --prompt 'a photo of a hat'")
+    if images < 1 or batch_size < 1:
+        raise BadInputError(f"{images} pictures in batches of {batch_size}; use 1 or more of both")
+    if not temperature >= 0:
+        raise BadInputError(f"temperature {temperature} is below 0; use 0 for the likeliest token")
+    wanted = max((augmenter.k for augmenter in augmenters), default=0)
     if retriever is None and (daid is not None or wanted):
         raise BadInputError("DAiD and FAiD search a database; name one with --db")
     if retriever is not None and retriever.k < wanted:
@@ -92,11 +98,7 @@ def generate(
                 decode_grids(
                     backend,
                     texts[part],
-                    Sampling(
-                        backend.guidance if guidance is None else guidance,
-                        heat,
-                        seeds[part],
-                    ),
+                    Sampling(guidance, temperature, seeds[part]),
                     retriever=retriever,
                     mixing=daid,
                     augmenters=augmenters,
@@ -105,12 +107,3 @@ def generate(
                 )
             )
     return Generated(np.concatenate(grids), tuple(texts), seeds)
-
-
-def _check(texts: Sequence[str], images: int, batch_size: int, temperature: float) -> None:
-    if not texts or not all(text.strip() for text in texts):
-        raise BadInputError("a prompt is empty; say what to draw, like --prompt 'a photo of a hat'")
-    if images < 1 or batch_size < 1:
-        raise BadInputError(f"{images} pictures in batches of {batch_size}; use 1 or more of both")
-    if not temperature >= 0:
-        raise BadInputError(f"temperature {temperature} is below 0; use 0 for the likeliest token")

@@ -14,6 +14,8 @@ from arrag_runtime.tokenizers import Pixels
 
 _GAP, _MARGIN, _TITLE = 12, 24, 30
 INK, FAINT = (24, 24, 27), (113, 113, 122)
+font = ImageFont.load_default
+"""Pillow's own typeface, of a size."""
 
 
 def grid_picture(pictures: Pixels) -> Image.Image:
@@ -37,13 +39,10 @@ def comparison(columns: Sequence[tuple[str, Pixels]], prompts: Sequence[str]) ->
     columns: (name of the method, pixels [N, H, W, 3]). prompts: one per row, N.
     """
     height, width = columns[0][1].shape[1:3]
-    top = _MARGIN + _TITLE
-    row_height = height + _GAP + _TITLE
-    size = (
-        2 * _MARGIN + len(columns) * (width + _GAP) - _GAP,
-        top + len(prompts) * row_height + _MARGIN - _GAP,
-    )
-    sheet = Image.new("RGB", size, "white")
+    top, row_height = _MARGIN + _TITLE, height + _GAP + _TITLE
+    across = 2 * _MARGIN + len(columns) * (width + _GAP) - _GAP
+    down = top + len(prompts) * row_height + _MARGIN - _GAP
+    sheet = Image.new("RGB", (across, down), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (name, pictures) in enumerate(columns):
         x = _MARGIN + number * (width + _GAP)
@@ -54,11 +53,6 @@ def comparison(columns: Sequence[tuple[str, Pixels]], prompts: Sequence[str]) ->
         text = textwrap.shorten(prompt, 40 * len(columns), placeholder="…")
         draw.text((_MARGIN, top + row * row_height + height + 6), text, FAINT, font(14))
     return sheet
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own typeface."""
-    return ImageFont.load_default(size)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -11,17 +11,18 @@ weight of (their number / number of candidates) instead, which says that they ag
 caused it.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.daid import DaidSettings, counting
 from arrag_runtime.format.ids import MAX_POSITIONS, POSITION_BITS
+from arrag_runtime.format.images import ImageRow
 from arrag_runtime.generation.copied_runs import CopyRun
-from arrag_runtime.generation.generate import Generated
 from arrag_runtime.search.neighbors import Neighbors
 
 if TYPE_CHECKING:
@@ -29,24 +30,10 @@ if TYPE_CHECKING:
 
 SourceImage = tuple[int, int]
 """A picture that was retrieved from: the number of its database, and its image id."""
-
 _MOST_ENTRIES = 16
 """Entries listed for a token, the heaviest; `entries_left_out` counts the others."""
-
-
-class Origin(Protocol):
-    """What is known of a source picture."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def caption(self) -> str | None: ...
-    @property
-    def url(self) -> str | None: ...
-    @property
-    def licence(self) -> str | None: ...
+_ABOUT = ("key", "source", "caption", "url", "licence")
+"""What is told of a source picture."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +57,13 @@ class RetrievedEntry:
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """A generated token and what raised it."""
+    """A generated token, its probability without and with retrieval, and what raised it."""
 
     row: int
-    """Of its position, in the token grid."""
     col: int
-    """Of its position, in the token grid."""
     token: int
-    """Its id."""
     p_model: float
-    """Its probability without retrieval."""
     p_mixed: float
-    """Its probability with retrieval."""
     entries: tuple[RetrievedEntry, ...]
     """The retrieved entries that raised it, heaviest first."""
 
@@ -89,6 +71,17 @@ class TokenTrace:
     def weight(self) -> float:
         """How much of it came from retrieval, 0..1."""
         return sum(entry.weight for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A generated picture, uint8 [H, W, 3], its tokens' traces, and its longest copied run."""
+
+    prompt: str
+    seed: int
+    pixels: npt.NDArray[np.uint8]
+    trace: Sequence[TokenTrace]
+    copy: CopyRun | None
 
 
 class Tracer:
@@ -124,9 +117,8 @@ def _mixed_entries(
     """
     places = np.flatnonzero(counting(found)[row])
     tokens, distances = found.tokens[row, places], found.distances[row, places].astype(np.float64)
-    shares = found.weights[row, places] * np.exp(
-        (distances.min(initial=np.inf) - distances) / mixing.tau
-    )
+    nearest = distances.min(initial=np.inf)
+    shares = found.weights[row, places] * np.exp((nearest - distances) / mixing.tau)
     mine = tokens == token
     if mixing.merge == "sum":
         shares = shares * found.copies[row, places]
@@ -138,10 +130,8 @@ def _mixed_entries(
         shares = shares / max(int(mine.sum()), 1)
     weights = mixing.lam * shares / total / p_mixed
     at = np.flatnonzero(mine)
-    return tuple(
-        _entry(found, row, int(places[i]), float(weights[i]))
-        for i in at[np.argsort(-weights[at], kind="stable")]
-    )
+    at = at[np.argsort(-weights[at], kind="stable")]
+    return _entries(found, row, places[at], weights[at])
 
 
 def _agreeing_entries(
@@ -150,24 +140,23 @@ def _agreeing_entries(
     """The entries among FAiD's candidates that offered `token`, nearest first."""
     count = min(int(found.count[row]), candidates)
     at = np.flatnonzero(found.tokens[row, :count] == token)
-    return tuple(_entry(found, row, int(i), 1 / candidates) for i in at)
+    return _entries(found, row, at, np.full(len(at), 1 / candidates))
 
 
-def _entry(found: Neighbors, row: int, place: int, weight: float) -> RetrievedEntry:
-    return RetrievedEntry(
-        int(found.patch_ids[row, place]),
-        float(found.distances[row, place]),
-        weight,
-        int(found.origin[row, place]),
-    )
+def _entries(
+    found: Neighbors, row: int, places: npt.NDArray[Any], weights: npt.NDArray[Any]
+) -> tuple[RetrievedEntry, ...]:
+    columns = (found.patch_ids, found.distances, found.origin)
+    ids, distances, databases = (column[row, places].tolist() for column in columns)
+    return tuple(map(RetrievedEntry, ids, distances, weights.tolist(), databases))
 
 
 def source_weights(trace: Sequence[TokenTrace]) -> dict[SourceImage, float]:
     """The sources behind a picture with their weights summed over it, heaviest first."""
-    sums: dict[SourceImage, float] = {}
+    sums: dict[SourceImage, float] = defaultdict(float)
     for token in trace:
         for entry in token.entries:
-            sums[entry.source] = sums.get(entry.source, 0.0) + entry.weight
+            sums[entry.source] += entry.weight
     return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -180,66 +169,41 @@ def heat(trace: Sequence[TokenTrace], height: int, width: int) -> npt.NDArray[np
 
 
 def trace_json(
-    generated: Generated,
-    traces: Sequence[Sequence[TokenTrace]],
-    origins: Mapping[SourceImage, Origin],
-    copies: Sequence[CopyRun | None],
+    pictures: Sequence[Traced],
+    width: int,
+    origins: Mapping[SourceImage, ImageRow],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `--trace` writes: the settings, and for each picture its tokens, sources and copies."""
-    width = generated.tokens.shape[2]
-    images = []
-    for prompt, seed, trace, copy in zip(
-        generated.prompts, generated.seeds, traces, copies, strict=True
-    ):
-        sums = source_weights(trace)
-        images.append(
-            {
-                "prompt": prompt,
-                "seed": seed,
-                "retrieved_share": sum(token.weight for token in trace) / max(len(trace), 1),
-                "longest_copy": None if copy is None else asdict(copy),
-                "sources": [
-                    {
-                        "database": source[0],
-                        "image_id": source[1],
-                        "weight": weight,
-                        **_about(origins.get(source)),
-                    }
-                    for source, weight in sums.items()
-                ],
-                "tokens": [_token_json(token, origins, width) for token in trace],
-            }
-        )
-    return {**settings, "images": images}
+    """What `--trace` writes: the settings, and for each picture its tokens, sources and copies.
 
+    width: the columns of a token grid.
+    """
 
-def _token_json(
-    token: TokenTrace, origins: Mapping[SourceImage, Origin], width: int
-) -> dict[str, Any]:
-    listed = []
-    for entry in token.entries[:_MOST_ENTRIES]:
+    def about(source: SourceImage) -> dict[str, str | None]:
+        return {name: getattr(origins.get(source), name, None) for name in _ABOUT}
+
+    def entry_json(entry: RetrievedEntry) -> dict[str, Any]:
         row, col = divmod(entry.patch_id % MAX_POSITIONS, width)
-        listed.append(
-            {
-                **asdict(entry),
-                "image_id": entry.source[1],
-                "row": row,
-                "col": col,
-                **_about(origins.get(entry.source)),
-            }
-        )
-    return {
-        "row": token.row,
-        "col": token.col,
-        "token": token.token,
-        "p_model": token.p_model,
-        "p_mixed": token.p_mixed,
-        "entries": listed,
-        "entries_left_out": max(0, len(token.entries) - _MOST_ENTRIES),
-    }
+        place = {"image_id": entry.source[1], "row": row, "col": col}
+        return vars(entry) | place | about(entry.source)
 
+    def token_json(token: TokenTrace) -> dict[str, Any]:
+        listed = [entry_json(entry) for entry in token.entries[:_MOST_ENTRIES]]
+        left_out = len(token.entries) - len(listed)
+        return vars(token) | {"entries": listed, "entries_left_out": left_out}
 
-def _about(origin: Origin | None) -> dict[str, str | None]:
-    names = ("key", "source", "caption", "url", "licence")
-    return {name: getattr(origin, name, None) for name in names}
+    images = [
+        {
+            "prompt": one.prompt,
+            "seed": one.seed,
+            "retrieved_share": sum(token.weight for token in one.trace) / max(len(one.trace), 1),
+            "longest_copy": None if one.copy is None else vars(one.copy),
+            "sources": [
+                {"database": source[0], "image_id": source[1], "weight": weight} | about(source)
+                for source, weight in source_weights(one.trace).items()
+            ],
+            "tokens": [token_json(token) for token in one.trace],
+        }
+        for one in pictures
+    ]
+    return {**settings, "images": images}

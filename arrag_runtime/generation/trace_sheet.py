@@ -7,56 +7,38 @@ heaviest source pictures with the number of tokens expected to stem from each.
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from arrag_runtime.generation.copied_runs import CopyRun
+from arrag_runtime.format.images import ImageRow
 from arrag_runtime.generation.picture_grid import FAINT, INK, font
-from arrag_runtime.generation.trace import Origin, SourceImage, TokenTrace, heat, source_weights
+from arrag_runtime.generation.trace import SourceImage, TokenTrace, Traced, heat, source_weights
 
 _TILE, _TEXT, _TOP, _GAP, _MARGIN = 168, 64, 64, 12, 24
 _MOST_SOURCES = 6
 _HOT = (225, 29, 72)
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A generated picture with its trace."""
-
-    prompt: str
-    """What was asked for."""
-    seed: int
-    """The picture's own."""
-    pixels: npt.NDArray[np.uint8]
-    """uint8 [H, W, 3]."""
-    trace: Sequence[TokenTrace]
-    """One per token."""
-    copy: CopyRun | None
-    """The longest run that repeats one source."""
-
-
-def heaviest_sources(trace: Sequence[TokenTrace]) -> list[SourceImage]:
-    """The sources that a sheet shows for a picture."""
-    return list(source_weights(trace))[:_MOST_SOURCES]
+def heaviest_sources(trace: Sequence[TokenTrace]) -> dict[SourceImage, float]:
+    """The sources that a sheet shows for a picture, with their weights."""
+    return dict(islice(source_weights(trace).items(), _MOST_SOURCES))
 
 
 def draw_trace(
     rows: Sequence[Traced],
     grid: tuple[int, int],
     sources: Mapping[SourceImage, npt.NDArray[np.uint8]],
-    origins: Mapping[SourceImage, Origin],
+    origins: Mapping[SourceImage, ImageRow],
     title: str,
 ) -> Image.Image:
     """The sheet. sources: reconstructions uint8 [H, W, 3]. grid: (h, w) of tokens."""
     columns = 2 + max((len(heaviest_sources(row.trace)) for row in rows), default=0)
-    size = (
-        2 * _MARGIN + max(columns, 5) * (_TILE + _GAP) - _GAP,
-        _MARGIN + _TOP + len(rows) * (_TILE + _TEXT) + _MARGIN,
-    )
-    sheet = Image.new("RGB", size, "white")
+    across = 2 * _MARGIN + max(columns, 5) * (_TILE + _GAP) - _GAP
+    down = _MARGIN + _TOP + len(rows) * (_TILE + _TEXT) + _MARGIN
+    sheet = Image.new("RGB", (across, down), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN), title, INK, font(18))
     legend = (
@@ -67,13 +49,12 @@ def draw_trace(
     for number, row in enumerate(rows):
         y = _MARGIN + _TOP + number * (_TILE + _TEXT)
         picture = Image.fromarray(row.pixels).resize((_TILE, _TILE), Image.Resampling.LANCZOS)
-        values = heat(row.trace, *grid)
-        tiles = [(picture, f"seed {row.seed}", row.prompt), (_heated(picture, values), *_of(row))]
-        sums = source_weights(row.trace)
-        for source in heaviest_sources(row.trace):
+        heated = _heated(picture, heat(row.trace, *grid))
+        tiles = [(picture, f"seed {row.seed}", row.prompt), (heated, *_of(row))]
+        for source, weight in heaviest_sources(row.trace).items():
             if source in sources:
                 tile = Image.fromarray(sources[source]).resize((_TILE, _TILE))
-                tiles.append((tile, f"{sums[source]:.1f} tokens", _name(source, origins)))
+                tiles.append((tile, f"{weight:.1f} tokens", _name(source, origins.get(source))))
         for column, (tile, first, rest) in enumerate(tiles):
             x = _MARGIN + column * (_TILE + _GAP)
             sheet.paste(tile, (x, y))
@@ -91,8 +72,7 @@ def _of(row: Traced) -> tuple[str, str]:
     return share, f"longest run that repeats one source: {row.copy.length}"
 
 
-def _name(source: SourceImage, origins: Mapping[SourceImage, Origin]) -> str:
-    origin = origins.get(source)
+def _name(source: SourceImage, origin: ImageRow | None) -> str:
     if origin is None:
         return f"image {source[1]}"
     licence = f" ({origin.licence})" if origin.licence else ""
@@ -101,9 +81,7 @@ def _name(source: SourceImage, origins: Mapping[SourceImage, Origin]) -> str:
 
 def _heated(picture: Image.Image, values: npt.NDArray[np.float64]) -> Image.Image:
     """A pale picture with red where values (0..1, [h, w]) are high."""
-    grey = Image.blend(
-        picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.5
-    )
+    white, red = (Image.new("RGB", picture.size, color) for color in ("white", _HOT))
+    grey = Image.blend(picture.convert("L").convert("RGB"), white, 0.5)
     strength = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
-    strength = strength.resize(picture.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", picture.size, _HOT), grey, strength)
+    return Image.composite(red, grey, strength.resize(picture.size, Image.Resampling.NEAREST))

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from arrag_runtime import Generated, Neighbors, daid
+from arrag_runtime import Neighbors, daid
 from arrag_runtime.daid import DaidSettings
 from arrag_runtime.format.ids import patch_ids
+from arrag_runtime.format.images import ImageRow
 from arrag_runtime.generation.copied_runs import CopyRun, longest_copy
 from arrag_runtime.generation.decode_loop import Choice
 from arrag_runtime.generation.picture_grid import comparison, grid_picture, save_png
-from arrag_runtime.generation.trace import TokenTrace, Tracer, heat, source_weights, trace_json
-from arrag_runtime.generation.trace_sheet import Traced, draw_trace
+from arrag_runtime.generation.trace import (
+    TokenTrace,
+    Traced,
+    Tracer,
+    heat,
+    source_weights,
+    trace_json,
+)
+from arrag_runtime.generation.trace_sheet import draw_trace
 
 K, VOCABULARY = 40, 12
 
@@ -126,17 +133,14 @@ def test_a_sources_weights_are_summed_over_the_picture() -> None:
     assert values[0, 0] == 0
 
 
-ORIGIN = SimpleNamespace(
-    key="a.jpg", source="folder:x", caption="a hat", url="http://x/a", licence="CC0"
-)
+ORIGIN = ImageRow(1, "a.jpg", "folder:x", "a hat", "http://x/a", "CC0", "database", "")
 
 
 def test_the_json_names_every_entrys_origin(tmp_path: Path) -> None:
     """Picture, place, url, caption, licence and weight; an unknown picture keeps its id."""
-    trace = traces()
-    generated = Generated(np.full((1, 3, 3), 3, np.uint16), ("a hat",), (7,))
-    copy = CopyRun(0, 1, 4, 0, 1, 2, 3, 5)
-    told = trace_json(generated, [trace], {(0, 1): ORIGIN}, [copy], {"method": "daid"})
+    copy, pixels = CopyRun(0, 1, 4, 0, 1, 2, 3, 5), np.zeros((32, 32, 3), np.uint8)
+    traced = Traced("a hat", 7, pixels, traces(), copy)
+    told = trace_json([traced], 3, {(0, 1): ORIGIN}, {"method": "daid"})
     told = json.loads(json.dumps(told))
     assert (told["method"], len(told["images"])) == ("daid", 1)
     picture = told["images"][0]
