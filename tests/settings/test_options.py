@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import MISSING
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import typer.main
 
 import cli
 from arrag_runtime.generation.settings import GenerateSettings
-from arrag_runtime.settings import MISSING, make, read_toml, settings_of, to_toml, values_of
+from arrag_runtime.settings import make, read_toml, settings_of, to_toml, values_of
 from arrag_runtime.training.settings import TrainSettings
 from schemas.settings.build import BuildSettings
 from schemas.settings.evaluate import EvaluateSettings

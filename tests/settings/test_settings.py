@@ -1,6 +1,6 @@
 """Settings to a file and back, and what a value may be."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from arrag_runtime.daid import DaidSettings
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.generation.settings import GenerateSettings
 from arrag_runtime.settings import (
-    MISSING,
     Setting,
     make,
     read_toml,
