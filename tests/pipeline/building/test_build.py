@@ -106,6 +106,14 @@ def test_a_long_tar_becomes_several_shards(
     assert len(set(all_rows(tmp_path / "db")["images"]["key"].to_pylist())) == 5
 
 
+def test_the_manifest_keeps_the_options_in_force(built: Path, pictures: Path) -> None:
+    """By the names that a file of options has; where the database lies and who asks is left out."""
+    kept = DatabaseManifest.read(Layout(built)).runs[0]["settings"]
+    assert kept["input"] == [str(pictures)]
+    assert (kept["source"], kept["min-side"], kept["workers"]) == ("folder", 32, 2)
+    assert not {"db", "user-agent-contact"} & kept.keys()
+
+
 @pytest.mark.slow
 def test_a_failed_shard_is_reported_and_the_others_go_on(
     ray_session: None, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

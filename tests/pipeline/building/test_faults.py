@@ -21,7 +21,7 @@ from tests.worlds.processes import encoders
     [
         (RayResources(gpus=1), None, "--gpus 1, but the Ray cluster declares 0"),
         (RayResources(workers=2, threads=2), None, "2 workers of 2 threads need more"),
-        (RayResources(workers=2), "fp16", "unknown precision 'fp16'"),
+        (RayResources(workers=2), "fp16", "unknown --precision 'fp16'"),
     ],
 )
 def test_a_refused_first_build_creates_nothing(
