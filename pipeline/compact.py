@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.ids import Ids, contains
@@ -83,8 +83,7 @@ def compact(
         for keys in patch_tables(layout):
             held.check()
             progress(f"deleting from {keys.name}")
-            deleted = delete_images(layout.patches(keys), "patch_id", removed)
-            patches += deleted
+            patches += delete_images(layout.patches(keys), "patch_id", removed)
             progress(f"writing {keys.name} anew")
             compact_table(layout.patches(keys))
         held.check()
@@ -109,14 +108,12 @@ def compact(
 def _deletions(layout: Layout, manifest: DatabaseManifest, removed: Ids) -> list[Deletion]:
     """What is to be deleted, by shard, without what the ledger has of an interrupted compaction."""
     recorded = deleted_images(layout)
-    spec = manifest.tokenizer
-    per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
     shards: dict[tuple[str, str], list[tuple[int, bool]]] = defaultdict(list)
     columns = ["image_id", "shard", "source", "split"]
     for batch in ImageTable(layout.images).batches(columns, 131_072):
         ids = batch.column("image_id").to_numpy()
-        for at in np.flatnonzero(contains(removed, ids) & ~contains(recorded, ids)).tolist():
-            row = {name: batch.column(name)[at].as_py() for name in columns}
+        chosen = pa.array(contains(removed, ids) & ~contains(recorded, ids))
+        for row in batch.filter(chosen).to_pylist():
             held_out = row["split"] == "heldout"
             shards[row["shard"], row["source"]].append((row["image_id"], held_out))
     return [
@@ -125,7 +122,7 @@ def _deletions(layout: Layout, manifest: DatabaseManifest, removed: Ids) -> list
             source,
             tuple(image for image, _ in images),
             heldout=sum(held_out for _, held_out in images),
-            patches=per_image * sum(not held_out for _, held_out in images),
+            patches=manifest.patches_per_image * sum(not held_out for _, held_out in images),
         )
         for (shard, source), images in sorted(shards.items())
     ]

@@ -5,7 +5,7 @@ The patch that comes next is framed; the neighbours that form the key are outlin
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,12 @@ REACH = 2
 """Patches shown on each side of the one that comes next."""
 MAX_ROWS, MAX_NEIGHBORS = 8, 8
 FRAME, KEY = (225, 29, 72), (37, 99, 235)
+LEGEND = (
+    (INK, "Left: the query's picture, as the tokenizer sees it. Each row below is one position."),
+    (KEY, "Blue outline: the neighbours whose tokens form the key."),
+    (FRAME, "Red frame: the patch that comes next; in the results, what the database offers."),
+    (KEY, "Blue text: the very token that stands in the query's picture."),
+)
 
 
 def save_sheet(
@@ -38,10 +44,7 @@ def save_sheet(
 
 
 def draw_sheet(
-    answer: QueryAnswer,
-    tokenizer: Tokenizer,
-    title: str,
-    progress: Progress = silent,
+    answer: QueryAnswer, tokenizer: Tokenizer, title: str, progress: Progress = silent
 ) -> Image.Image:
     """Draw up to eight of the answer's positions, spread evenly, with up to eight results each."""
     results = _spread(answer.results, MAX_ROWS)
@@ -51,21 +54,22 @@ def draw_sheet(
     for database in {n.database for n in shown}:
         sources = {n.image_id for n in shown if n.database == database}
         grids |= ImageTable(Layout(database).images).grids(sorted(sources), height)
-    pictures = dict(_reconstruct(grids, tokenizer, progress))
+    pictures = {}
+    for done, (image, grid) in enumerate(grids.items(), start=1):
+        pictures[image] = tokenizer.decode(grid[None])[0]
+        progress("reconstructing", done, len(grids))
     asked = None if answer.grid is None else tokenizer.decode(answer.grid[None])[0]
     columns = max((min(len(r.neighbors), MAX_NEIGHBORS) for r in results), default=0)
-    left = TILE + GAP + 3 * GAP
-    width = 2 * MARGIN + left + columns * (TILE + GAP)
+    left = TILE + 4 * GAP
+    width = max(760, 2 * MARGIN + left + columns * (TILE + GAP))
     overview = 0 if asked is None else TILE * 2
     top = MARGIN + 64 + (overview + GAP if overview else 0)
-    sheet = Image.new(
-        "RGB", (max(width, 760), top + len(results) * (TILE + TEXT) + MARGIN), "white"
-    )
+    sheet = Image.new("RGB", (width, top + len(results) * (TILE + TEXT) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, font(20))
     draw.text((MARGIN, MARGIN + 28), _legend(answer, len(results)), FAINT, font(13))
     if asked is not None:
-        _overview(sheet, asked, results, answer, (MARGIN, MARGIN + 64), overview)
+        _overview(sheet, asked, results, height, (MARGIN, MARGIN + 64), overview)
     offsets = answer.manifest.keys.neighborhood.offsets
     for index, result in enumerate(results):
         y = top + index * (TILE + TEXT)
@@ -96,16 +100,6 @@ def _spread(results: Sequence[PositionResult], count: int) -> list[PositionResul
     return [results[min(i + 5 * n % 17, len(results) - 1)] for n, i in enumerate(at)]
 
 
-def _reconstruct(
-    grids: dict[int, npt.NDArray[np.uint16]],
-    tokenizer: Tokenizer,
-    progress: Progress,
-) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-    for done, (image, grid) in enumerate(grids.items(), start=1):
-        yield image, tokenizer.decode(grid[None])[0]
-        progress("reconstructing", done, len(grids))
-
-
 def _cut(
     picture: npt.NDArray[np.uint8],
     row: int,
@@ -122,8 +116,9 @@ def _cut(
     tile = Image.fromarray(cut).resize((TILE, TILE), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(tile)
     cell = TILE / (2 * REACH + 1)
-    for r, c in [o for o in offsets if max(abs(o[0]), abs(o[1])) <= REACH]:
-        draw.rectangle(_cell(r, c, cell), outline=KEY)
+    for r, c in offsets:
+        if max(abs(r), abs(c)) <= REACH:
+            draw.rectangle(_cell(r, c, cell), outline=KEY)
     draw.rectangle(_cell(0, 0, cell), outline=FRAME, width=3)
     return tile
 
@@ -137,43 +132,24 @@ def _overview(
     sheet: Image.Image,
     picture: npt.NDArray[np.uint8],
     results: Sequence[PositionResult],
-    answer: QueryAnswer,
+    grid_height: int,
     at: tuple[int, int],
     side: int,
 ) -> None:
     """The query's picture as the tokenizer sees it, with the positions asked about."""
     small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(small)
-    cell = side / answer.manifest.tokenizer.grid_height
+    cell = side / grid_height
     for number, result in enumerate(results, start=1):
         if result.row is not None and result.col is not None:
             x, y = result.col * cell, result.row * cell
             draw.rectangle((x, y, x + cell, y + cell), outline=FRAME, width=2)
-            draw.text(
-                (x + cell + 2, y - 2),
-                str(number),
-                FRAME,
-                font(13),
-                stroke_width=2,
-                stroke_fill="white",
-            )
+            place = (x + cell + 2, y - 2)
+            draw.text(place, str(number), FRAME, font(13), stroke_width=2, stroke_fill="white")
     sheet.paste(small, at)
     draw = ImageDraw.Draw(sheet)
     x = at[0] + side + 2 * GAP
-    for line, (color, text) in enumerate(
-        (
-            (
-                INK,
-                "Left: the query's picture, as the tokenizer sees it. Each row below is one position.",
-            ),
-            (KEY, "Blue outline: the neighbours whose tokens form the key."),
-            (
-                FRAME,
-                "Red frame: the patch that comes next; in the results, what the database offers.",
-            ),
-            (KEY, "Blue text: the very token that stands in the query's picture."),
-        )
-    ):
+    for line, (color, text) in enumerate(LEGEND):
         draw.text((x, at[1] + 4 + line * 24), text, color, font(13))
 
 
