@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from arrag_runtime.generation.methods import GenerateReport
     from pipeline.build import BuildReport
     from pipeline.query import QueryAnswer
-    from pipeline.verify import Check
 
 
 def _typer(name: str) -> typer.Typer:
@@ -241,16 +240,21 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Prove a database sound: counts, ids, contents, indexes. Exits with 1 when it is not."""
-    if removed is not None:
-        from pipeline.verify import verify_removed
-
-        _print_checks(verify_removed(db, removed), f"receipt {removed} does not hold", as_json)
-        return
     from pipeline.verify import verify as run_verify
+    from pipeline.verify import verify_removed
 
-    with _bar(quiet or as_json, "shards") as show:
-        checks = run_verify(db, full=full, progress=partial(show, "recomputing patches"))
-    _print_checks(checks, f"database {db} is not sound", as_json)
+    if removed is not None:
+        checks, failure = verify_removed(db, removed), f"receipt {removed} does not hold"
+    else:
+        with _bar(quiet or as_json, "shards") as show:
+            checks = run_verify(db, full=full, progress=partial(show, "recomputing patches"))
+        failure = f"database {db} is not sound"
+    failed = [check.name for check in checks if not check.ok]
+    lines = (f"{'ok    ' if c.ok else 'FAILED'} {c.name}: {c.detail}" for c in checks)
+    listed = {"ok": not failed, "checks": [vars(check) for check in checks]}
+    typer.echo(_json(listed) if as_json else "\n".join(lines))
+    if failed:
+        raise ArragError(f"{failure}: {'; '.join(failed)}")
 
 
 @app.command()
@@ -303,11 +307,11 @@ def remove(
     removal = plan_removal(db, request)
     if not as_json:
         typer.echo(removal.to_text())
-    if as_json and not (dry_run or yes):
+    elif not (dry_run or yes):
         raise BadInputError("--json asks nothing; add --yes to remove, or --dry-run to look")
+    elif dry_run or removal.is_empty:
+        typer.echo(_json(removal.to_json()))
     if dry_run or removal.is_empty:
-        if as_json:
-            typer.echo(_json(removal.to_json()))
         return
     if not yes:
         typer.confirm("Remove them?", abort=True)
@@ -345,11 +349,8 @@ def doctor(settings: DoctorSettings, as_json: AsJson = False) -> None:
 
     findings = run_doctor(settings)
     failed = [finding.name for finding in findings if finding.verdict == "FAIL"]
-    if as_json:
-        listed = [vars(finding) for finding in findings]
-        typer.echo(_json({"ok": not failed, "findings": listed}))
-    else:
-        typer.echo(to_text(findings))
+    listed = {"ok": not failed, "findings": [vars(finding) for finding in findings]}
+    typer.echo(_json(listed) if as_json else to_text(findings))
     if failed:
         raise ArragError(f"this machine is not ready: {', '.join(failed)}; see the lines above")
 
@@ -441,9 +442,7 @@ def train(settings: TrainSettings, as_json: AsJson = False, quiet: Quiet = False
     from arrag_runtime.training.train import train as run_train
 
     with _bar(quiet or as_json, "steps", "loading the model") as show:
-        report = run_train(
-            settings, lambda done, total, loss: show(f"loss {loss:.4f}", done, total)
-        )
+        report = run_train(settings, lambda n, total, loss: show(f"loss {loss:.4f}", n, total))
     if report.main:
         typer.echo(json.dumps(report.to_json()) if as_json else report.to_text())
 
@@ -471,19 +470,6 @@ def _announce(cost: str) -> None:
     typer.echo(f"note: {cost}", err=True)
 
 
-def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> None:
-    """Every check on a line, or as one object; a failed one makes the command fail."""
-    failed = [check for check in checks if not check.ok]
-    if as_json:
-        listed = [vars(check) for check in checks]
-        typer.echo(_json({"ok": not failed, "checks": listed}))
-    else:
-        for check in checks:
-            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
-    if failed:
-        raise ArragError(f"{failure}: {'; '.join(check.name for check in failed)}")
-
-
 def _print_results(answer: "QueryAnswer") -> None:
     """A table for people; on a terminal it takes the terminal's width, in a pipe as it needs."""
     from rich.console import Console
@@ -499,8 +485,7 @@ def _print_results(answer: "QueryAnswer") -> None:
         for n in result.neighbors:
             cells = (asked, f"{n.distance:.4f}", n.token, n.image_id, n.row, n.col)
             table.add_row(*map(str, cells), n.caption or n.key, n.url or "")
-    console = Console() if sys.stdout.isatty() else Console(width=2000)
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else 2000).print(table)
 
 
 @contextmanager
@@ -527,16 +512,6 @@ def _bar(quiet: bool, unit: str, first: str = "starting") -> Iterator[Progress]:
         )
 
 
-def main() -> None:
-    """The console script `arrag-db`."""
-    _run(app)
-
-
-def main_runtime() -> None:
-    """The console script `arrag`."""
-    _run(runtime)
-
-
 def _run(commands: typer.Typer) -> None:
     """Run a command: domain errors become one line on stderr and exit code 1."""
     # Silence what libraries say at import; a user's own setting wins.
@@ -552,6 +527,9 @@ def _run(commands: typer.Typer) -> None:
         typer.echo("stopped; the same command goes on where it was", err=True)
         sys.exit(130)
 
+
+main, main_runtime = partial(_run, app), partial(_run, runtime)
+"""The console scripts `arrag-db` and `arrag`."""
 
 if __name__ == "__main__":
     main()

@@ -95,17 +95,15 @@ class BuildReport:
             done = f"all {self.shards_skipped} shards are in the database"
             none = f"no open rejects with {','.join(retried)} to be had from this --input"
             return "\n".join([*notes, f"nothing to do: {none if retried else done}"])
-        rejects = self.rejects.total()
         again = f"{self.retried:,} rejects tried again"
         lines = [
             f"{again if retried else f'{self.inputs:,} inputs'} = {self.images:,} images +"
-            f" {rejects:,} rejects; {self.heldout:,} held out, {self.patches:,} patches;"
-            f" {self.images_per_second:.1f} images/s, {self.seconds:.0f} s in all"
+            f" {self.rejects.total():,} rejects; {self.heldout:,} held out, {self.patches:,}"
+            f" patches; {self.images_per_second:.1f} images/s, {self.seconds:.0f} s in all"
         ]
         lines += [f"  rejected {n:,}: {reason}" for reason, n in self.rejects.most_common()]
         if self.agreement is not None:
-            share = f"{self.agreement:.2%}"
-            lines.append(f"  {share} of token ids agree with float32 (first batches)")
+            lines.append(f"  {self.agreement:.2%} of token ids agree with float32 (first batches)")
         return "\n".join([*notes, *lines])
 
 
@@ -291,8 +289,5 @@ def _describe_run(
         "versions": {name: version(name) for name in packages},
         "settings": kept,
     }
-    replace(
-        manifest,
-        sources=tuple(dict.fromkeys((*manifest.sources, settings.source.name))),
-        runs=(*manifest.runs, run),
-    ).write(layout)
+    sources = tuple(dict.fromkeys((*manifest.sources, settings.source.name)))
+    replace(manifest, sources=sources, runs=(*manifest.runs, run)).write(layout)

@@ -1,7 +1,7 @@
 """Delete the bytes of removed pictures from a database, and merge its many small fragments.
 
-record the deletions in the ledger → delete the rows from every patches table, then from the images →
-write the tables anew → end in the ledger → build the indexes again that hold something of them.
+record the deletions in the ledger → delete the rows from every patches table, then from the images
+→ write the tables anew → end in the ledger → build the indexes again that hold something of them.
 Killed at any moment it is run again: what is still there of a removed picture is deleted, and no
 deletion is recorded twice.
 """
@@ -100,7 +100,12 @@ def compact(
         if _is_outdated(layout, folder, removed):
             name = Path(folder).name
             progress(f"building index {name} again")
-            _build_again(layout, folder, compacted=folder in whole)
+            made = IndexManifest.read(folder)
+            if PatchTable(layout.patches(made.keys)).count:
+                settings = IndexSettings.from_json(made.settings)
+                index(layout.root, settings, name=name, compacted=folder in whole)
+            else:
+                delete_place(folder)
             indexes.append(name)
     return Compaction(images, patches, before, stored_bytes(layout.root), tuple(indexes))
 
@@ -143,13 +148,3 @@ def _holds_all(layout: Layout, folder: str) -> bool:
     index = IndexManifest.read(folder)
     table = PatchTable(layout.patches(index.keys))
     return (table.count, table.mark) == (index.settings["rows"], index.mark)
-
-
-def _build_again(layout: Layout, folder: str, *, compacted: bool) -> None:
-    """Build an index again, the way it was made; without any patches there is none."""
-    made = IndexManifest.read(folder)
-    if not PatchTable(layout.patches(made.keys)).count:
-        delete_place(folder)
-        return
-    settings = IndexSettings.from_json(made.settings)
-    index(layout.root, settings, name=Path(folder).name, compacted=compacted)

@@ -173,7 +173,8 @@ def evaluate(
         if not len(queries.keys):
             raise BadInputError(f"database {layout.root} has no pictures to ask with; build first")
         skip, without = _not_entries(layout, made, codes)
-        metric = (keys, table.version, made.weights, _digest(skip), _digest(without))
+        digests = (hashlib.sha256(ids.tobytes()).hexdigest() for ids in (skip, without))
+        metric = (keys, table.version, made.weights, *digests)
         if metric not in exact:
             exact[metric] = exact_neighbors(
                 table,
@@ -224,10 +225,6 @@ def _not_entries(layout: Layout, made: IndexManifest, codes: Floats) -> tuple[Id
     engine, _ = open_engine(made, folder, codes)
     parts = engine.parts if isinstance(engine, CodebookSearch) else ()
     return copies_left_aside(parts), np.union1d(left_out(folder), Tombstones(layout).ids)
-
-
-def _digest(ids: Ids) -> str:
-    return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def _prior(table: PatchTable, vocabulary: int, seed: int) -> Probabilities:

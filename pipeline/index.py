@@ -53,7 +53,7 @@ _DEEPEST = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What there is to index and how."""
+    """What there is to index, how, and at which place; `older` is built upon, None for nothing."""
 
     name: str
     layout: Layout
@@ -62,9 +62,7 @@ class _Job:
     table: PatchTable
     codes: Floats
     place: str
-    """Where the index goes."""
     older: IndexManifest | None
-    """The index at that place that is built upon; None where nothing of it is kept."""
     decision: growth.Decision
     work: Path
     resources: RayResources | None
@@ -101,7 +99,7 @@ def index(
         raise BadInputError(
             f"--name '{name}' is no name for a folder; use letters, digits, - and _"
         )
-    Target.parse(settings.target_recall)
+    target = Target.parse(settings.target_recall)
     give_memory_back()
     with lease(layout, "arrag-db index") as held:
         started = time.perf_counter()
@@ -116,9 +114,8 @@ def index(
         older = growth.index_made_alike(place, settings)
         decision = growth.FRESH
         if older is not None:
-            decision = growth.decide(
-                growth.facts_of(place, older, table, unwanted, compacted=compacted)
-            )
+            facts = growth.facts_of(place, older, table, unwanted, compacted=compacted)
+            decision = growth.decide(facts)
         older = older if decision.kept else None
         job = _Job(
             name=name,
@@ -137,7 +134,12 @@ def index(
         try:
             built = _build_codebook(job) if settings.kind == "codebook" else _build_faiss(job)
             final = _certified(job, built, time.perf_counter() - started, announce)
-            _require_recall(final, settings, min_recall)
+            reached = final.certificate["chosen"]["recall"][str(target.k)]
+            if min_recall is not None and reached < min_recall:
+                raise BadInputError(
+                    f"index {name} has a recall of {reached:.3f}, below --min-recall {min_recall},"
+                    " so it was not put in place; give more --nprobe or another --kind"
+                )
         except ArragError:
             shutil.rmtree(job.work, ignore_errors=True)
             raise
@@ -145,15 +147,6 @@ def index(
         held.check()
         put_index(place, job.work)
         return final
-
-
-def _require_recall(made: IndexManifest, settings: IndexSettings, wanted: float | None) -> None:
-    reached = made.certificate["chosen"]["recall"][str(Target.parse(settings.target_recall).k)]
-    if wanted is not None and reached < wanted:
-        raise BadInputError(
-            f"index {made.name} has a recall of {reached:.3f}, below --min-recall {wanted}, so it was"
-            " not put in place; give more --nprobe or another --kind"
-        )
 
 
 def _build_codebook(job: _Job) -> IndexManifest:
@@ -187,7 +180,6 @@ def _build_codebook(job: _Job) -> IndexManifest:
         # It did not hold all rows of the table, so what it lacks is not known.
         empty_work_folder(work, unwanted_ids)
         return _build_codebook(replace(job, older=None, decision=growth.FRESH))
-    resident = entries * (layout.size + 2)
     trained_for = table.count if older is None else int(older.settings["trained_for"])
     return IndexManifest(
         name=job.name,
@@ -200,7 +192,7 @@ def _build_codebook(job: _Job) -> IndexManifest:
         entries=entries,
         nprobe=settings.nprobe,
         code_bytes_per_key=entries * layout.size / max(count, 1),
-        resident_bytes_per_key=resident / max(count, 1),
+        resident_bytes_per_key=entries * (layout.size + 2) / max(count, 1),
         ms_per_query=0.0,
         recall_at_10=0.0,
         certificate={},
@@ -231,6 +223,10 @@ def _build_faiss(job: _Job) -> IndexManifest:
         progress=lambda done, total: job.progress("filling the index", done, total),
     )
     entries = int(filled.index.ntotal)
+    file_bytes = (job.work / files.INDEX_FILE).stat().st_size
+    inner = filled.index
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
     return IndexManifest(
         name=job.name,
         kind=filled.kind,
@@ -241,9 +237,10 @@ def _build_faiss(job: _Job) -> IndexManifest:
         count=entries,
         entries=entries,
         nprobe=settings.nprobe,
-        code_bytes_per_key=_code_size(filled.index, job.work),
+        # A graph has no codes of its own.
+        code_bytes_per_key=float(getattr(inner, "code_size", None) or file_bytes / entries),
         # faiss reads its file into memory; ids and next tokens stay mapped.
-        resident_bytes_per_key=(job.work / files.INDEX_FILE).stat().st_size / max(entries, 1) + 2,
+        resident_bytes_per_key=file_bytes / max(entries, 1) + 2,
         ms_per_query=0.0,
         recall_at_10=0.0,
         certificate={},
@@ -251,15 +248,6 @@ def _build_faiss(job: _Job) -> IndexManifest:
         settings=_kept_settings(job) | {"trained_on": filled.trained_on},
         metrics=filled.metrics,
     )
-
-
-def _code_size(index: Any, folder: Path) -> float:
-    """Bytes of code per entry of the index; for a graph, bytes of its file per entry."""
-    inner = (
-        faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    )
-    size = getattr(inner, "code_size", None)
-    return float(size or (folder / files.INDEX_FILE).stat().st_size / index.ntotal)
 
 
 def _weights(job: _Job) -> tuple[tuple[float, ...] | None, dict[str, Any] | None]:

@@ -50,11 +50,12 @@ def info(database: str | Path) -> dict[str, Any]:
         "neighborhood": keys.neighborhood.name,
         "border": keys.neighborhood.border,
         "key_space": keys.space,
-        "bytes": _sizes(layout),
-        "indexes": {
-            folder.rpartition("/")[2]: _index(folder, layout, manifest)
-            for folder in index_folders(layout)
+        "bytes": {
+            name: stored_bytes(join(layout.root, name))
+            for name in names_in(layout.root)
+            if name in ("patches", "index") or name.endswith(".lance")
         },
+        "indexes": {f.rpartition("/")[2]: _index(f, layout) for f in index_folders(layout)},
     }
 
 
@@ -73,7 +74,7 @@ def _removed_waiting(layout: Layout, manifest: DatabaseManifest) -> dict[str, in
     return {"images": len(splits), "heldout": held_out, "patches": patches}
 
 
-def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str, Any]:
+def _index(folder: str, layout: Layout) -> dict[str, Any]:
     index = IndexManifest.read(folder)
     current = lance.dataset(layout.patches(index.keys)).count_rows()
     return {
@@ -93,16 +94,6 @@ def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str,
         "ms_per_query": index.ms_per_query,
         "table_version": index.table_version,
         "up_to_date": index.settings["rows"] == current,
-    }
-
-
-def _sizes(layout: Layout) -> dict[str, int]:
-    """The bytes of the database's tables and indexes, by the names of their folders."""
-    folders = {"patches", layout.indexes.rpartition("/")[2]}
-    return {
-        name: stored_bytes(join(layout.root, name))
-        for name in names_in(layout.root)
-        if name in folders or name.endswith(".lance")
     }
 
 

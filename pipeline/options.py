@@ -6,17 +6,14 @@ from collections.abc import Callable
 from dataclasses import MISSING
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from arrag_runtime.settings import Setting, make, read_toml, settings_of, to_toml, values_of
 
-Settings = TypeVar("Settings")
-Takes = Callable[[Callable[..., None]], Callable[..., None]]
 
-
-def takes(kind: type[Settings]) -> Takes:
+def takes(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a class of settings, which it gets as its first argument.
 
         @app.command()
@@ -30,7 +27,7 @@ def takes(kind: type[Settings]) -> Takes:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command).parameters.values())[1:]
         own_names = {_own_key(parameter): parameter.name for parameter in own}
-        offered: tuple[Setting, ...] = settings_of(kind)  # type: ignore[arg-type]
+        offered = settings_of(kind)  # type: ignore[arg-type]
 
         def load(context: typer.Context, file: Path | None) -> Path | None:
             if file is not None:

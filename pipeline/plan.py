@@ -13,7 +13,7 @@ from typing import Any
 
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
-from arrag_runtime.format.specs import KeySpec, key_spec
+from arrag_runtime.format.specs import key_spec
 from schemas.records import Count
 from schemas.settings import index as indexes
 from schemas.settings.plan import ForecastSettings
@@ -100,6 +100,15 @@ def work_out(
     images = round(count.inputs * success)
     heldout = round(images * hold_out)
     patches = (images - heldout) * len(keys.neighborhood.positions(height, width))
+    tables = {
+        "patches": patches * (_BYTES_A_PATCH + _BYTES_A_NEIGHBOR * keys.neighborhood.size),
+        "images": round(images * _BYTES_A_GRID_TOKEN * (height * width)),
+        "rejects": (count.inputs - images) * _BYTES_A_REJECT,
+        "shards": math.ceil(count.inputs / 10_000) * _BYTES_A_SHARD,
+    }
+    kinds = ("codebook", "ivfpq") if keys.space == "codebook" else ("ivfpq",)
+    index_memory = {kind: patches * _CODE_BYTES[kind] for kind in kinds}
+    index_memory["flat"] = patches * 4 * keys.neighborhood.size * dimension
     rate = settings.images_per_second or _measured(manifest)
     return Forecast(
         source=settings.source.name,
@@ -110,8 +119,8 @@ def work_out(
         images=images,
         heldout=heldout,
         patches=patches,
-        tables=_tables(count.inputs, images, patches, keys, height * width),
-        index_memory=_memory(patches, keys, dimension),
+        tables=tables,
+        index_memory=index_memory,
         index=suggest_index(patches, settings.query_ms, space=keys.space),
         download_hours=count.inputs / settings.rate / 3600 if count.links else None,
         gpu_hours=images / rate / 3600 if rate else None,
@@ -144,26 +153,6 @@ def suggest_index(keys: int, query_ms: float, *, space: str = "codebook") -> dic
     threads = max(1, math.ceil(seconds * 1000 / query_ms))
     timing = {"milliseconds": seconds * 1000, "threads": threads, "query_ms": query_ms}
     return {"kind": kind, "lists": lists, "nprobe": nprobe} | timing
-
-
-def _tables(
-    inputs: int, images: int, patches: int, keys: KeySpec, positions: int
-) -> dict[str, int]:
-    """Bytes on disk of each table."""
-    return {
-        "patches": patches * (_BYTES_A_PATCH + _BYTES_A_NEIGHBOR * keys.neighborhood.size),
-        "images": round(images * _BYTES_A_GRID_TOKEN * positions),
-        "rejects": (inputs - images) * _BYTES_A_REJECT,
-        "shards": math.ceil(inputs / 10_000) * _BYTES_A_SHARD,
-    }
-
-
-def _memory(patches: int, keys: KeySpec, dimension: int) -> dict[str, int]:
-    """Bytes of memory of each kind of index over so many keys."""
-    kinds = _CODE_BYTES if keys.space == "codebook" else {"ivfpq": _CODE_BYTES["ivfpq"]}
-    return {kind: patches * size for kind, size in kinds.items()} | {
-        "flat": patches * 4 * keys.neighborhood.size * dimension
-    }
 
 
 def _measured(manifest: DatabaseManifest | None) -> float | None:

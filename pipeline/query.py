@@ -221,20 +221,15 @@ def _picture_keys(
     if settings.row is not None and settings.col is not None:
         key = hood.key_at(grid[None], settings.row, settings.col)
         if key is None:
+            rows, cols = np.divmod(hood.positions(*grid.shape), grid.shape[1])
             raise BadInputError(
                 f"position ({settings.row}, {settings.col}) has no full {hood.name} neighbourhood"
-                f" and the database skips such borders; {_range_with_keys(manifest)}"
+                f" and the database skips such borders; use rows {rows.min()}..{rows.max()} and"
+                f" columns {cols.min()}..{cols.max()}"
             )
         return [(settings.row, settings.col)], key
     at = np.stack(np.divmod(hood.positions(*grid.shape), grid.shape[1]), axis=1)
     return [(int(row), int(col)) for row, col in at], hood.keys(grid[None])[0]
-
-
-def _range_with_keys(manifest: DatabaseManifest) -> str:
-    spec = manifest.tokenizer
-    at = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width)
-    rows, cols = np.divmod(at, spec.grid_width)
-    return f"use rows {rows.min()}..{rows.max()} and columns {cols.min()}..{cols.max()}"
 
 
 def _image_rows(layouts: Sequence[Layout], found: Neighbors) -> dict[tuple[int, int], ImageRow]:

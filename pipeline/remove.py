@@ -116,8 +116,8 @@ class Removal:
             )
         if found.shared:
             lines.append(
-                f"  {len(found.shared):,} hashes or addresses belong to pictures that stay, too, and"
-                " are not kept out of builds"
+                f"  {len(found.shared):,} hashes or addresses belong to pictures that stay, too,"
+                " and are not kept out of builds"
             )
         return "\n".join(lines)
 
@@ -147,17 +147,17 @@ def plan_removal(database: str | Path, request: RemovalRequest) -> Removal:
 
     Hashes that no picture here has, and all entries of an imported list, go on this list as well.
     """
-    asked = {removed_list_file.require_hash(text, "--sha256") for text in request.hashes}
-    hashes = asked | hash_files(request.like)
-    urls = frozenset[str]()
     if request.listed is not None:
         entries = removed_list_file.import_removed(request.listed)
-        hashes = {entry.sha256 for entry in entries if entry.sha256 is not None}
-        urls = frozenset(entry.url for entry in entries if entry.url is not None)
     else:
+        hashes = {removed_list_file.require_hash(text, "--sha256") for text in request.hashes}
+        hashes |= hash_files(request.like)
         entries = tuple(RemovedEntry(sha256=sha256) for sha256 in sorted(hashes))
     selection = Selection(
-        where=request.where, image_ids=request.image_ids, hashes=frozenset(hashes), urls=urls
+        where=request.where,
+        image_ids=request.image_ids,
+        hashes=frozenset(entry.sha256 for entry in entries if entry.sha256 is not None),
+        urls=frozenset(entry.url for entry in entries if entry.url is not None),
     )
     return _removal(database, selection, entries, with_copies=not request.only_these)
 

@@ -17,7 +17,7 @@ from arrag_runtime.format.manifest import Layout
 from arrag_runtime.generation.picture_grid import FAINT, INK, font, save_png
 from arrag_runtime.progress import Progress, silent
 from arrag_runtime.tokenizers import Tokenizer
-from pipeline.query import Neighbor, PositionResult, QueryAnswer, load_database_tokenizer
+from pipeline.query import PositionResult, QueryAnswer, load_database_tokenizer
 from schemas.settings.query import QuerySettings
 
 TILE, GAP, MARGIN, TEXT = 132, 14, 28, 46
@@ -66,17 +66,22 @@ def draw_sheet(
     top = MARGIN + 64 + (overview + GAP if overview else 0)
     sheet = Image.new("RGB", (width, top + len(results) * (TILE + TEXT) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
+    spec, keys = answer.manifest.tokenizer, answer.manifest.keys
+    legend = (
+        f"{len(results)} of {len(answer.results)} positions; nearest first, squared L2 distance d"
+        f" between {keys.neighborhood.name} keys; index {answer.index}, tokenizer {spec.name}"
+    )
     draw.text((MARGIN, MARGIN), title, INK, font(20))
-    draw.text((MARGIN, MARGIN + 28), _legend(answer, len(results)), FAINT, font(13))
+    draw.text((MARGIN, MARGIN + 28), legend, FAINT, font(13))
     if asked is not None:
         _overview(sheet, asked, results, height, (MARGIN, MARGIN + 64), overview)
-    offsets = answer.manifest.keys.neighborhood.offsets
     for index, result in enumerate(results):
         y = top + index * (TILE + TEXT)
         if asked is not None and result.row is not None and result.col is not None:
-            tile = _cut(asked, result.row, result.col, height, offsets)
+            tile = _cut(asked, result.row, result.col, height, keys.neighborhood.offsets)
             sheet.paste(tile, (MARGIN, y))
-            text = f"{index + 1}. query at row {result.row}, col {result.col}\nits token {result.token}"
+            asked_at = f"{index + 1}. query at row {result.row}, col {result.col}"
+            text = f"{asked_at}\nits token {result.token}"
         else:
             text = "query by tokens\n" + ", ".join(map(str, result.key))
         _caption(draw, (MARGIN, y + TILE + 2), text, INK)
@@ -84,10 +89,13 @@ def draw_sheet(
             x = MARGIN + left + rank * (TILE + GAP)
             if neighbor.image_id in pictures:
                 picture = pictures[neighbor.image_id]
-                tile = _cut(picture, neighbor.row, neighbor.col, height, offsets)
+                tile = _cut(picture, neighbor.row, neighbor.col, height, keys.neighborhood.offsets)
                 sheet.paste(tile, (x, y))
             color = KEY if neighbor.token == result.token else INK
-            _caption(draw, (x, y + TILE + 2), _describe(neighbor), color)
+            name = neighbor.caption or neighbor.key or f"image {neighbor.image_id}"
+            lines = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
+            text = "\n".join([f"d {neighbor.distance:.3f}  token {neighbor.token}", *lines])
+            _caption(draw, (x, y + TILE + 2), text, color)
     return sheet
 
 
@@ -151,20 +159,6 @@ def _overview(
     x = at[0] + side + 2 * GAP
     for line, (color, text) in enumerate(LEGEND):
         draw.text((x, at[1] + 4 + line * 24), text, color, font(13))
-
-
-def _legend(answer: QueryAnswer, shown: int) -> str:
-    spec, keys = answer.manifest.tokenizer, answer.manifest.keys
-    return (
-        f"{shown} of {len(answer.results)} positions; nearest first, squared L2 distance d between"
-        f" {keys.neighborhood.name} keys; index {answer.index}, tokenizer {spec.name}"
-    )
-
-
-def _describe(neighbor: Neighbor) -> str:
-    name = neighbor.caption or neighbor.key or f"image {neighbor.image_id}"
-    wrapped = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
-    return "\n".join([f"d {neighbor.distance:.3f}  token {neighbor.token}", *wrapped])
 
 
 def _caption(

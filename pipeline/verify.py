@@ -1,10 +1,10 @@
 """Prove a database sound, or name what is not; and prove that nothing removed can be retrieved.
 
 Counts are checked for every shard, ids over all rows; keys and next tokens are recomputed from the
-grids for at least 64 pictures of every shard, or for all of them. A removed picture may be in tables
-and indexes as long as a tombstone hides it, until a compaction deletes it; a search with its own
-keys must never return anything of it. From top to bottom: `verify` and its checks in their order,
-then `verify_removed`, the proof of a receipt, and its checks.
+grids for at least 64 pictures of every shard, or for all of them. A removed picture may be in
+tables and indexes as long as a tombstone hides it, until a compaction deletes it; a search with its
+own keys must never return anything of it. From top to bottom: `verify` and its checks in their
+order, then `verify_removed`, the proof of a receipt, and its checks.
 """
 
 from collections import Counter, defaultdict
@@ -78,8 +78,8 @@ def verify(
 
         wrong = [check for check in verify("mydb") if not check.ok]
 
-    full: recompute the patches of all pictures, and not of some per shard. progress is told how many
-    shards of how many are done. Raises BadInputError where there is no database.
+    full: recompute the patches of all pictures, and not of some per shard. progress is told how
+    many shards of how many are done. Raises BadInputError where there is no database.
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
@@ -123,9 +123,8 @@ class _Tables:
         ledger = lance.dataset(layout.ledger)
         self.done = ledger.to_table(filter="state = 'done'").to_pylist()
         self.deletions = ledger.to_table(filter="state = 'removed'").to_pylist()
-        self.patch_counts, self.patch_fragments = _by_shard(
-            self.patches, "patch_id", ROW_BITS + POSITION_BITS
-        )
+        shift = ROW_BITS + POSITION_BITS
+        self.patch_counts, self.patch_fragments = _by_shard(self.patches, "patch_id", shift)
         self.image_counts, self.image_fragments = _by_shard(self.images, "image_id", ROW_BITS)
 
 
@@ -218,9 +217,9 @@ def _rejects_kept(tables: _Tables) -> Check:
         for row in tables.done
     }
     wrong = [
-        f"attempt {attempt} of {shard} has {held[shard, attempt]} of {known.get((shard, attempt), 0)}"
-        for shard, attempt in held.keys() | known.keys()
-        if held[shard, attempt] != known.get((shard, attempt), 0)
+        f"attempt {entry[1]} of {entry[0]} has {held[entry]} of {known.get(entry, 0)}"
+        for entry in held.keys() | known.keys()
+        if held[entry] != known.get(entry, 0)
     ]
     return _check("rejects of every attempt", f"{held.total()} rows", wrong)
 
