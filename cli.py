@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.location import explain
@@ -35,10 +36,8 @@ from schemas.settings.resources import RayResources
 from schemas.settings.trainset import TrainsetSettings
 
 if TYPE_CHECKING:
-    from arrag_runtime.format.manifest import IndexManifest
     from pipeline.build import BuildReport
     from pipeline.query import QueryAnswer
-    from pipeline.verify import Check
 
 
 def _typer(name: str) -> typer.Typer:
@@ -55,10 +54,10 @@ def _typer(name: str) -> typer.Typer:
 app, runtime = _typer("arrag-db"), _typer("arrag")
 
 Database = Annotated[
-    str,
-    typer.Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database."),
+    str, Option("--db", envvar="ARRAG_DB", help="Folder or s3://BUCKET/PREFIX of the database.")
 ]
-_output = partial(typer.Option, rich_help_panel="Output")
+_output = partial(Option, rich_help_panel="Output")
+_json = partial(json.dumps, indent=1)
 AsJson = Annotated[bool, _output("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress bar.")]
 
@@ -75,8 +74,7 @@ def _show_version(asked: bool) -> None:
 
 
 Version = Annotated[
-    bool,
-    typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
+    bool, Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
 ]
 
 
@@ -94,9 +92,7 @@ def runtime_options(version: Version = False) -> None:
 @takes(BuildSettings)
 def build(
     settings: BuildSettings,
-    index: Annotated[
-        bool, typer.Option("--index/--no-index", help="Index the database when it is built.")
-    ] = True,
+    index: Annotated[bool, Option(help="Index the database when it is built.")] = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -123,7 +119,7 @@ def build(
             "shards_failed": len(report.failed),
             "retried": report.retried,
         }
-        typer.echo(json.dumps(fields, indent=1))
+        typer.echo(_json(fields))
     else:
         typer.echo(report.to_text(settings.retry_rejects))
     if report.failed:
@@ -140,16 +136,12 @@ def index(
     settings: IndexSettings,
     db: Database = DATABASE,
     min_recall: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Fail below this recall at the target's K."),
+        float | None, Option(min=0, max=1, help="Fail below this recall at the target's K.")
     ] = None,
     ray: Annotated[
-        str | None,
-        typer.Option(rich_help_panel="Machine", help="Fill and measure on this Ray cluster."),
+        str | None, Option(rich_help_panel="Machine", help="Fill and measure on this Ray cluster.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the index.", show_default="its kind")
-    ] = None,
+    name: Annotated[str | None, Option(help="Name of the index.", show_default="its kind")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -158,14 +150,22 @@ def index(
     What is measured against exact search is printed and kept. A killed build of a codebook index goes
     on where it stopped; a grown table adds only what is new.
     """
+    from pipeline.index import index as run_index
+    from pipeline.info import index_to_text
     from pipeline.info import info as read_info
 
     resources = None if ray is None else RayResources(address=ray)
-    made = _run_index(db, settings, name, quiet or as_json, min_recall, resources)
-    if as_json:
-        typer.echo(json.dumps(read_info(db)["indexes"][made.name], indent=1))
-    else:
-        _print_index(made)
+    with _bar(quiet or as_json, "") as show:
+        made = run_index(
+            db,
+            settings,
+            name=name,
+            min_recall=min_recall,
+            resources=resources,
+            progress=show,
+            announce=_announce,
+        )
+    typer.echo(_json(read_info(db)["indexes"][made.name]) if as_json else index_to_text(made))
 
 
 @app.command()
@@ -203,7 +203,7 @@ def info(db: Database = DATABASE, as_json: AsJson = False) -> None:
     from pipeline.info import to_text
 
     fields = read_info(db)
-    typer.echo(json.dumps(fields, indent=1) if as_json else to_text(fields))
+    typer.echo(_json(fields) if as_json else to_text(fields))
 
 
 @app.command()
@@ -219,7 +219,7 @@ def evaluate(
 
     with _bar(quiet or as_json, "rows", "asking") as show:
         found = run_evaluate(settings, show, _announce)
-    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.to_text())
+    typer.echo(_json(found.to_json()) if as_json else found.to_text())
     if plot is not None:
         from stages.measure.plot_evaluation import draw_evaluation
 
@@ -231,66 +231,61 @@ def evaluate(
 @app.command()
 def verify(
     db: Database = DATABASE,
-    full: Annotated[
-        bool, typer.Option("--full", help="Recompute every picture's patches.")
-    ] = False,
+    full: Annotated[bool, Option("--full", help="Recompute every picture's patches.")] = False,
     removed: Annotated[
-        str | None,
-        typer.Option(help="Prove that nothing of this receipt (id or file) can be retrieved."),
+        str | None, Option(help="Prove that nothing of this receipt (id or file) can be retrieved.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Prove a database sound: counts, ids, contents, indexes. Exits with 1 when it is not."""
-    if removed is not None:
-        from pipeline.verify import verify_removed
-
-        _print_checks(verify_removed(db, removed), f"receipt {removed} does not hold", as_json)
-        return
     from pipeline.verify import verify as run_verify
+    from pipeline.verify import verify_removed
 
-    with _bar(quiet or as_json, "shards") as show:
-        checks = run_verify(
-            db,
-            full=full,
-            progress=lambda done, total: show("recomputing patches", done, total),
-        )
-    _print_checks(checks, f"database {db} is not sound", as_json)
+    if removed is not None:
+        checks, failure = verify_removed(db, removed), f"receipt {removed} does not hold"
+    else:
+        with _bar(quiet or as_json, "shards") as show:
+            checks = run_verify(db, full=full, progress=partial(show, "recomputing patches"))
+        failure = f"database {db} is not sound"
+    failed = [check.name for check in checks if not check.ok]
+    lines = (f"{'ok    ' if c.ok else 'FAILED'} {c.name}: {c.detail}" for c in checks)
+    listed = {"ok": not failed, "checks": [vars(check) for check in checks]}
+    typer.echo(_json(listed) if as_json else "\n".join(lines))
+    if failed:
+        raise ArragError(f"{failure}: {'; '.join(failed)}")
 
 
 @app.command()
 def remove(
     db: Database = DATABASE,
     where: Annotated[
-        str | None,
-        typer.Option(help="Pictures of which this holds, as in \"url LIKE '%x.org/%'\"."),
+        str | None, Option(help="Pictures of which this holds, as in \"url LIKE '%x.org/%'\".")
     ] = None,
-    image_id: Annotated[
-        list[int] | None, typer.Option(help="A picture's id; may be repeated.")
-    ] = None,
+    image_id: Annotated[list[int] | None, Option(help="A picture's id; may be repeated.")] = None,
     sha256: Annotated[
-        list[str] | None, typer.Option(help="The hash of original bytes; may be repeated.")
+        list[str] | None, Option(help="The hash of original bytes; may be repeated.")
     ] = None,
     like: Annotated[
-        list[Path] | None, typer.Option(help="A file with the picture's bytes; may be repeated.")
+        list[Path] | None, Option(help="A file with the picture's bytes; may be repeated.")
     ] = None,
     import_: Annotated[
-        Path | None, typer.Option("--import", help="Another database's list: csv, jsonl, parquet.")
+        Path | None, Option("--import", help="Another database's list: csv, jsonl, parquet.")
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Write this database's list to a file, and do nothing else.")
+        Path | None, Option(help="Write this database's list to a file, and do nothing else.")
     ] = None,
-    why: Annotated[str, typer.Option(help="The reason, for the list and the receipt.")] = "",
+    why: Annotated[str, Option(help="The reason, for the list and the receipt.")] = "",
     only_these: Annotated[
-        bool, typer.Option("--only-these", help="Leave copies with the same bytes in.")
+        bool, Option("--only-these", help="Leave copies with the same bytes in.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would go.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take pictures out: no search returns them from now on, and no build brings them back.
+    """Remove pictures: no search returns them from now on, and no build brings them back.
 
-    Works beside a running build. `arrag-db compact` takes their bytes out of tables and indexes.
+    Works beside a running build. `arrag-db compact` deletes their bytes from tables and indexes.
     """
     from pipeline.remove import RemovalRequest, carry_out, export_list, plan_removal
 
@@ -311,27 +306,27 @@ def remove(
     removal = plan_removal(db, request)
     if not as_json:
         typer.echo(removal.to_text())
-    if as_json and not (dry_run or yes):
+    elif not (dry_run or yes):
         raise BadInputError("--json asks nothing; add --yes to remove, or --dry-run to look")
+    elif dry_run or removal.is_empty:
+        typer.echo(_json(removal.to_json()))
     if dry_run or removal.is_empty:
-        if as_json:
-            typer.echo(json.dumps(removal.to_json(), indent=1))
         return
     if not yes:
-        typer.confirm("Take them out?", abort=True)
+        typer.confirm("Remove them?", abort=True)
     receipt = carry_out(db, removal, why, shlex.join(["arrag-db", *sys.argv[1:]]))
-    typer.echo(json.dumps(vars(receipt), indent=1) if as_json else receipt.to_text(db))
+    typer.echo(_json(vars(receipt)) if as_json else receipt.to_text(db))
 
 
 @app.command()
 def compact(db: Database = DATABASE, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Take the bytes of removed pictures out of tables and indexes; merge small fragments."""
+    """Delete the bytes of removed pictures from tables and indexes; merge small fragments."""
     from pipeline.compact import compact as run_compact
 
     number = itertools.count(1)
     with _bar(quiet or as_json, "steps", "compacting") as show:
         done = run_compact(db, lambda step: show(step, next(number), 0))
-    typer.echo(json.dumps(vars(done), indent=1) if as_json else done.to_text())
+    typer.echo(_json(vars(done)) if as_json else done.to_text())
 
 
 @app.command()
@@ -341,7 +336,7 @@ def plan(settings: ForecastSettings, as_json: AsJson = False) -> None:
     from pipeline.plan import forecast, to_text
 
     made = forecast(settings)
-    typer.echo(json.dumps(made.to_json(), indent=1) if as_json else to_text(made))
+    typer.echo(_json(made.to_json()) if as_json else to_text(made))
 
 
 @app.command()
@@ -353,11 +348,8 @@ def doctor(settings: DoctorSettings, as_json: AsJson = False) -> None:
 
     findings = run_doctor(settings)
     failed = [finding.name for finding in findings if finding.verdict == "FAIL"]
-    if as_json:
-        listed = [vars(finding) for finding in findings]
-        typer.echo(json.dumps({"ok": not failed, "findings": listed}, indent=1))
-    else:
-        typer.echo(to_text(findings))
+    listed = {"ok": not failed, "findings": [vars(finding) for finding in findings]}
+    typer.echo(_json(listed) if as_json else to_text(findings))
     if failed:
         raise ArragError(f"this machine is not ready: {', '.join(failed)}; see the lines above")
 
@@ -385,7 +377,7 @@ def trainset(
             show("exporting", 0, 1)
             export_trainset(made.folder, export)
     fields = made.to_json() | ({"export": str(export)} if export else {})
-    typer.echo(json.dumps(fields, indent=1) if as_json else made.to_text())
+    typer.echo(_json(fields) if as_json else made.to_text())
 
 
 @runtime.command()
@@ -409,9 +401,8 @@ def generate(
     from arrag_runtime.generation.methods import run as run_generate
 
     tracing = trace is not None or trace_sheet is not None
-    settings = replace(settings, traced=tracing)
     with _bar(quiet or as_json, "tokens", "loading the model") as show:
-        session = run_generate(settings, show)
+        session = run_generate(replace(settings, traced=tracing), show)
         session.save(out)
         if tracing:
             show("tracing", 0, 1)
@@ -435,9 +426,7 @@ def train(settings: TrainSettings, as_json: AsJson = False, quiet: Quiet = False
     from arrag_runtime.training.train import train as run_train
 
     with _bar(quiet or as_json, "steps", "loading the model") as show:
-        report = run_train(
-            settings, lambda done, total, loss: show(f"loss {loss:.4f}", done, total)
-        )
+        report = run_train(settings, lambda n, total, loss: show(f"loss {loss:.4f}", n, total))
     if report.main:
         typer.echo(json.dumps(report.to_json()) if as_json else report.to_text())
 
@@ -449,59 +438,20 @@ def _show_build(show: Progress, total: int, report: "BuildReport") -> None:
 
 def _index_after_build(db: str, quiet: bool) -> None:
     """Bring the newest index up to date as it was made, or make a first one."""
-    from pipeline.indexing.growth import index_to_build
-
-    stale = index_to_build(db)
-    if stale is None:
-        return
-    made = _run_index(db, stale.settings, stale.name, quiet)
-    if not quiet:
-        _print_index(made)
-
-
-def _run_index(
-    db: str,
-    settings: IndexSettings,
-    name: str | None,
-    quiet: bool,
-    min_recall: float | None = None,
-    resources: RayResources | None = None,
-) -> "IndexManifest":
     from pipeline.index import index
+    from pipeline.indexing.growth import index_to_build
+    from pipeline.info import index_to_text
 
+    if (stale := index_to_build(db)) is None:
+        return
     with _bar(quiet, "") as show:
-        return index(
-            db,
-            settings,
-            name=name,
-            min_recall=min_recall,
-            resources=resources,
-            progress=show,
-            announce=_announce,
-        )
+        made = index(db, stale.settings, name=stale.name, progress=show, announce=_announce)
+    if not quiet:
+        typer.echo(index_to_text(made))
 
 
 def _announce(cost: str) -> None:
     typer.echo(f"note: {cost}", err=True)
-
-
-def _print_checks(checks: "Sequence[Check]", failure: str, as_json: bool) -> None:
-    """Every check on a line, or as one object; a failed one makes the command fail."""
-    failed = [check for check in checks if not check.ok]
-    if as_json:
-        listed = [vars(check) for check in checks]
-        typer.echo(json.dumps({"ok": not failed, "checks": listed}, indent=1))
-    else:
-        for check in checks:
-            typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
-    if failed:
-        raise ArragError(f"{failure}: {'; '.join(check.name for check in failed)}")
-
-
-def _print_index(made: "IndexManifest") -> None:
-    from pipeline.info import index_to_text
-
-    typer.echo(index_to_text(made))
 
 
 def _print_results(answer: "QueryAnswer") -> None:
@@ -519,8 +469,7 @@ def _print_results(answer: "QueryAnswer") -> None:
         for n in result.neighbors:
             cells = (asked, f"{n.distance:.4f}", n.token, n.image_id, n.row, n.col)
             table.add_row(*map(str, cells), n.caption or n.key, n.url or "")
-    console = Console() if sys.stdout.isatty() else Console(width=2000)
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else 2000).print(table)
 
 
 @contextmanager
@@ -547,16 +496,6 @@ def _bar(quiet: bool, unit: str, first: str = "starting") -> Iterator[Progress]:
         )
 
 
-def main() -> None:
-    """The console script `arrag-db`."""
-    _run(app)
-
-
-def main_runtime() -> None:
-    """The console script `arrag`."""
-    _run(runtime)
-
-
 def _run(commands: typer.Typer) -> None:
     """Run a command: domain errors become one line on stderr and exit code 1."""
     # Silence what libraries say at import; a user's own setting wins.
@@ -564,16 +503,17 @@ def _run(commands: typer.Typer) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         commands()
-    except ArragError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        typer.echo(f"error: {explain(error)}", err=True)
+    except (ArragError, OSError) as error:
+        said = explain(error) if isinstance(error, OSError) else error
+        typer.echo(f"error: {said}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)
         sys.exit(130)
 
+
+main, main_runtime = partial(_run, app), partial(_run, runtime)
+"""The console scripts `arrag-db` and `arrag`."""
 
 if __name__ == "__main__":
     main()

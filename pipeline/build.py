@@ -19,35 +19,31 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from arrag_runtime.settings import values_of
+from pipeline.building import plan_shards as planning
 from pipeline.building.database import create_database, resolve_database
-from pipeline.building.plan_shards import (
-    Plan,
-    next_attempts,
-    plan_attempts,
-    plan_shards,
-    require_reasons,
-)
+from pipeline.building.plan_shards import Plan, plan_shards
 from pipeline.building.run_shards import ShardFailure, VersionCleaner, run_shards
 from pipeline.building.shard_worker import WorkerSettings
 from pipeline.remove import hide_suppressed
 from pipeline.resources.lease import lease
 from pipeline.resources.malloc import return_free_memory
 from pipeline.resources.ray_session import EncoderPool, encoder_pool, ray_cluster
-from schemas.records import Attempt, GridShape
+from schemas.records import GridShape
 from schemas.settings.build import BuildSettings
 from schemas.settings.download import DownloadSettings
 from stages.download.fetch import user_agent
 from stages.encode.decode import DecodeSettings
 from stages.encode.encode_images import EncodeSettings
 from stages.sources import locate_source, open_source
-from stages.sources.reading.source_kind import Source
 from stages.tables.committer import Committer, ShardResult
-from stages.tables.ledger import LedgerState, read_ledger
+from stages.tables.ledger import read_ledger
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """A failed shard is tried this often in one build."""
+_UNPACKED = "/runtime_resources/working_dir_files/"
+"""In the path of a submitted job's copy of the working folder, which Ray deletes after the job."""
 
 
 @dataclass
@@ -99,17 +95,15 @@ class BuildReport:
             done = f"all {self.shards_skipped} shards are in the database"
             none = f"no open rejects with {','.join(retried)} to be had from this --input"
             return "\n".join([*notes, f"nothing to do: {none if retried else done}"])
-        rejects = self.rejects.total()
         again = f"{self.retried:,} rejects tried again"
         lines = [
             f"{again if retried else f'{self.inputs:,} inputs'} = {self.images:,} images +"
-            f" {rejects:,} rejects; {self.heldout:,} held out, {self.patches:,} patches;"
-            f" {self.images_per_second:.1f} images/s, {self.seconds:.0f} s in all"
+            f" {self.rejects.total():,} rejects; {self.heldout:,} held out, {self.patches:,}"
+            f" patches; {self.images_per_second:.1f} images/s, {self.seconds:.0f} s in all"
         ]
         lines += [f"  rejected {n:,}: {reason}" for reason, n in self.rejects.most_common()]
         if self.agreement is not None:
-            share = f"{self.agreement:.2%}"
-            lines.append(f"  {share} of token ids agree with float32 (first batches)")
+            lines.append(f"  {self.agreement:.2%} of token ids agree with float32 (first batches)")
         return "\n".join([*notes, *lines])
 
 
@@ -132,10 +126,14 @@ def build(
     started = time.perf_counter()
     layout = Layout(settings.database)
     settings = replace(settings, source=locate_source(settings.source))
-    _require_lasting(layout)
+    if _UNPACKED in layout.root:
+        raise BadInputError(
+            f"--db {layout.database} is in this job's own copy of the working folder, which goes"
+            " with the job; give an absolute path that all nodes share, or a bucket's URI"
+        )
     source = open_source(settings.source)
     settings = replace(settings, download=_absolute(settings.download))
-    require_reasons(settings.retry_rejects)
+    planning.require_reasons(settings.retry_rejects)
     user_agent(settings.download.contact)  # Refuses a contact that fits no header.
     report = BuildReport()
     with lease(layout, "arrag-db build") as held:
@@ -143,13 +141,18 @@ def build(
         manifest, codebook = resolve_database(layout, settings)
         state = read_ledger(layout)
         if settings.retry_rejects:
-            work = _plan_again(layout, source, state, settings)
+            # Raises BadInputError where there is no database yet.
+            DatabaseManifest.read(layout)
+            attempts = planning.next_attempts(layout, state, source.name, settings.retry_rejects)
+            work = planning.plan_attempts(source, state, attempts)
         else:
             work = plan_shards(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
-        if work.todo or state.unfinished:
-            _recover(layout, manifest, state, report, held.check)
+        # What a killed build left in the tables goes; a database that is yet to be made has none.
+        if (work.todo or state.unfinished) and exists(layout.manifest):
+            dropped = Committer(layout, manifest.keys, held.check).recover(state)
+            report.notes += [f"dropped {dropped} rows that a killed build left"] if dropped else []
         # Shards by the thousand are held once: by the plan that is being carried out.
         del state
         if work.todo:
@@ -170,7 +173,9 @@ def build(
                     del work
                     return_free_memory()
                     # A tar that proved longer than one shard has more to list now.
-                    work = _without(plan_shards(source, read_ledger(layout)), report.failed)
+                    work = plan_shards(source, read_ledger(layout))
+                    todo = tuple(a for a in work.todo if a.shard.id not in report.failed)
+                    work = replace(work, todo=todo)
         report.seconds = time.perf_counter() - started
         if exists(layout.manifest):
             held.check()
@@ -184,40 +189,15 @@ def build(
     return report
 
 
-def _recover(
-    layout: Layout,
-    manifest: DatabaseManifest,
-    state: LedgerState,
-    report: BuildReport,
-    check: Callable[[], None],
-) -> None:
-    """Drop what a killed build left in the tables; a database that is yet to be made has none."""
-    if exists(layout.manifest) and (
-        dropped := Committer(layout, manifest.keys, check).recover(state)
-    ):
-        report.notes.append(f"dropped {dropped} rows that a killed build left")
-
-
-def _require_lasting(layout: Layout) -> None:
-    """A submitted job runs in a copy of the working folder, which Ray deletes after it."""
-    if UNPACKED in layout.root:
-        raise BadInputError(
-            f"--db {layout.database} is in this job's own copy of the working folder, which goes"
-            " with the job; give an absolute path that all nodes share, or a bucket's URI"
-        )
-
-
-UNPACKED = "/runtime_resources/working_dir_files/"
-"""What is part of the path of every such copy."""
-
-
 def _worker_settings(
     layout: Layout, manifest: DatabaseManifest, settings: BuildSettings
 ) -> WorkerSettings:
+    spec = manifest.tokenizer
+    grid = GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
     return WorkerSettings(
         database=layout.root,
-        source=replace(settings.source, grid=_grid_shape(manifest)),
-        tokenizer=manifest.tokenizer.name,
+        source=replace(settings.source, grid=grid),
+        tokenizer=spec.name,
         tokenizer_weights=manifest.tokenizer_weights,
         device=manifest.encoder.device,
         precision=manifest.encoder.precision,
@@ -229,19 +209,12 @@ def _worker_settings(
             latents=manifest.keys.space == "latent",
             hold_out=manifest.hold_out,
             decode=DecodeSettings(
-                size=manifest.tokenizer.image_size,
-                max_pixels=settings.max_pixels,
-                min_side=settings.min_side,
+                size=spec.image_size, max_pixels=settings.max_pixels, min_side=settings.min_side
             ),
         ),
         threads=settings.resources.threads,
         download=settings.download,
     )
-
-
-def _grid_shape(manifest: DatabaseManifest) -> GridShape:
-    spec = manifest.tokenizer
-    return GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
 
 
 def _absolute(download: DownloadSettings) -> DownloadSettings:
@@ -268,7 +241,7 @@ def _run(
 ) -> None:
     """Run the planned shards, failed ones again, and commit what comes back."""
     started = time.perf_counter()
-    left: dict[str, Attempt] = {attempt.shard.id: attempt for attempt in work.todo}
+    left = {attempt.shard.id: attempt for attempt in work.todo}
     progress(total, report)
     for attempt in range(1, ATTEMPTS + 1):
         for outcome in run_shards(list(left.values()), worker, settings.resources, pool):
@@ -287,23 +260,15 @@ def _run(
     report.encode_seconds += time.perf_counter() - started
 
 
-def _without(work: Plan, failed: dict[str, str]) -> Plan:
-    return replace(work, todo=tuple(a for a in work.todo if a.shard.id not in failed))
-
-
-def _plan_again(
-    layout: Layout, source: Source, state: LedgerState, settings: BuildSettings
-) -> Plan:
-    """The rejects to try again. Raises BadInputError where there is no database yet."""
-    DatabaseManifest.read(layout)
-    attempts = next_attempts(layout, state, settings.source.name, settings.retry_rejects)
-    return plan_attempts(source, state, attempts)
-
-
 def _describe_run(
     layout: Layout, manifest: DatabaseManifest, settings: BuildSettings, report: BuildReport
 ) -> None:
     """Add this run to the manifest: versions, settings, time per stage."""
+    if not report.shards_done and settings.source.name in manifest.sources:
+        return
+    # The options in force, by the names that a `--config` file has, but for the contact's.
+    private = {"db", "user-agent-contact"}
+    kept = {n: v for n, v in values_of(settings).items() if v is not None and n not in private}
     packages = ("torch", "transformers", "pylance", "pyarrow", "numpy", "pillow", "ray")
     run: dict[str, Any] = {
         "source": settings.source.name,
@@ -322,22 +287,7 @@ def _describe_run(
         "seconds": report.seconds,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "settings": _kept(settings),
+        "settings": kept,
     }
-    if not report.shards_done and settings.source.name in manifest.sources:
-        return
-    replace(
-        manifest,
-        sources=tuple(dict.fromkeys((*manifest.sources, settings.source.name))),
-        runs=(*manifest.runs, run),
-    ).write(layout)
-
-
-def _kept(settings: BuildSettings) -> dict[str, Any]:
-    """The options in force, by the names that a `--config` file has, but for the contact's."""
-    private = {"db", "user-agent-contact"}
-    return {
-        name: value
-        for name, value in values_of(settings).items()
-        if value is not None and name not in private
-    }
+    sources = tuple(dict.fromkeys((*manifest.sources, settings.source.name)))
+    replace(manifest, sources=sources, runs=(*manifest.runs, run)).write(layout)

@@ -1,7 +1,7 @@
 """Delete the bytes of removed pictures from a database, and merge its many small fragments.
 
-record the deletions in the ledger → delete the rows from every patches table, then from the images →
-write the tables anew → end in the ledger → build the indexes again that hold something of them.
+record the deletions in the ledger → delete the rows from every patches table, then from the images
+→ write the tables anew → end in the ledger → build the indexes again that hold something of them.
 Killed at any moment it is run again: what is still there of a removed picture is deleted, and no
 deletion is recorded twice.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 
 from arrag_runtime.format.errors import ArragError
 from arrag_runtime.format.ids import Ids, contains
@@ -87,8 +87,7 @@ def compact(
         for keys in patch_tables(layout):
             held.check()
             progress(f"deleting from {keys.name}")
-            deleted = delete_images(layout.patches(keys), "patch_id", removed)
-            patches += deleted
+            patches += delete_images(layout.patches(keys), "patch_id", removed)
             progress(f"writing {keys.name} anew")
             compact_table(layout.patches(keys))
         held.check()
@@ -105,7 +104,12 @@ def compact(
         if _is_outdated(layout, folder, removed):
             name = Path(folder).name
             progress(f"building index {name} again")
-            _build_again(layout, folder, compacted=folder in whole)
+            made = IndexManifest.read(folder)
+            if PatchTable(layout.patches(made.keys)).count:
+                settings = IndexSettings.from_json(made.settings)
+                index(layout.root, settings, name=name, compacted=folder in whole)
+            else:
+                delete_place(folder)
             indexes.append(name)
     return Compaction(images, patches, before, stored_bytes(layout.root), tuple(indexes))
 
@@ -113,14 +117,12 @@ def compact(
 def _deletions(layout: Layout, manifest: DatabaseManifest, removed: Ids) -> list[Deletion]:
     """What is to be deleted, by shard, without what the ledger has of an interrupted compaction."""
     recorded = deleted_images(layout)
-    spec = manifest.tokenizer
-    per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
     shards: dict[tuple[str, str], list[tuple[int, bool]]] = defaultdict(list)
     columns = ["image_id", "shard", "source", "split"]
     for batch in ImageTable(layout.images).batches(columns, 131_072):
         ids = batch.column("image_id").to_numpy()
-        for at in np.flatnonzero(contains(removed, ids) & ~contains(recorded, ids)).tolist():
-            row = {name: batch.column(name)[at].as_py() for name in columns}
+        chosen = pa.array(contains(removed, ids) & ~contains(recorded, ids))
+        for row in batch.filter(chosen).to_pylist():
             held_out = row["split"] == "heldout"
             shards[row["shard"], row["source"]].append((row["image_id"], held_out))
     return [
@@ -129,7 +131,7 @@ def _deletions(layout: Layout, manifest: DatabaseManifest, removed: Ids) -> list
             source,
             tuple(image for image, _ in images),
             heldout=sum(held_out for _, held_out in images),
-            patches=per_image * sum(not held_out for _, held_out in images),
+            patches=manifest.patches_per_image * sum(not held_out for _, held_out in images),
         )
         for (shard, source), images in sorted(shards.items())
     ]
@@ -150,13 +152,3 @@ def _holds_all(layout: Layout, folder: str) -> bool:
     index = IndexManifest.read(folder)
     table = PatchTable(layout.patches(index.keys))
     return (table.count, table.mark) == (index.settings["rows"], index.mark)
-
-
-def _build_again(layout: Layout, folder: str, *, compacted: bool) -> None:
-    """Build an index again, the way it was made; without any patches there is none."""
-    made = IndexManifest.read(folder)
-    if not PatchTable(layout.patches(made.keys)).count:
-        delete_place(folder)
-        return
-    settings = IndexSettings.from_json(made.settings)
-    index(layout.root, settings, name=Path(folder).name, compacted=compacted)

@@ -4,6 +4,7 @@ Out: one `Finding` a thing looked at, each with the next step where it is not as
 about the machine are gathered in one place and judged by pure functions.
 """
 
+import contextlib
 import os
 import resource
 import shutil
@@ -21,10 +22,10 @@ from schemas.settings.plan import DoctorSettings, ForecastSettings
 from stages.sources import source_kind
 
 Verdict = Literal["ok", "warn", "FAIL"]
-OPEN_FILES_WANTED = 4096
-SHM_WANTED = 2 << 30
+_OPEN_FILES_WANTED = 4096
+_SHM_WANTED = 2 << 30
 """Ray keeps pictures on their way in shared memory; below this it writes them to disk instead."""
-SPARE = 1.2
+_SPARE = 1.2
 """Tables are compacted and indexes are built beside old ones, so a little room must be left."""
 
 
@@ -64,32 +65,33 @@ def doctor(settings: DoctorSettings) -> list[Finding]:
     """
     plan = None
     if settings.source is not None:
-        wanted = ForecastSettings(source=settings.source, database=settings.database)
-        plan = forecast(wanted)
-    machine = examine(settings.database)
-    return diagnose(machine, plan, gpus=settings.gpus, address=settings.ray)
+        plan = forecast(ForecastSettings(source=settings.source, database=settings.database))
+    return diagnose(examine(settings.database), plan, gpus=settings.gpus, address=settings.ray)
 
 
 def examine(database: str | Path) -> Machine:
     """Look at this machine; `database` says whose disk is meant."""
+    from huggingface_hub import get_token
+
     shm = Path("/dev/shm")
     cuda, gpus = _torch()
+    place = Path(database).expanduser().absolute()
+    disk = next(folder for folder in (place, *place.parents) if folder.exists())
+    ray_token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     return Machine(
         python=".".join(map(str, sys.version_info[:3])),
         packages=_packages(),
         cuda_build=cuda,
         gpus=gpus,
         nvidia=Path("/proc/driver/nvidia/version").exists(),
-        hub_token=_has_hub_token(),
-        free_disk=None
-        if in_store(str(database))
-        else shutil.disk_usage(_existing(Path(database))).free,
+        # Whether there is a token; it is neither read out nor sent anywhere.
+        hub_token=get_token() is not None,
+        free_disk=None if in_store(str(database)) else shutil.disk_usage(disk).free,
         memory=available_memory("cpu"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         shared_memory=shutil.disk_usage(shm).total if shm.exists() else None,
         ray_auth=os.environ.get("RAY_AUTH_MODE", ""),
-        ray_token=bool(os.environ.get("RAY_AUTH_TOKEN"))
-        or Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists(),
+        ray_token=bool(os.environ.get("RAY_AUTH_TOKEN")) or ray_token.exists(),
     )
 
 
@@ -113,6 +115,11 @@ def diagnose(
     ]
 
 
+def _judged(name: str, detail: str, wrong: bool, verdict: Verdict, step: str) -> Finding:
+    """All is well, or this verdict and step where something is wrong."""
+    return Finding(name, verdict, detail, step) if wrong else Finding(name, "ok", detail)
+
+
 def _faiss(machine: Machine) -> Finding:
     cpu, gpu = (machine.packages.get(name) for name in ("faiss-cpu", "faiss-gpu"))
     if cpu and gpu:
@@ -133,32 +140,29 @@ def _bounds(machine: Machine) -> Finding:
     """Pairs that install without complaint and fail at import."""
     numpy, arrow = (machine.packages.get(name, "0") for name in ("numpy", "pyarrow"))
     detail = f"Python {machine.python}, numpy {numpy}, pyarrow {arrow}"
-    if "autofaiss" in machine.packages and int(numpy.split(".")[0]) >= 2:
-        return Finding(
-            "packages",
-            "FAIL",
-            f"{detail}: autofaiss needs numpy below 2",
-            "`pip install 'numpy<2'`",
-        )
-    if int(arrow.split(".")[0]) >= 26 and int(numpy.split(".")[0]) < 2:
-        step = "`pip install 'pyarrow<26'`"
-        return Finding("packages", "FAIL", f"{detail}: pyarrow 26 needs numpy 2", step)
+    old_numpy = int(numpy.split(".")[0]) < 2
+    if "autofaiss" in machine.packages and not old_numpy:
+        detail += ": autofaiss needs numpy below 2"
+        return Finding("packages", "FAIL", detail, "`pip install 'numpy<2'`")
+    if int(arrow.split(".")[0]) >= 26 and old_numpy:
+        detail += ": pyarrow 26 needs numpy 2"
+        return Finding("packages", "FAIL", detail, "`pip install 'pyarrow<26'`")
     return Finding("packages", "ok", detail)
 
 
 def _gpu(machine: Machine, gpus: int, address: str | None) -> Finding:
     torch = f"torch {machine.packages.get('torch', 'missing')}"
+    cpu_build = machine.nvidia and machine.cuda_build is None
     if len(machine.gpus) < gpus:
         detail = f"--gpus {gpus}, but {torch} sees {len(machine.gpus)}"
         if address is not None:
             step = "only this machine was looked at; run `arrag-db doctor` on a node that encodes"
             return Finding("GPU", "warn", f"{detail} here", step)
-        if machine.nvidia and machine.cuda_build is None:
+        if cpu_build:
             return Finding("GPU", "FAIL", f"{detail}: a CPU build", "install a CUDA build of torch")
-        return Finding(
-            "GPU", "FAIL", detail, f"pass --gpus {len(machine.gpus)}, or use another machine"
-        )
-    if machine.nvidia and machine.cuda_build is None:
+        step = f"pass --gpus {len(machine.gpus)}, or use another machine"
+        return Finding("GPU", "FAIL", detail, step)
+    if cpu_build:
         step = "install a CUDA build of torch"
         return Finding("GPU", "warn", f"a driver is here, but {torch} is a CPU build", step)
     if not machine.gpus:
@@ -181,15 +185,12 @@ def _disk(machine: Machine, plan: Forecast | None) -> Finding:
         return Finding("disk", "ok", "the database is in a bucket")
     free = f"{size(machine.free_disk)} free"
     if plan is None:
-        low = machine.free_disk < 10 << 30
         step = "give a source to compare with a plan, or name a larger disk with --db"
-        return Finding("disk", "warn", free, step) if low else Finding("disk", "ok", free)
-    index = min(plan.index_memory.values())
-    needed = round((plan.disk_bytes + index) * SPARE)
+        return _judged("disk", free, machine.free_disk < 10 << 30, "warn", step)
+    needed = round((plan.disk_bytes + min(plan.index_memory.values())) * _SPARE)
     detail = f"{free}, the plan takes about {size(needed)} with an index"
-    if machine.free_disk < needed:
-        return Finding("disk", "FAIL", detail, "name a larger disk with --db, or pass --limit")
-    return Finding("disk", "ok", detail)
+    step = "name a larger disk with --db, or pass --limit"
+    return _judged("disk", detail, machine.free_disk < needed, "FAIL", step)
 
 
 def _memory(machine: Machine, plan: Forecast | None) -> Finding:
@@ -198,48 +199,40 @@ def _memory(machine: Machine, plan: Forecast | None) -> Finding:
         return Finding("memory", "warn", "the system does not say what is available", step)
     free = f"{size(machine.memory)} available"
     if plan is None:
-        low = machine.memory < 4 << 30
         step = "use fewer --workers: each holds the tokenizer and a shard"
-        return Finding("memory", "warn", free, step) if low else Finding("memory", "ok", free)
+        return _judged("memory", free, machine.memory < 4 << 30, "warn", step)
     kind, needed = min(plan.index_memory.items(), key=lambda entry: entry[1])
     detail = f"{free}, the smallest index ({kind}) takes {size(needed)}"
-    if machine.memory < needed:
-        step = "search on a machine with more memory, or index a part with --limit"
-        return Finding("memory", "warn", detail, step)
-    return Finding("memory", "ok", detail)
+    step = "search on a machine with more memory, or index a part with --limit"
+    return _judged("memory", detail, machine.memory < needed, "warn", step)
 
 
 def _files(machine: Machine) -> Finding:
-    detail = f"{machine.open_files:,} may be open"
-    if machine.open_files < OPEN_FILES_WANTED:
-        return Finding(
-            "file limit", "warn", detail, f"`ulimit -n {OPEN_FILES_WANTED}` before the build"
-        )
-    return Finding("file limit", "ok", detail)
+    low = machine.open_files < _OPEN_FILES_WANTED
+    step = f"`ulimit -n {_OPEN_FILES_WANTED}` before the build"
+    return _judged("file limit", f"{machine.open_files:,} may be open", low, "warn", step)
 
 
 def _shared(machine: Machine) -> Finding:
     if machine.shared_memory is None:
         return Finding("/dev/shm", "warn", "not there", "Ray uses a folder on disk, which is slow")
-    detail = size(machine.shared_memory)
-    if machine.shared_memory < SHM_WANTED:
-        step = "enlarge it (`docker run --shm-size 8g …`), else Ray uses a slow folder on disk"
-        return Finding("/dev/shm", "warn", detail, step)
-    return Finding("/dev/shm", "ok", detail)
+    low = machine.shared_memory < _SHM_WANTED
+    step = "enlarge it (`docker run --shm-size 8g …`), else Ray uses a slow folder on disk"
+    return _judged("/dev/shm", size(machine.shared_memory), low, "warn", step)
 
 
 def _ray(machine: Machine, address: str | None) -> Finding:
-    version = f"Ray {machine.packages.get('ray', 'missing')}"
     if "ray" not in machine.packages:
         return Finding("Ray", "FAIL", "not installed", "`pip install 'arrag[build]'`")
+    version = f"Ray {machine.packages['ray']}"
     if machine.ray_auth == "token" and not machine.ray_token:
         step = "`ray get-auth-token --generate`, the same token on the head and on every client"
         return Finding("Ray", "FAIL", f"{version}, RAY_AUTH_MODE=token without a token", step)
-    mode = machine.ray_auth or "its default"
+    detail = f"{version}, authentication {machine.ray_auth or 'its default'}"
     if address is not None and machine.ray_auth != "token":
         step = "set RAY_AUTH_MODE=token and the head's token, unless the cluster runs without"
-        return Finding("Ray", "warn", f"{version}, authentication {mode} for {address}", step)
-    return Finding("Ray", "ok", f"{version}, authentication {mode}")
+        return Finding("Ray", "warn", f"{detail} for {address}", step)
+    return Finding("Ray", "ok", detail)
 
 
 def to_text(findings: Sequence[Finding]) -> str:
@@ -256,10 +249,8 @@ def _packages() -> dict[str, str]:
     names = ("faiss-cpu", "faiss-gpu", "numpy", "pyarrow", "torch", "ray", "autofaiss", "pylance")
     found = {}
     for name in names:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -272,16 +263,3 @@ def _torch() -> tuple[str | None, tuple[str, ...]]:
     cuda = torch.version.cuda
     count = torch.cuda.device_count() if cuda and torch.cuda.is_available() else 0
     return cuda, tuple(torch.cuda.get_device_name(index) for index in range(count))
-
-
-def _has_hub_token() -> bool:
-    """Whether there is a token; it is neither read out nor sent anywhere."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
-def _existing(path: Path) -> Path:
-    """The path or the nearest folder above it that exists."""
-    path = path.expanduser().absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -40,9 +40,9 @@ from stages.measure.fit_weights import corpus_prior
 from stages.measure.retrieved_distribution import Probabilities
 from stages.measure.sample_queries import sample_queries
 
-PRIOR_ROWS = 4_000_000
+_PRIOR_ROWS = 4_000_000
 """The corpus prior is counted over the whole table up to this size, and over a sample beyond."""
-EXACT_KINDS = ("flat", "codebook")
+_EXACT_KINDS = ("flat", "codebook")
 """Kinds whose distances are true; others report approximations."""
 
 
@@ -92,43 +92,40 @@ class Evaluation:
 
     def to_text(self) -> str:
         """A table for people: a row a figure, a column an index."""
-        shown = [(index, index.figures) for index in self.indexes]
-        depths = [k for k in (1, 10, RANKS) if k <= min(len(f.token_distance) for _, f in shown)]
-        rows: list[tuple[str, list[str]]] = [("", [index.name for index, _ in shown])]
-
-        def add(label: str, cells: list[str]) -> None:
-            rows.append((label, cells))
-
-        add("keys", [index.keys for index, _ in shown])
-        add("kind, nprobe", [f"{i.kind}, {i.nprobe or '-'}" for i, _ in shown])
-        for k in depths:
-            add(f"recall@{k}", [_cell(f.recall.get(str(k))) for _, f in shown])
-        for k in depths:
-            add(
-                f"distance of the {_ordinal(k)}", [_cell(f.token_distance[k - 1]) for _, f in shown]
-            )
-        add("distance of a corpus token", [_cell(f.prior_distance) for _, f in shown])
-        add("distance of a random code", [_cell(f.random_distance) for _, f in shown])
-        for k in depths:
-            add(f"true token among {k}", [_cell(f.hit_rate[k - 1]) for _, f in shown])
-        add("negative log likelihood", [_cell(f.nll) for _, f in shown])
-        if len(shown) > 1:
-            gains = [_cell(index.gain) for index, _ in shown]
-            add(f"  gain over {self.indexes[0].name}", gains)
-        add(
-            "  at temperature, back-off",
-            [f"{f.nll_temperature}, {f.nll_backoff}" for _, f in shown],
-        )
-        add("  of the corpus prior", [_cell(f.prior_nll) for _, f in shown])
-        widths = [max(len(cells[n]) for _, cells in rows) for n in range(len(shown))]
-        label = max(len(name) for name, _ in rows)
-        lines = [
-            f"{name:{label}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
-            for name, cells in rows
-        ]
-        notes = sorted({index.protocol for index, _ in shown})
+        shortest = min(len(index.figures.token_distance) for index in self.indexes)
+        depths = [k for k in (1, 10, RANKS) if k <= shortest]
+        columns = [self._column(index, depths) for index in self.indexes]
+        label = max(map(len, columns[0]))
+        widths = [max(map(len, column.values())) for column in columns]
+        lines = []
+        for name in columns[0]:
+            cells = (f"{c[name]:>{width}}" for c, width in zip(columns, widths, strict=True))
+            lines.append("  ".join([f"{name:{label}}", *cells]).rstrip())
+        notes = sorted({index.protocol for index in self.indexes})
         lines += [f"{note}; 95% intervals by resampling pictures" for note in notes]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
+
+    def _column(self, index: EvaluatedIndex, depths: list[int]) -> dict[str, str]:
+        """The cells of one index by the labels of their rows."""
+        found = index.figures
+        cells = {
+            "": index.name,
+            "keys": index.keys,
+            "kind, nprobe": f"{index.kind}, {index.nprobe or '-'}",
+        }
+        cells |= {f"recall@{k}": _cell(found.recall.get(str(k))) for k in depths}
+        for k in depths:
+            rank = "nearest" if k == 1 else f"{k}th"
+            cells[f"distance of the {rank}"] = _cell(found.token_distance[k - 1])
+        cells["distance of a corpus token"] = _cell(found.prior_distance)
+        cells["distance of a random code"] = _cell(found.random_distance)
+        cells |= {f"true token among {k}": _cell(found.hit_rate[k - 1]) for k in depths}
+        cells["negative log likelihood"] = _cell(found.nll)
+        if len(self.indexes) > 1:
+            cells[f"  gain over {self.indexes[0].name}"] = _cell(index.gain)
+        cells["  at temperature, back-off"] = f"{found.nll_temperature}, {found.nll_backoff}"
+        cells["  of the corpus prior"] = _cell(found.prior_nll)
+        return cells
 
 
 def evaluate(
@@ -141,7 +138,8 @@ def evaluate(
         found = evaluate(EvaluateSettings(database="mydb", indexes=("codebook",), k=100))
         print(found.to_text())
 
-    progress counts rows; announce is told what a long search will cost before it starts. Raises BadInputError where the database has no such index, or no pictures to ask with.
+    progress counts rows; announce is told what a long search will cost before it starts. Raises
+    BadInputError where the database has no such index, or no pictures to ask with.
     """
     layout = Layout(settings.database)
     manifest = DatabaseManifest.read(layout)
@@ -161,8 +159,9 @@ def evaluate(
         index = PatchIndex.open(layout.root, name)
         made = index.manifest
         table = PatchTable(layout.patches(made.keys), made.table_version)
-        if made.keys.name not in asked:
-            asked[made.keys.name] = sample_queries(
+        keys = made.keys.name
+        if keys not in asked:
+            asked[keys] = sample_queries(
                 images,
                 manifest.tokenizer,
                 made.keys,
@@ -170,11 +169,12 @@ def evaluate(
                 queries=settings.queries,
                 seed=settings.seed,
             )
-        queries = asked[made.keys.name]
+        queries = asked[keys]
         if not len(queries.keys):
             raise BadInputError(f"database {layout.root} has no pictures to ask with; build first")
         skip, without = _not_entries(layout, made, codes)
-        metric = (made.keys.name, table.version, made.weights, _digest(skip), _digest(without))
+        digests = (hashlib.sha256(ids.tobytes()).hexdigest() for ids in (skip, without))
+        metric = (keys, table.version, made.weights, *digests)
         if metric not in exact:
             exact[metric] = exact_neighbors(
                 table,
@@ -188,32 +188,26 @@ def evaluate(
                 announce=announce,
                 progress=lambda done, total: progress("searching exactly", done, total),
             )
-        if (corpus := (made.keys.name, table.version)) not in priors:
+        if (corpus := (keys, table.version)) not in priors:
             priors[corpus] = _prior(table, len(codes), settings.seed)
         progress(f"searching {name}", 0, 1)
         exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
         answer = index.search(queries.keys, settings.k, exclude=exclude)
         distances = answer.distances[:, :RANKS]
-        if made.kind not in EXACT_KINDS:
+        if made.kind not in _EXACT_KINDS:
             ids = answer.patch_ids[:, :RANKS]
             distances = true_distances(table.blocks(), codes, queries, ids, weights=made.weights)
         figures = evaluate_tokens(
-            queries,
-            answer,
-            exact[metric],
-            distances,
-            codes,
-            priors[corpus],
-            seed=settings.seed,
+            queries, answer, exact[metric], distances, codes, priors[corpus], seed=settings.seed
         )
         gain = None
-        if found and found[0].keys == made.keys.name:
+        if found and found[0].keys == keys:
             gain = likelihood_gain(found[0].figures, figures, queries.images, seed=settings.seed)
         found.append(
             EvaluatedIndex(
                 name=name,
                 kind=made.kind,
-                keys=made.keys.name,
+                keys=keys,
                 count=made.count,
                 nprobe=index.nprobe,
                 weights=made.weights,
@@ -229,30 +223,18 @@ def _not_entries(layout: Layout, made: IndexManifest, codes: Floats) -> tuple[Id
     """Patch ids that an index stores as copies of another, and pictures that it does not return."""
     folder = local_folder(layout.index(made.name))
     engine, _ = open_engine(made, folder, codes)
-    aside = np.empty(0, np.int64)
-    if isinstance(engine, CodebookSearch):
-        aside = copies_left_aside(engine.parts)
-    return aside, np.union1d(left_out(folder), Tombstones(layout).ids)
-
-
-def _digest(ids: Ids) -> str:
-    return hashlib.sha256(ids.tobytes()).hexdigest()
+    parts = engine.parts if isinstance(engine, CodebookSearch) else ()
+    return copies_left_aside(parts), np.union1d(left_out(folder), Tombstones(layout).ids)
 
 
 def _prior(table: PatchTable, vocabulary: int, seed: int) -> Probabilities:
     """The corpus prior of next tokens, float64 [V]."""
-    if table.count > PRIOR_ROWS:
-        return corpus_prior(table.sample(PRIOR_ROWS // 4, seed=seed).next_tokens, vocabulary)
+    if table.count > _PRIOR_ROWS:
+        return corpus_prior(table.sample(_PRIOR_ROWS // 4, seed=seed).next_tokens, vocabulary)
     blocks = [np.empty(0, np.uint16), *(block.next_tokens for block in table.blocks())]
     return corpus_prior(np.concatenate(blocks), vocabulary)
 
 
 def _cell(found: Any) -> str:
     """A mean with its interval; nothing where it was not measured."""
-    if found is None:
-        return "-"
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
-def _ordinal(k: int) -> str:
-    return {1: "nearest"}.get(k, f"{k}th")
+    return "-" if found is None else f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"

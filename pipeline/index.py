@@ -16,36 +16,21 @@ from typing import Any
 import faiss
 import numpy as np
 
+from arrag_runtime.format import manifest as files
 from arrag_runtime.format.codes import CodeLayout
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.inverted_lists import CENTROIDS, ListPart
 from arrag_runtime.format.location import finish_replacements
-from arrag_runtime.format.manifest import (
-    INDEX_FILE,
-    LEFT_OUT_FILE,
-    DatabaseManifest,
-    IndexManifest,
-    Layout,
-    read_codebook,
-    read_json,
-    write_json,
-)
+from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.patch_index import PatchIndex, open_engine
 from arrag_runtime.search.tombstones import Tombstones
+from pipeline.indexing import growth
 from pipeline.indexing.exact import copies_left_aside, exact_neighbors
-from pipeline.indexing.growth import (
-    FRESH,
-    Decision,
-    decide,
-    facts_of,
-    index_made_alike,
-    unwanted_pictures,
-)
 from pipeline.indexing.steps import IndexProgress, PartsJob, make_parts
 from pipeline.indexing.work_folder import empty_work_folder, put_index, work_folder
 from pipeline.resources.lease import lease
@@ -56,7 +41,7 @@ from stages.index.faiss_index import require_autofaiss, train_and_fill
 from stages.index.index_contents import left_out
 from stages.measure.certificate import Target, certify
 from stages.measure.exact_search import Queries, true_distances
-from stages.measure.fit_weights import FittedWeights, WeightSettings, learn_weights
+from stages.measure.fit_weights import WeightSettings, learn_weights
 from stages.measure.sample_queries import sample_queries
 from stages.tables.committer import Committer
 from stages.tables.ledger import read_ledger
@@ -68,18 +53,17 @@ _DEEPEST = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What there is to index and how."""
+    """What there is to index, how, and at which place; `older` is built upon, None for nothing."""
 
+    name: str
     layout: Layout
     manifest: DatabaseManifest
     settings: IndexSettings
     table: PatchTable
     codes: Floats
     place: str
-    """Where the index goes."""
     older: IndexManifest | None
-    """The index at that place that is built upon; None where nothing of it is kept."""
-    decision: Decision
+    decision: growth.Decision
     work: Path
     resources: RayResources | None
     progress: IndexProgress
@@ -115,7 +99,7 @@ def index(
         raise BadInputError(
             f"--name '{name}' is no name for a folder; use letters, digits, - and _"
         )
-    Target.parse(settings.target_recall)
+    target = Target.parse(settings.target_recall)
     give_memory_back()
     with lease(layout, "arrag-db index") as held:
         started = time.perf_counter()
@@ -128,18 +112,20 @@ def index(
         name = name or str(settings.kind)
         finish_replacements(layout.indexes)
         place = layout.index(name)
-        unwanted = unwanted_pictures(layout, settings)
-        older = index_made_alike(place, settings)
-        decision = FRESH
+        unwanted = growth.unwanted_pictures(layout, settings)
+        older = growth.index_made_alike(place, settings)
+        decision = growth.FRESH
         if older is not None:
-            decision = decide(facts_of(place, older, table, unwanted, compacted=compacted))
+            facts = growth.facts_of(place, older, table, unwanted, compacted=compacted)
+            decision = growth.decide(facts)
         older = older if decision.kept else None
         job = _Job(
+            name=name,
             layout=layout,
             manifest=manifest,
             settings=settings,
             table=table,
-            codes=read_codebook(layout),
+            codes=files.read_codebook(layout),
             place=place,
             older=older,
             decision=decision,
@@ -149,10 +135,13 @@ def index(
         )
         try:
             built = _build_codebook(job) if settings.kind == "codebook" else _build_faiss(job)
-            built = replace(built, name=name)
-            seconds = time.perf_counter() - started
-            final = _certified(job, built, seconds, announce)
-            _require_recall(final, settings, min_recall)
+            final = _certified(job, built, time.perf_counter() - started, announce)
+            reached = final.certificate["chosen"]["recall"][str(target.k)]
+            if min_recall is not None and reached < min_recall:
+                raise BadInputError(
+                    f"index {name} has a recall of {reached:.3f}, below --min-recall {min_recall},"
+                    " so it was not put in place; give more --nprobe or another --kind"
+                )
         except ArragError:
             shutil.rmtree(job.work, ignore_errors=True)
             raise
@@ -162,22 +151,18 @@ def index(
         return final
 
 
-def _require_recall(made: IndexManifest, settings: IndexSettings, wanted: float | None) -> None:
-    reached = made.certificate["chosen"]["recall"][str(Target.parse(settings.target_recall).k)]
-    if wanted is not None and reached < wanted:
-        raise BadInputError(
-            f"index {made.name} has a recall of {reached:.3f}, below --min-recall {wanted}, so it was"
-            " not put in place; give more --nprobe or another --kind"
-        )
-
-
 def _build_codebook(job: _Job) -> IndexManifest:
     """The parts of a codebook index in the work folder, and a manifest without measurements."""
     work, settings, table, older = job.work, job.settings, job.table, job.older
     weights, fitted = _weights(job)
     layout = CodeLayout(job.manifest.keys, job.codes, weights)
-    _require_memory(job, table.count * (layout.size + 2))
-    unwanted = work / LEFT_OUT_FILE
+    size = table.count * (layout.size + 2)
+    if size > size_in_bytes("--memory", settings.memory):
+        raise BadInputError(
+            f"an index of {table.count:,} keys takes about {size / 10**9:.1f} GB of memory when all"
+            f" of it is in use, more than --memory {settings.memory}; allow more"
+        )
+    unwanted = work / files.LEFT_OUT_FILE
     parts_job = PartsJob(
         table=table,
         layout=layout,
@@ -196,11 +181,10 @@ def _build_codebook(job: _Job) -> IndexManifest:
     if job.decision.rewrites and count != table.count_without(unwanted_ids):
         # It did not hold all rows of the table, so what it lacks is not known.
         empty_work_folder(work, unwanted_ids)
-        return _build_codebook(replace(job, older=None, decision=FRESH))
-    resident = entries * (layout.size + 2)
+        return _build_codebook(replace(job, older=None, decision=growth.FRESH))
     trained_for = table.count if older is None else int(older.settings["trained_for"])
     return IndexManifest(
-        name=settings.kind or "",
+        name=job.name,
         kind="codebook",
         index_key=f"IVF{lists},PQ{layout.keys.neighborhood.size}x{layout.bits} (the codebook)",
         keys=job.manifest.keys,
@@ -210,7 +194,7 @@ def _build_codebook(job: _Job) -> IndexManifest:
         entries=entries,
         nprobe=settings.nprobe,
         code_bytes_per_key=entries * layout.size / max(count, 1),
-        resident_bytes_per_key=resident / max(count, 1),
+        resident_bytes_per_key=entries * (layout.size + 2) / max(count, 1),
         ms_per_query=0.0,
         recall_at_10=0.0,
         certificate={},
@@ -218,17 +202,15 @@ def _build_codebook(job: _Job) -> IndexManifest:
         parts=parts,
         weights=weights,
         temperature=None if fitted is None else fitted["temperature"],
-        settings=settings.to_json()
-        | {"rows": table.count, "trained_for": trained_for}
-        | _per_picture(job),
+        settings=_kept_settings(job) | {"trained_for": trained_for},
         metrics={} if fitted is None else {"weights": fitted},
     )
 
 
-def _per_picture(job: _Job) -> dict[str, int]:
-    spec = job.manifest.tokenizer
-    hood = job.manifest.keys.neighborhood
-    return {"patches_per_image": hood.positions(spec.grid_height, spec.grid_width).size}
+def _kept_settings(job: _Job) -> dict[str, Any]:
+    """What the index was asked to be, and the size of its table."""
+    per_image = job.manifest.patches_per_image
+    return job.settings.to_json() | {"rows": job.table.count, "patches_per_image": per_image}
 
 
 def _build_faiss(job: _Job) -> IndexManifest:
@@ -243,8 +225,12 @@ def _build_faiss(job: _Job) -> IndexManifest:
         progress=lambda done, total: job.progress("filling the index", done, total),
     )
     entries = int(filled.index.ntotal)
+    file_bytes = (job.work / files.INDEX_FILE).stat().st_size
+    inner = filled.index
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
     return IndexManifest(
-        name=filled.kind,
+        name=job.name,
         kind=filled.kind,
         index_key=filled.index_key,
         keys=job.manifest.keys,
@@ -253,27 +239,17 @@ def _build_faiss(job: _Job) -> IndexManifest:
         count=entries,
         entries=entries,
         nprobe=settings.nprobe,
-        code_bytes_per_key=_code_size(filled.index, job.work),
+        # A graph has no codes of its own.
+        code_bytes_per_key=float(getattr(inner, "code_size", None) or file_bytes / entries),
         # faiss reads its file into memory; ids and next tokens stay mapped.
-        resident_bytes_per_key=(job.work / INDEX_FILE).stat().st_size / max(entries, 1) + 2,
+        resident_bytes_per_key=file_bytes / max(entries, 1) + 2,
         ms_per_query=0.0,
         recall_at_10=0.0,
         certificate={},
         left_out=left_out(job.work).size,
-        settings=settings.to_json()
-        | {"rows": job.table.count, "trained_on": filled.trained_on}
-        | _per_picture(job),
+        settings=_kept_settings(job) | {"trained_on": filled.trained_on},
         metrics=filled.metrics,
     )
-
-
-def _code_size(index: Any, folder: Path) -> float:
-    """Bytes of code per entry of the index; for a graph, bytes of its file per entry."""
-    inner: Any = (
-        faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    )
-    size = getattr(inner, "code_size", None)
-    return float(size or (folder / INDEX_FILE).stat().st_size / index.ntotal)
 
 
 def _weights(job: _Job) -> tuple[tuple[float, ...] | None, dict[str, Any] | None]:
@@ -284,23 +260,19 @@ def _weights(job: _Job) -> tuple[tuple[float, ...] | None, dict[str, Any] | None
         return job.settings.typed_weights(job.manifest.keys), None
     kept = job.work / "weights.json"
     if not kept.exists():
-        write_json(str(kept), asdict(_fit(job)))
-    fitted = read_json(str(kept))
+        learned = learn_weights(
+            job.table,
+            ImageTable(job.layout.images, Tombstones(job.layout).ids),
+            job.manifest.tokenizer,
+            job.manifest.keys,
+            job.codes,
+            left_out(job.work),
+            WeightSettings(seed=job.settings.seed),
+            lambda step: job.progress(f"learning weights, {step}", 0, 1),
+        )
+        files.write_json(str(kept), asdict(learned))
+    fitted = files.read_json(str(kept))
     return tuple(fitted["weights"]), fitted
-
-
-def _fit(job: _Job) -> FittedWeights:
-    """Learn the weights from two disjoint samples of the table's own pictures."""
-    return learn_weights(
-        job.table,
-        ImageTable(job.layout.images, Tombstones(job.layout).ids),
-        job.manifest.tokenizer,
-        job.manifest.keys,
-        job.codes,
-        left_out(job.work),
-        WeightSettings(seed=job.settings.seed),
-        lambda step: job.progress(f"learning weights, {step}", 0, 1),
-    )
 
 
 def _certified(
@@ -338,12 +310,11 @@ def _certified(
         nprobe=job.settings.nprobe,
         progress=lambda nprobe: job.progress(f"measuring nprobe {nprobe or '-'}", 0, 1),
     )
-    ten = str(min(10, _DEEPEST))
     return replace(
         built,
         nprobe=measured.chosen.nprobe,
-        recall_at_10=measured.chosen.recall[ten],
-        ms_per_query=measured.ms_per_query[ten]["batch"],
+        recall_at_10=measured.chosen.recall["10"],
+        ms_per_query=measured.ms_per_query["10"]["batch"],
         certificate=asdict(measured) | {"build_seconds": seconds},
     )
 
@@ -357,12 +328,3 @@ def index_queries(layout: Layout, manifest: DatabaseManifest) -> Queries:
         pictures=_QUERY_PICTURES,
         queries=_QUERIES,
     )
-
-
-def _require_memory(job: _Job, size: int) -> None:
-    """Raise BadInputError for an index that would take more than the user allows it."""
-    if size > size_in_bytes("--memory", job.settings.memory):
-        raise BadInputError(
-            f"an index of {job.table.count:,} keys takes about {size / 10**9:.1f} GB of memory when all"
-            f" of it is in use, more than --memory {job.settings.memory}; allow more"
-        )

@@ -1,5 +1,6 @@
 """What a database holds, as the ledger, the rejects and the index manifests say."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,12 @@ def info(database: str | Path) -> dict[str, Any]:
         "neighborhood": keys.neighborhood.name,
         "border": keys.neighborhood.border,
         "key_space": keys.space,
-        "bytes": _sizes(layout),
-        "indexes": {
-            folder.rpartition("/")[2]: _index(folder, layout, manifest)
-            for folder in index_folders(layout)
+        "bytes": {
+            name: stored_bytes(join(layout.root, name))
+            for name in names_in(layout.root)
+            if name in ("patches", "index") or name.endswith(".lance")
         },
+        "indexes": {f.rpartition("/")[2]: _index(f, layout) for f in index_folders(layout)},
     }
 
 
@@ -67,17 +69,12 @@ def _removed_waiting(layout: Layout, manifest: DatabaseManifest) -> dict[str, in
         deleted = deleted_images(layout)
         there = table.filter(pa.array(~contains(deleted, table["image_id"].to_numpy())))
         splits = dict(zip(*(column.to_pylist() for column in there.columns), strict=True))
-    spec = manifest.tokenizer
-    per_image = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
     held_out = list(splits.values()).count("heldout")
-    return {
-        "images": len(splits),
-        "heldout": held_out,
-        "patches": per_image * (len(splits) - held_out),
-    }
+    patches = manifest.patches_per_image * (len(splits) - held_out)
+    return {"images": len(splits), "heldout": held_out, "patches": patches}
 
 
-def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str, Any]:
+def _index(folder: str, layout: Layout) -> dict[str, Any]:
     index = IndexManifest.read(folder)
     current = lance.dataset(layout.patches(index.keys)).count_rows()
     return {
@@ -100,24 +97,15 @@ def _index(folder: str, layout: Layout, manifest: DatabaseManifest) -> dict[str,
     }
 
 
-def _sizes(layout: Layout) -> dict[str, int]:
-    """The bytes of the database's tables and indexes, by the names of their folders."""
-    folders = {"patches", layout.indexes.rpartition("/")[2]}
-    return {
-        name: stored_bytes(join(layout.root, name))
-        for name in names_in(layout.root)
-        if name in folders or name.endswith(".lance")
-    }
-
-
 def to_text(fields: dict[str, Any]) -> str:
     """The same for people."""
     grid = "x".join(map(str, fields["grid"]))
     rejects = sum(fields["rejects"].values())
+    removed = f" + {fields['removed']:,} removed" if fields["removed"] else ""
     lines = [
         f"{fields['database']}: {fields['images']:,} images, {fields['patches']:,} patches",
         f"  inputs {fields['inputs']:,} = {fields['images']:,} images + {rejects:,} rejects"
-        f"{_removed(fields)} ({fields['heldout']:,} of the images held out)",
+        f"{removed} ({fields['heldout']:,} of the images held out)",
         f"  shards {fields['shards']} done, {fields['shards_open']} open;"
         f" sources {', '.join(fields['sources']) or 'none'}",
         f"  tokenizer {fields['tokenizer']}, grid {grid}, {fields['vocabulary']:,} codes",
@@ -137,8 +125,8 @@ def to_text(fields: dict[str, Any]) -> str:
     if fields["duplicates"]:
         lines.append(f"  {fields['duplicates']:,} of the images are copies of another one")
     lines += [f"  reject {reason}: {count:,}" for reason, count in fields["rejects"].items()]
-    sizes = {name: f"{size / 1e6:.1f} MB" for name, size in fields["bytes"].items()}
-    lines.append("  on disk " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    sizes = (f"{name} {size / 1e6:.1f} MB" for name, size in fields["bytes"].items())
+    lines.append("  on disk " + ", ".join(sizes))
     for name, index in fields["indexes"].items():
         probe = f", nprobe {index['nprobe']}" if index["nprobe"] else ""
         stale = "" if index["up_to_date"] else "  (older than the table: run `arrag-db index`)"
@@ -161,7 +149,7 @@ def index_to_text(made: IndexManifest) -> str:
     lines = [
         f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys in {made.entries:,} entries,"
         f" {made.code_bytes_per_key:.1f} bytes of code a key,"
-        f" {made.resident_bytes_per_key:.1f} resident",
+        f" {made.resident_bytes_per_key:.1f} resident"
     ]
     if made.weights is not None:
         said = ", ".join(f"{weight:.2f}" for weight in made.weights)
@@ -175,12 +163,5 @@ def index_to_text(made: IndexManifest) -> str:
         )
     if made.left_out:
         lines.append(f"  {made.left_out:,} pictures are left out: removed ones or copies")
-    lines += [
-        "  " + line for line in Certificate.from_json(made.certificate).to_text().splitlines()
-    ]
-    return "\n".join(lines)
-
-
-def _removed(fields: dict[str, Any]) -> str:
-    """What the sum of inputs has besides images and rejects, once something was removed."""
-    return f" + {fields['removed']:,} removed" if fields["removed"] else ""
+    certificate = Certificate.from_json(made.certificate).to_text()
+    return "\n".join([*lines, textwrap.indent(certificate, "  ")])

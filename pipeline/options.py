@@ -4,26 +4,16 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import MISSING
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from arrag_runtime.settings import (
-    Setting,
-    make,
-    read_toml,
-    settings_of,
-    to_toml,
-    values_of,
-)
-
-Settings = TypeVar("Settings")
-Takes = Callable[[Callable[..., None]], Callable[..., None]]
+from arrag_runtime.settings import Setting, make, read_toml, settings_of, to_toml, values_of
 
 
-def takes(kind: type[Settings]) -> Takes:
+def takes(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a class of settings, which it gets as its first argument.
 
         @app.command()
@@ -37,7 +27,7 @@ def takes(kind: type[Settings]) -> Takes:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command).parameters.values())[1:]
         own_names = {_own_key(parameter): parameter.name for parameter in own}
-        offered: tuple[Setting, ...] = settings_of(kind)  # type: ignore[arg-type]
+        offered = settings_of(kind)  # type: ignore[arg-type]
 
         def load(context: typer.Context, file: Path | None) -> Path | None:
             if file is not None:
@@ -82,11 +72,10 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         # A bracket that would be read as markup is escaped.
         help=re.sub(r"\[(?=[a-z#/@])", r"\\[", setting.help),
     )
-    return inspect.Parameter(
+    return _keyword(
         setting.parameter,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[kind | None if default is None else kind, info],
+        Annotated[kind | None if default is None else kind, info],
+        inspect.Parameter.empty if default is MISSING else default,
     )
 
 
@@ -99,21 +88,21 @@ def _own_key(parameter: inspect.Parameter) -> str:
 
 
 def _config_parameters(load: Callable[..., Path | None]) -> list[inspect.Parameter]:
-    reading = typer.Option(
+    option = partial(typer.Option, rich_help_panel="Configuration")
+    reading = option(
         is_eager=True,
         callback=load,
-        rich_help_panel="Configuration",
         help="A TOML file with the names of these options; what is typed here wins.",
     )
-    printing = typer.Option(
-        "--print-config",
-        rich_help_panel="Configuration",
-        help="Print what is in force, as such a file, and do nothing else.",
+    printing = option(
+        "--print-config", help="Print what is in force, as such a file, and do nothing else."
     )
-    kind = inspect.Parameter.KEYWORD_ONLY
     return [
-        inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, reading]),
-        inspect.Parameter(
-            "print_config", kind, default=False, annotation=Annotated[bool, printing]
-        ),
+        _keyword("config", Annotated[Path | None, reading], None),
+        _keyword("print_config", Annotated[bool, printing], False),
     ]
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)

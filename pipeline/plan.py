@@ -8,37 +8,29 @@ Parquet files are counts; where it had to estimate, the forecast says so). The c
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
-from arrag_runtime.format.specs import KeySpec, key_spec
+from arrag_runtime.format.specs import key_spec
 from schemas.records import Count
-from schemas.settings.index import (
-    IMBALANCE,
-    PROBES,
-    SCAN_NS,
-    choose_ivfpq_lists,
-    choose_lists,
-    default_kind,
-)
+from schemas.settings import index as indexes
 from schemas.settings.plan import ForecastSettings
 from stages.sources import count_inputs
 
-GRID, DIMENSION = (24, 24), 8
+_GRID, _DIMENSION = (24, 24), 8
 """Of VQ-16 and of the bundled tokenizer; a database that exists says its own."""
-BYTES_A_PATCH, BYTES_A_NEIGHBOR = 5, 2
+_BYTES_A_PATCH, _BYTES_A_NEIGHBOR = 5, 2
 """Measured in Lance: 13 bytes a row of four neighbours, ids and next token included."""
-BYTES_A_GRID_TOKEN = 1100 / 576
+_BYTES_A_GRID_TOKEN = 1100 / 576
 """1.1 KB an image of 576 tokens, with caption and address."""
-BYTES_A_REJECT, BYTES_A_SHARD = 200, 600
-CODE_BYTES = {"codebook": 9, "ivfpq": 18}
+_BYTES_A_REJECT, _BYTES_A_SHARD = 200, 600
+_CODE_BYTES = {"codebook": 9, "ivfpq": 18}
 """Resident bytes a key: the packed codes, or codes and ids, with what next tokens take."""
-SECONDS_A_SEARCH = 0.3e-3
+_SECONDS_A_SEARCH = 0.3e-3
 """Look-up tables and coarse search, once a query."""
-SUCCESS = 0.9
+_SUCCESS = 0.9
 """Share of published addresses that still answered two years on."""
 
 
@@ -59,7 +51,7 @@ class Forecast:
     index: Mapping[str, Any]
     download_hours: float | None
     gpu_hours: float | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
 
     @property
     def disk_bytes(self) -> int:
@@ -79,8 +71,15 @@ def forecast(settings: ForecastSettings) -> Forecast:
 
     Raises BadInputError for inputs that are not there or would have to be fetched.
     """
-    manifest = _manifest(settings.database)
-    return work_out(settings, count_inputs(settings.source), manifest, _recorded(settings))
+    layout = Layout(settings.database)
+    manifest = DatabaseManifest.read(layout) if exists(layout.manifest) else None
+    count = count_inputs(settings.source)
+    if manifest is None:
+        return work_out(settings, count)
+    from stages.tables.ledger import read_ledger
+
+    recorded = read_ledger(layout).by_source.get(settings.source.name, {})
+    return work_out(settings, count, manifest, recorded.get("inputs", 0))
 
 
 def work_out(
@@ -90,17 +89,26 @@ def work_out(
     in_database: int = 0,
 ) -> Forecast:
     """The forecast for so many inputs. Pure."""
-    keys = (
-        manifest.keys if manifest else key_spec(settings.neighborhood, settings.border, "codebook")
-    )
-    height, width, dimension = _grid(manifest)
-    hold_out = manifest.hold_out if manifest else settings.hold_out
-    success = SUCCESS if count.links else 1.0
+    if manifest is None:
+        keys = key_spec(settings.neighborhood, settings.border, "codebook")
+        height, width, dimension, hold_out = *_GRID, _DIMENSION, settings.hold_out
+    else:
+        spec, keys, hold_out = manifest.tokenizer, manifest.keys, manifest.hold_out
+        height, width, dimension = spec.grid_height, spec.grid_width, spec.dimension
+    success = _SUCCESS if count.links else 1.0
     success = success if settings.success is None else settings.success
     images = round(count.inputs * success)
     heldout = round(images * hold_out)
-    positions = len(keys.neighborhood.positions(height, width))
-    patches = (images - heldout) * positions
+    patches = (images - heldout) * len(keys.neighborhood.positions(height, width))
+    tables = {
+        "patches": patches * (_BYTES_A_PATCH + _BYTES_A_NEIGHBOR * keys.neighborhood.size),
+        "images": round(images * _BYTES_A_GRID_TOKEN * (height * width)),
+        "rejects": (count.inputs - images) * _BYTES_A_REJECT,
+        "shards": math.ceil(count.inputs / 10_000) * _BYTES_A_SHARD,
+    }
+    kinds = ("codebook", "ivfpq") if keys.space == "codebook" else ("ivfpq",)
+    index_memory = {kind: patches * _CODE_BYTES[kind] for kind in kinds}
+    index_memory["flat"] = patches * 4 * keys.neighborhood.size * dimension
     rate = settings.images_per_second or _measured(manifest)
     return Forecast(
         source=settings.source.name,
@@ -111,8 +119,8 @@ def work_out(
         images=images,
         heldout=heldout,
         patches=patches,
-        tables=_tables(count.inputs, images, patches, keys, height * width),
-        index_memory=_memory(patches, keys, dimension),
+        tables=tables,
+        index_memory=index_memory,
         index=suggest_index(patches, settings.query_ms, space=keys.space),
         download_hours=count.inputs / settings.rate / 3600 if count.links else None,
         gpu_hours=images / rate / 3600 if rate else None,
@@ -132,60 +140,19 @@ def suggest_index(keys: int, query_ms: float, *, space: str = "codebook") -> dic
 
     milliseconds: of one query on one thread; threads: how many answer it within `query_ms`.
     """
-    name = default_kind(space, keys)
-    kind: dict[str, Any] = {"kind": name, "lists": None, "nprobe": None}
-    scanned = float(keys)
-    if name != "flat":
-        of_codebook = name == "codebook"
-        lists = choose_lists(keys, query_ms) if of_codebook else choose_ivfpq_lists(keys)
-        nprobe = min(PROBES, lists)
-        kind |= {"lists": lists, "nprobe": nprobe}
-        scanned = keys / lists * nprobe * IMBALANCE
-    seconds = SECONDS_A_SEARCH + scanned * SCAN_NS * 1e-9
+    kind = indexes.default_kind(space, keys)
+    lists, nprobe, scanned = None, None, float(keys)
+    if kind == "codebook":
+        lists = indexes.choose_lists(keys, query_ms)
+    elif kind == "ivfpq":
+        lists = indexes.choose_ivfpq_lists(keys)
+    if lists is not None:
+        nprobe = min(indexes.PROBES, lists)
+        scanned = keys / lists * nprobe * indexes.IMBALANCE
+    seconds = _SECONDS_A_SEARCH + scanned * indexes.SCAN_NS * 1e-9
     threads = max(1, math.ceil(seconds * 1000 / query_ms))
-    return kind | {"milliseconds": seconds * 1000, "threads": threads, "query_ms": query_ms}
-
-
-def _tables(
-    inputs: int, images: int, patches: int, keys: KeySpec, positions: int
-) -> dict[str, int]:
-    """Bytes on disk of each table."""
-    return {
-        "patches": patches * (BYTES_A_PATCH + BYTES_A_NEIGHBOR * keys.neighborhood.size),
-        "images": round(images * BYTES_A_GRID_TOKEN * positions),
-        "rejects": (inputs - images) * BYTES_A_REJECT,
-        "shards": math.ceil(inputs / 10_000) * BYTES_A_SHARD,
-    }
-
-
-def _memory(patches: int, keys: KeySpec, dimension: int) -> dict[str, int]:
-    """Bytes of memory of each kind of index over so many keys."""
-    kinds = CODE_BYTES if keys.space == "codebook" else {"ivfpq": CODE_BYTES["ivfpq"]}
-    return {kind: patches * size for kind, size in kinds.items()} | {
-        "flat": patches * 4 * keys.neighborhood.size * dimension
-    }
-
-
-def _grid(manifest: DatabaseManifest | None) -> tuple[int, int, int]:
-    if manifest is None:
-        return (*GRID, DIMENSION)
-    spec = manifest.tokenizer
-    return spec.grid_height, spec.grid_width, spec.dimension
-
-
-def _manifest(database: str | Path) -> DatabaseManifest | None:
-    layout = Layout(database)
-    return DatabaseManifest.read(layout) if exists(layout.manifest) else None
-
-
-def _recorded(settings: ForecastSettings) -> int:
-    """How many inputs of this source the database has already."""
-    if _manifest(settings.database) is None:
-        return 0
-    from stages.tables.ledger import read_ledger
-
-    state = read_ledger(Layout(settings.database))
-    return state.by_source.get(settings.source.name, {}).get("inputs", 0)
+    timing = {"milliseconds": seconds * 1000, "threads": threads, "query_ms": query_ms}
+    return {"kind": kind, "lists": lists, "nprobe": nprobe} | timing
 
 
 def _measured(manifest: DatabaseManifest | None) -> float | None:
@@ -204,7 +171,7 @@ def to_text(made: Forecast) -> str:
     index = made.index
     lines = [
         f"{made.source}: {about}{made.inputs:,} inputs"
-        + (f" (an estimate: {made.note})" if not made.exact else ""),
+        + ("" if made.exact else f" (an estimate: {made.note})"),
         f"  {made.images:,} images at {used['success']:.0%} success, {made.heldout:,} held out;"
         f" {made.patches:,} patches ({used['keys']})",
         "  on disk "
@@ -219,8 +186,7 @@ def to_text(made: Forecast) -> str:
     if made.in_database:
         lines.insert(1, f"  {made.in_database:,} inputs of this source are in the database already")
     if made.download_hours is not None:
-        rate = f"{used['rate']:g} addresses/s"
-        lines.append(f"  download {made.download_hours:,.1f} hours at {rate}")
+        lines.append(f"  download {made.download_hours:,.1f} hours at {used['rate']:g} addresses/s")
     if made.gpu_hours is not None:
         rate = f"{used['images_per_second']:,.1f} images/s"
         lines.append(f"  encoding {made.gpu_hours:,.1f} hours at {rate}")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +66,12 @@ class QueryAnswer:
     results: tuple[PositionResult, ...]
     manifest: DatabaseManifest
     index: str
-    kind: str
     grid: npt.NDArray[np.uint16] | None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return {
-            "results": [
-                {
-                    "row": result.row,
-                    "col": result.col,
-                    "key": list(result.key),
-                    "token": result.token,
-                    "neighbors": [vars(neighbor) for neighbor in result.neighbors],
-                }
-                for result in self.results
-            ],
-            "index": self.index,
-        }
+        return {"results": [asdict(result) for result in self.results], "index": self.index}
 
 
 def query(settings: QuerySettings) -> QueryAnswer:
@@ -113,11 +100,8 @@ def query(settings: QuerySettings) -> QueryAnswer:
         keys = _typed_key(settings.tokens, manifest)
     else:
         assert settings.image is not None
-        grid = tokenize_file(
-            settings.image,
-            load_database_tokenizer(layout, manifest, settings.tokenizer_weights),
-            manifest,
-        )
+        tokenizer = load_database_tokenizer(layout, manifest, settings.tokenizer_weights)
+        grid = _tokenize_file(settings.image, tokenizer, manifest)
         positions, keys = _picture_keys(grid, settings, manifest)
     own = _own_images(settings, layouts)
     exclude = np.tile(np.array(own, np.int64), (len(keys), 1)) if own else None
@@ -125,15 +109,15 @@ def query(settings: QuerySettings) -> QueryAnswer:
     rows = _image_rows(layouts, found)
     results = tuple(
         PositionResult(
-            row,
-            col,
-            tuple(keys[n].tolist()),
-            None if grid is None else int(grid[row, col]),
-            _trace(found, n, rows, layouts, manifest.tokenizer.grid_width),
+            row=row,
+            col=col,
+            key=tuple(keys[n].tolist()),
+            token=None if grid is None else int(grid[row, col]),
+            neighbors=_trace(found, n, rows, layouts, manifest.tokenizer.grid_width),
         )
         for n, (row, col) in enumerate(positions)
     )
-    return QueryAnswer(results, manifest, index.manifest.name, index.manifest.kind, grid, notes)
+    return QueryAnswer(results, manifest, index.manifest.name, grid, notes)
 
 
 def _kept(
@@ -142,14 +126,13 @@ def _kept(
     """For each database the pictures that the filter keeps, ascending, and what that costs."""
     if settings.where is None:
         return None, ()
+    tables = [ImageTable(layout.images) for layout in layouts]
     kept: list[Ids | None] = []
-    total = 0
-    for layout in layouts:
-        images = ImageTable(layout.images)
+    for images in tables:
         batches = images.batches(["image_id"], 1 << 18, settings.where)
         ids = [batch.column("image_id").to_numpy() for batch in batches]
         kept.append(np.sort(np.concatenate([np.empty(0, np.int64), *ids])))
-        total += images.count
+    total = sum(images.count for images in tables)
     chosen = sum(len(ids) for ids in kept if ids is not None)
     if not chosen:
         raise BadInputError(f"--where '{settings.where}' keeps none of {total:,} pictures")
@@ -167,10 +150,8 @@ def _own_images(settings: QuerySettings, layouts: Sequence[Layout]) -> list[int]
     if settings.image is None:
         raise BadInputError("--exclude-self leaves out the --image itself; --tokens names none")
     sha256 = hashlib.sha256(_read(settings.image)).hexdigest()
-    own: list[int] = []
-    for layout in layouts:
-        own += ImageTable(layout.images).copies([sha256]).get(sha256, [])
-    return own
+    copies = (ImageTable(layout.images).copies([sha256]).get(sha256, []) for layout in layouts)
+    return [image for ids in copies for image in ids]
 
 
 def load_database_tokenizer(
@@ -187,7 +168,7 @@ def load_database_tokenizer(
     return tokenizer
 
 
-def tokenize_file(
+def _tokenize_file(
     path: Path, tokenizer: Tokenizer, manifest: DatabaseManifest
 ) -> npt.NDArray[np.uint16]:
     """The token grid uint16 [h, w] of a picture, made the way the database's grids were.
@@ -195,17 +176,18 @@ def tokenize_file(
     The picture stands alone in a batch of the size the database was encoded with on a CPU, since
     the size changes a few ids; those of a GPU differ from a CPU's anyway.
     """
-    data = _read(path)
     size = manifest.tokenizer.image_size
+    settings = DecodeSettings(size=size, min_side=1)
     try:
-        pixels = decode_image(data, DecodeSettings(size=size, min_side=1)).pixels
+        pixels = decode_image(_read(path), settings).pixels
     except UndecodableError as error:
         raise BadInputError(
             f"--image '{path}' cannot be used: {error}; give a JPEG, PNG or WebP picture"
         ) from error
-    same_device = manifest.encoder.device == "cpu"
-    batch_size = manifest.encoder.batch_size if same_device else 1
-    batch = np.zeros((batch_size, size, size, 3), np.uint8)
+    encoder = manifest.encoder
+    batch = np.zeros(
+        (encoder.batch_size if encoder.device == "cpu" else 1, size, size, 3), np.uint8
+    )
     batch[0] = pixels
     grid: npt.NDArray[np.uint16] = tokenizer.encode(batch).tokens[0]
     return grid
@@ -239,29 +221,24 @@ def _picture_keys(
     if settings.row is not None and settings.col is not None:
         key = hood.key_at(grid[None], settings.row, settings.col)
         if key is None:
+            rows, cols = np.divmod(hood.positions(*grid.shape), grid.shape[1])
             raise BadInputError(
                 f"position ({settings.row}, {settings.col}) has no full {hood.name} neighbourhood"
-                f" and the database skips such borders; {_range_with_keys(manifest)}"
+                f" and the database skips such borders; use rows {rows.min()}..{rows.max()} and"
+                f" columns {cols.min()}..{cols.max()}"
             )
         return [(settings.row, settings.col)], key
     at = np.stack(np.divmod(hood.positions(*grid.shape), grid.shape[1]), axis=1)
     return [(int(row), int(col)) for row, col in at], hood.keys(grid[None])[0]
 
 
-def _range_with_keys(manifest: DatabaseManifest) -> str:
-    spec = manifest.tokenizer
-    at = manifest.keys.neighborhood.positions(spec.grid_height, spec.grid_width)
-    rows, cols = np.divmod(at, spec.grid_width)
-    return f"use rows {rows.min()}..{rows.max()} and columns {cols.min()}..{cols.max()}"
-
-
 def _image_rows(layouts: Sequence[Layout], found: Neighbors) -> dict[tuple[int, int], ImageRow]:
     """The pictures that results come from, by database and id."""
     rows = {}
-    real = found.patch_ids >= 0
     for number, layout in enumerate(layouts):
-        ids = split_patch_ids(found.patch_ids[real & (found.origin == number)])[0]
-        for image, row in ImageTable(layout.images).rows(np.unique(ids).tolist()).items():
+        real = (found.patch_ids >= 0) & (found.origin == number)
+        ids = np.unique(split_patch_ids(found.patch_ids[real])[0]).tolist()
+        for image, row in ImageTable(layout.images).rows(ids).items():
             rows[number, image] = row
     return rows
 

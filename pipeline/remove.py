@@ -24,14 +24,10 @@ from arrag_runtime.search.patch_index import index_folders
 from arrag_runtime.search.tombstones import Tombstones
 from schemas.receipt import Receipt
 from schemas.tables import REMOVED_SCHEMA
+from stages.removal import removed_list_file
 from stages.removal.find_images import FoundImages, Selection, find_images, hash_files
-from stages.removal.removed_list_file import (
-    RemovedEntry,
-    export_removed,
-    import_removed,
-    require_hash,
-)
-from stages.removal.suppression import Suppressions, read_suppressions
+from stages.removal.removed_list_file import RemovedEntry
+from stages.removal.suppression import read_suppressions
 from stages.tables.deletion import append_removed
 
 _SHOWN = 5
@@ -104,22 +100,24 @@ class Removal:
 
     def to_text(self) -> str:
         """What people are shown before they agree."""
-        lines = [f"{len(self.found.matched):,} pictures match"]
-        if len(self.found.copies):
-            lines[0] += f", and {len(self.found.copies):,} copies with the same bytes"
-        if self.found.already_hidden:
-            lines[0] += f"; {self.found.already_hidden:,} more are removed already"
+        found = self.found
+        lines = [f"{len(found.matched):,} pictures match"]
+        if len(found.copies):
+            lines[0] += f", and {len(found.copies):,} copies with the same bytes"
+        if found.already_hidden:
+            lines[0] += f"; {found.already_hidden:,} more are removed already"
         lines += [f"  {p['image_id']}  {p['key']}  {p['url'] or ''}".rstrip() for p in self.first()]
         if self.images > _SHOWN:
             lines.append(f"  and {self.images - _SHOWN:,} more")
         lines += [f"  {count:,} patches of {name}" for name, count in self.patches.items() if count]
         if self.entries:
-            count = len(self.entries)
-            lines.append(f"  {count:,} entries without a picture here, to be kept out of builds")
-        if self.found.shared:
             lines.append(
-                f"  {len(self.found.shared):,} hashes or addresses belong to pictures that stay,"
-                " too, and are not kept out of builds"
+                f"  {len(self.entries):,} entries without a picture here, to be kept out of builds"
+            )
+        if found.shared:
+            lines.append(
+                f"  {len(found.shared):,} hashes or addresses belong to pictures that stay, too,"
+                " and are not kept out of builds"
             )
         return "\n".join(lines)
 
@@ -149,17 +147,17 @@ def plan_removal(database: str | Path, request: RemovalRequest) -> Removal:
 
     Hashes that no picture here has, and all entries of an imported list, go on this list as well.
     """
-    entries: tuple[RemovedEntry, ...] = ()
-    hashes = {require_hash(text, "--sha256") for text in request.hashes} | hash_files(request.like)
-    urls = frozenset[str]()
     if request.listed is not None:
-        entries = import_removed(request.listed)
-        hashes = {entry.sha256 for entry in entries if entry.sha256 is not None}
-        urls = frozenset(entry.url for entry in entries if entry.url is not None)
+        entries = removed_list_file.import_removed(request.listed)
     else:
+        hashes = {removed_list_file.require_hash(text, "--sha256") for text in request.hashes}
+        hashes |= hash_files(request.like)
         entries = tuple(RemovedEntry(sha256=sha256) for sha256 in sorted(hashes))
     selection = Selection(
-        where=request.where, image_ids=request.image_ids, hashes=frozenset(hashes), urls=urls
+        where=request.where,
+        image_ids=request.image_ids,
+        hashes=frozenset(entry.sha256 for entry in entries if entry.sha256 is not None),
+        urls=frozenset(entry.url for entry in entries if entry.url is not None),
     )
     return _removal(database, selection, entries, with_copies=not request.only_these)
 
@@ -176,10 +174,15 @@ def _removal(
     found = find_images(
         ImageTable(layout.images), selection, Tombstones(layout).ids, with_copies=with_copies
     )
-    known = read_suppressions(layout)
-    known = Suppressions(
-        hashes=known.hashes | set(found.pictures["sha256"].to_pylist()),
-        urls=known.urls | set(found.pictures["url"].to_pylist()),
+    suppressed = read_suppressions(layout)
+    hashes = suppressed.hashes.union(found.pictures["sha256"].to_pylist())
+    urls = suppressed.urls.union(found.pictures["url"].to_pylist())
+    # Entries whose hash or address is not suppressed yet.
+    fresh = (
+        entry
+        for entry in entries
+        if (entry.sha256 is not None and entry.sha256 not in hashes)
+        or (entry.url is not None and entry.url not in urls)
     )
     spec = manifest.tokenizer
     shown = found.pictures["split"].to_pylist().count("database")
@@ -187,7 +190,7 @@ def _removal(
         keys.name: shown * keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
         for keys in patch_tables(layout)
     }
-    return Removal(found, _unknown(entries, known), patches)
+    return Removal(found, tuple(dict.fromkeys(fresh)), patches)
 
 
 def carry_out(database: str | Path, removal: Removal, why: str, command: str) -> Receipt:
@@ -231,13 +234,12 @@ def export_list(database: str | Path, path: Path) -> int:
     """Write the list of a database to a file; returns how many rows it has."""
     layout = Layout(database)
     DatabaseManifest.read(layout)
-    return export_removed(layout, path)
+    return removed_list_file.export_removed(layout, path)
 
 
 def hide_suppressed(database: str | Path, command: str) -> Receipt | None:
     """Hide what came in although it is on the list: by a build that ran when it was removed."""
-    layout = Layout(database)
-    suppressions = read_suppressions(layout)
+    suppressions = read_suppressions(Layout(database))
     if not suppressions:
         return None
     selection = Selection(hashes=suppressions.hashes, urls=suppressions.urls)
@@ -245,17 +247,6 @@ def hide_suppressed(database: str | Path, command: str) -> Receipt | None:
     if not removal.images:
         return None
     return carry_out(database, removal, "came in again while it was being removed", command)
-
-
-def _unknown(entries: Sequence[RemovedEntry], known: Suppressions) -> tuple[RemovedEntry, ...]:
-    """The entries whose hash or address is not suppressed yet."""
-    fresh = (
-        entry
-        for entry in entries
-        if (entry.sha256 is not None and entry.sha256 not in known.hashes)
-        or (entry.url is not None and entry.url not in known.urls)
-    )
-    return tuple(dict.fromkeys(fresh))
 
 
 def _listed(removal: Removal, said: Mapping[str, Any]) -> pa.Table:
@@ -270,11 +261,7 @@ def _listed(removal: Removal, said: Mapping[str, Any]) -> pa.Table:
         stays = pc.is_in(pictures[name], shared)
         columns[name] = pc.if_else(stays, pa.scalar(None, pa.string()), pictures[name])
     for name, value in said.items():
-        columns[name] = pa.array([value] * len(pictures), REMOVED_SCHEMA.field(name).type)
+        columns[name] = pa.repeat(pa.scalar(value, REMOVED_SCHEMA.field(name).type), len(pictures))
     entries = [dict(said) | vars(e) | {"why": e.why or said["why"]} for e in removal.entries]
-    return pa.concat_tables(
-        [
-            pa.table([columns[name] for name in REMOVED_SCHEMA.names], schema=REMOVED_SCHEMA),
-            pa.Table.from_pylist(entries, schema=REMOVED_SCHEMA),
-        ]
-    )
+    hidden = pa.table([columns[name] for name in REMOVED_SCHEMA.names], schema=REMOVED_SCHEMA)
+    return pa.concat_tables([hidden, pa.Table.from_pylist(entries, schema=REMOVED_SCHEMA)])

@@ -5,7 +5,7 @@ The patch that comes next is framed; the neighbours that form the key are outlin
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from arrag_runtime.format.manifest import Layout
 from arrag_runtime.generation.picture_grid import FAINT, INK, font, save_png
 from arrag_runtime.progress import Progress, silent
 from arrag_runtime.tokenizers import Tokenizer
-from pipeline.query import Neighbor, PositionResult, QueryAnswer, load_database_tokenizer
+from pipeline.query import PositionResult, QueryAnswer, load_database_tokenizer
 from schemas.settings.query import QuerySettings
 
 TILE, GAP, MARGIN, TEXT = 132, 14, 28, 46
@@ -25,6 +25,12 @@ REACH = 2
 """Patches shown on each side of the one that comes next."""
 MAX_ROWS, MAX_NEIGHBORS = 8, 8
 FRAME, KEY = (225, 29, 72), (37, 99, 235)
+LEGEND = (
+    (INK, "Left: the query's picture, as the tokenizer sees it. Each row below is one position."),
+    (KEY, "Blue outline: the neighbours whose tokens form the key."),
+    (FRAME, "Red frame: the patch that comes next; in the results, what the database offers."),
+    (KEY, "Blue text: the very token that stands in the query's picture."),
+)
 
 
 def save_sheet(
@@ -38,10 +44,7 @@ def save_sheet(
 
 
 def draw_sheet(
-    answer: QueryAnswer,
-    tokenizer: Tokenizer,
-    title: str,
-    progress: Progress = silent,
+    answer: QueryAnswer, tokenizer: Tokenizer, title: str, progress: Progress = silent
 ) -> Image.Image:
     """Draw up to eight of the answer's positions, spread evenly, with up to eight results each."""
     results = _spread(answer.results, MAX_ROWS)
@@ -51,28 +54,34 @@ def draw_sheet(
     for database in {n.database for n in shown}:
         sources = {n.image_id for n in shown if n.database == database}
         grids |= ImageTable(Layout(database).images).grids(sorted(sources), height)
-    pictures = dict(_reconstruct(grids, tokenizer, progress))
+    pictures = {}
+    for done, (image, grid) in enumerate(grids.items(), start=1):
+        pictures[image] = tokenizer.decode(grid[None])[0]
+        progress("reconstructing", done, len(grids))
     asked = None if answer.grid is None else tokenizer.decode(answer.grid[None])[0]
     columns = max((min(len(r.neighbors), MAX_NEIGHBORS) for r in results), default=0)
-    left = TILE + GAP + 3 * GAP
-    width = 2 * MARGIN + left + columns * (TILE + GAP)
+    left = TILE + 4 * GAP
+    width = max(760, 2 * MARGIN + left + columns * (TILE + GAP))
     overview = 0 if asked is None else TILE * 2
     top = MARGIN + 64 + (overview + GAP if overview else 0)
-    sheet = Image.new(
-        "RGB", (max(width, 760), top + len(results) * (TILE + TEXT) + MARGIN), "white"
-    )
+    sheet = Image.new("RGB", (width, top + len(results) * (TILE + TEXT) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
+    spec, keys = answer.manifest.tokenizer, answer.manifest.keys
+    legend = (
+        f"{len(results)} of {len(answer.results)} positions; nearest first, squared L2 distance d"
+        f" between {keys.neighborhood.name} keys; index {answer.index}, tokenizer {spec.name}"
+    )
     draw.text((MARGIN, MARGIN), title, INK, font(20))
-    draw.text((MARGIN, MARGIN + 28), _legend(answer, len(results)), FAINT, font(13))
+    draw.text((MARGIN, MARGIN + 28), legend, FAINT, font(13))
     if asked is not None:
-        _overview(sheet, asked, results, answer, (MARGIN, MARGIN + 64), overview)
-    offsets = answer.manifest.keys.neighborhood.offsets
+        _overview(sheet, asked, results, height, (MARGIN, MARGIN + 64), overview)
     for index, result in enumerate(results):
         y = top + index * (TILE + TEXT)
         if asked is not None and result.row is not None and result.col is not None:
-            tile = _cut(asked, result.row, result.col, height, offsets)
+            tile = _cut(asked, result.row, result.col, height, keys.neighborhood.offsets)
             sheet.paste(tile, (MARGIN, y))
-            text = f"{index + 1}. query at row {result.row}, col {result.col}\nits token {result.token}"
+            asked_at = f"{index + 1}. query at row {result.row}, col {result.col}"
+            text = f"{asked_at}\nits token {result.token}"
         else:
             text = "query by tokens\n" + ", ".join(map(str, result.key))
         _caption(draw, (MARGIN, y + TILE + 2), text, INK)
@@ -80,10 +89,13 @@ def draw_sheet(
             x = MARGIN + left + rank * (TILE + GAP)
             if neighbor.image_id in pictures:
                 picture = pictures[neighbor.image_id]
-                tile = _cut(picture, neighbor.row, neighbor.col, height, offsets)
+                tile = _cut(picture, neighbor.row, neighbor.col, height, keys.neighborhood.offsets)
                 sheet.paste(tile, (x, y))
             color = KEY if neighbor.token == result.token else INK
-            _caption(draw, (x, y + TILE + 2), _describe(neighbor), color)
+            name = neighbor.caption or neighbor.key or f"image {neighbor.image_id}"
+            lines = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
+            text = "\n".join([f"d {neighbor.distance:.3f}  token {neighbor.token}", *lines])
+            _caption(draw, (x, y + TILE + 2), text, color)
     return sheet
 
 
@@ -94,16 +106,6 @@ def _spread(results: Sequence[PositionResult], count: int) -> list[PositionResul
     at = (np.linspace(0, 1, count + 2)[1:-1] * len(results)).astype(int)
     # A step along the row for each, or they would all stand in one column of the grid.
     return [results[min(i + 5 * n % 17, len(results) - 1)] for n, i in enumerate(at)]
-
-
-def _reconstruct(
-    grids: dict[int, npt.NDArray[np.uint16]],
-    tokenizer: Tokenizer,
-    progress: Progress,
-) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-    for done, (image, grid) in enumerate(grids.items(), start=1):
-        yield image, tokenizer.decode(grid[None])[0]
-        progress("reconstructing", done, len(grids))
 
 
 def _cut(
@@ -122,8 +124,9 @@ def _cut(
     tile = Image.fromarray(cut).resize((TILE, TILE), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(tile)
     cell = TILE / (2 * REACH + 1)
-    for r, c in [o for o in offsets if max(abs(o[0]), abs(o[1])) <= REACH]:
-        draw.rectangle(_cell(r, c, cell), outline=KEY)
+    for r, c in offsets:
+        if max(abs(r), abs(c)) <= REACH:
+            draw.rectangle(_cell(r, c, cell), outline=KEY)
     draw.rectangle(_cell(0, 0, cell), outline=FRAME, width=3)
     return tile
 
@@ -137,58 +140,25 @@ def _overview(
     sheet: Image.Image,
     picture: npt.NDArray[np.uint8],
     results: Sequence[PositionResult],
-    answer: QueryAnswer,
+    grid_height: int,
     at: tuple[int, int],
     side: int,
 ) -> None:
     """The query's picture as the tokenizer sees it, with the positions asked about."""
     small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(small)
-    cell = side / answer.manifest.tokenizer.grid_height
+    cell = side / grid_height
     for number, result in enumerate(results, start=1):
         if result.row is not None and result.col is not None:
             x, y = result.col * cell, result.row * cell
             draw.rectangle((x, y, x + cell, y + cell), outline=FRAME, width=2)
-            draw.text(
-                (x + cell + 2, y - 2),
-                str(number),
-                FRAME,
-                font(13),
-                stroke_width=2,
-                stroke_fill="white",
-            )
+            place = (x + cell + 2, y - 2)
+            draw.text(place, str(number), FRAME, font(13), stroke_width=2, stroke_fill="white")
     sheet.paste(small, at)
     draw = ImageDraw.Draw(sheet)
     x = at[0] + side + 2 * GAP
-    for line, (color, text) in enumerate(
-        (
-            (
-                INK,
-                "Left: the query's picture, as the tokenizer sees it. Each row below is one position.",
-            ),
-            (KEY, "Blue outline: the neighbours whose tokens form the key."),
-            (
-                FRAME,
-                "Red frame: the patch that comes next; in the results, what the database offers.",
-            ),
-            (KEY, "Blue text: the very token that stands in the query's picture."),
-        )
-    ):
+    for line, (color, text) in enumerate(LEGEND):
         draw.text((x, at[1] + 4 + line * 24), text, color, font(13))
-
-
-def _legend(answer: QueryAnswer, shown: int) -> str:
-    spec, keys = answer.manifest.tokenizer, answer.manifest.keys
-    return (
-        f"{shown} of {len(answer.results)} positions; nearest first, squared L2 distance d between"
-        f" {keys.neighborhood.name} keys; index {answer.index}, tokenizer {spec.name}"
-    )
-
-
-def _describe(neighbor: Neighbor) -> str:
-    name = neighbor.caption or neighbor.key or f"image {neighbor.image_id}"
-    wrapped = textwrap.wrap(name, 24, max_lines=2, placeholder="…")
-    return "\n".join([f"d {neighbor.distance:.3f}  token {neighbor.token}", *wrapped])
 
 
 def _caption(

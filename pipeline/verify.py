@@ -1,10 +1,10 @@
 """Prove a database sound, or name what is not; and prove that nothing removed can be retrieved.
 
 Counts are checked for every shard, ids over all rows; keys and next tokens are recomputed from the
-grids for at least 64 pictures of every shard, or for all of them. A removed picture may be in tables
-and indexes as long as a tombstone hides it, until a compaction deletes it; a search with its own
-keys must never return anything of it. From top to bottom: `verify` and its checks in their order,
-then `verify_removed`, the proof of a receipt, and its checks.
+grids for at least 64 pictures of every shard, or for all of them. A removed picture may be in
+tables and indexes as long as a tombstone hides it, until a compaction deletes it; a search with its
+own keys must never return anything of it. From top to bottom: `verify` and its checks in their
+order, then `verify_removed`, the proof of a receipt, and its checks.
 """
 
 from collections import Counter, defaultdict
@@ -31,7 +31,7 @@ from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.location import local_folder
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout, read_codebook
-from arrag_runtime.format.patches import PatchTable, patch_tables
+from arrag_runtime.format.patches import PatchBlock, PatchTable, patch_tables
 from arrag_runtime.search.patch_index import PatchIndex, index_folders
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.building.plan_shards import open_rejects
@@ -78,8 +78,8 @@ def verify(
 
         wrong = [check for check in verify("mydb") if not check.ok]
 
-    full: recompute the patches of all pictures, and not of some per shard. progress is told how many
-    shards of how many are done. Raises BadInputError where there is no database.
+    full: recompute the patches of all pictures, and not of some per shard. progress is told how
+    many shards of how many are done. Raises BadInputError where there is no database.
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
@@ -88,7 +88,6 @@ def verify(
         checks = [
             _codebook(layout, manifest),
             _schemas(tables),
-            _ledger_once(tables.done),
             *_counts(tables),
             *_removals(layout),
             _unique("image ids unique", tables.images, "image_id"),
@@ -103,13 +102,13 @@ def verify(
     return checks + [_index(layout, folder) for folder in index_folders(layout)]
 
 
-def _named(detail: str, offenders: Iterable[object]) -> str:
-    """The detail and, for a failure, the first offenders."""
+def _check(name: str, detail: str, offenders: Iterable[object]) -> Check:
+    """It holds where there are no offenders; the first of them are named."""
     listed = sorted(map(str, offenders))
-    if not listed:
-        return detail
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return f"{detail}; wrong: {', '.join(listed[:_SHOWN])}{more}"
+    if listed:
+        more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+        detail += f"; wrong: {', '.join(listed[:_SHOWN])}{more}"
+    return Check(name, not listed, detail)
 
 
 class _Tables:
@@ -124,9 +123,8 @@ class _Tables:
         ledger = lance.dataset(layout.ledger)
         self.done = ledger.to_table(filter="state = 'done'").to_pylist()
         self.deletions = ledger.to_table(filter="state = 'removed'").to_pylist()
-        self.patch_counts, self.patch_fragments = _by_shard(
-            self.patches, "patch_id", ROW_BITS + POSITION_BITS
-        )
+        shift = ROW_BITS + POSITION_BITS
+        self.patch_counts, self.patch_fragments = _by_shard(self.patches, "patch_id", shift)
         self.image_counts, self.image_fragments = _by_shard(self.images, "image_id", ROW_BITS)
 
 
@@ -164,28 +162,24 @@ def _schemas(tables: _Tables) -> Check:
         "patches": (tables.patches.schema, patches_schema(spec, keys)),
     }
     wrong = [name for name, (held, schema) in wanted.items() if not held.equals(schema)]
-    return Check("tables agree with the manifest", not wrong, _named(keys.name, wrong))
-
-
-def _ledger_once(rows: list[dict[str, Any]]) -> Check:
-    counts = Counter((row["shard"], row["attempt"]) for row in rows)
-    twice = [shard for (shard, _), count in counts.items() if count > 1]
-    return Check("every shard recorded once", not twice, _named(f"{len(rows)} rows", twice))
+    return _check("tables agree with the manifest", keys.name, wrong)
 
 
 def _counts(tables: _Tables) -> Iterator[Check]:
     """The rows of each shard in each table against what its ledger row says."""
+    attempts = Counter((row["shard"], row["attempt"]) for row in tables.done)
+    twice = [shard for (shard, _), count in attempts.items() if count > 1]
+    yield _check("every shard recorded once", f"{len(tables.done)} rows", twice)
     ledger: dict[int, Counter[str]] = defaultdict(Counter)
     names: dict[int, str] = {}
+    counted = ("images", "patches")
     for row in tables.done:
         number = shard_number(row["shard"])
         names[number] = row["shard"]
-        for field in ("inputs", "images", "patches", "rejects"):
-            ledger[number][field] += row[field]
+        ledger[number].update({name: row[name] for name in (*counted, "inputs", "rejects")})
     for row in tables.deletions:
-        for field in ("images", "patches"):
-            ledger[shard_number(row["shard"])][field] += row[field]
-        ledger[shard_number(row["shard"])]["removed"] -= row["images"]
+        number = shard_number(row["shard"])
+        ledger[number].update({name: row[name] for name in counted} | {"removed": -row["images"]})
     totals: Counter[str] = Counter()
     for counts in ledger.values():
         totals.update(counts)
@@ -197,28 +191,27 @@ def _counts(tables: _Tables) -> Iterator[Check]:
     detail = "{inputs} inputs = {images} images + {rejects} rejects".format_map(totals)
     if totals["removed"]:
         detail += f" + {totals['removed']} removed"
-    yield Check("inputs = images + rejects", not unbalanced, _named(detail, unbalanced))
+    yield _check("inputs = images + rejects", detail, unbalanced)
     yield _rejects_kept(tables)
-    rejected = tables.open_rejects["shard"].to_pylist()
-    for name, held in (
-        ("images", tables.image_counts),
-        ("rejects", Counter(shard_number(shard) for shard in rejected)),
-        ("patches", tables.patch_counts),
-    ):
+    rejects = Counter(map(shard_number, tables.open_rejects["shard"].to_pylist()))
+    held_by_table = {
+        "images": tables.image_counts,
+        "rejects": rejects,
+        "patches": tables.patch_counts,
+    }
+    for name, held in held_by_table.items():
         wrong = []
         for number in sorted(ledger.keys() | held.keys()):
             if number not in ledger:
                 wrong.append(f"{held[number]} rows of a shard that is not done (build again)")
-            elif held[number] != ledger[number][name]:
-                known = ledger[number][name]
+            elif held[number] != (known := ledger[number][name]):
                 wrong.append(f"{names[number]} has {held[number]} of {known}")
-        yield Check(f"{name} per shard", not wrong, _named(f"{held.total()} rows", wrong))
+        yield _check(f"{name} per shard", f"{held.total()} rows", wrong)
 
 
 def _rejects_kept(tables: _Tables) -> Check:
     """Every attempt's rejects are still there, also those that a later attempt took."""
-    columns = (tables.rejects[name].to_pylist() for name in ("shard", "attempt"))
-    held = Counter(zip(*columns, strict=True))
+    held = Counter(zip(*(column.to_pylist() for column in tables.rejects.columns), strict=True))
     known = {
         (row["shard"], row["attempt"]): row["rejects"] + len(row["members"] or ())
         for row in tables.done
@@ -228,7 +221,7 @@ def _rejects_kept(tables: _Tables) -> Check:
         for entry in held.keys() | known.keys()
         if held[entry] != known.get(entry, 0)
     ]
-    return Check("rejects of every attempt", not wrong, _named(f"{held.total()} rows", wrong))
+    return _check("rejects of every attempt", f"{held.total()} rows", wrong)
 
 
 def _removals(layout: Layout) -> Iterator[Check]:
@@ -241,13 +234,13 @@ def _removals(layout: Layout) -> Iterator[Check]:
     listed = Selection(hashes=suppressions.hashes, urls=suppressions.urls)
     seen = find_images(images, listed, hidden, with_copies=False).matched["key"].to_pylist()
     detail = f"{len(hidden)} pictures, {len(suppressions.hashes)} hashes on the list"
-    yield Check("removed pictures are hidden", not seen, _named(detail, seen))
+    yield _check("removed pictures are hidden", detail, seen)
     deleted = deleted_images(layout)
     left = _stored(images, deleted)
     detail = f"{len(deleted)} pictures deleted"
     if left:
         detail += "; a compaction was interrupted, run `arrag-db compact` again"
-    yield Check("deleted pictures are out of the tables", not left, _named(detail, left))
+    yield _check("deleted pictures are out of the tables", detail, left)
 
 
 def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
@@ -269,7 +262,7 @@ def _unique(name: str, table: lance.LanceDataset, column: str) -> Check:
         open_ids.sort()
         twice.update(open_ids[1:][open_ids[1:] == open_ids[:-1]].tolist())
         reach = max(reach, high)
-    return Check(name, not twice, _named(f"{total} ids", twice))
+    return _check(name, f"{total} ids", twice)
 
 
 def _splits(tables: _Tables) -> Check:
@@ -282,9 +275,7 @@ def _splits(tables: _Tables) -> Check:
             held += held_out
             if (row["split"] == "heldout") != held_out:
                 wrong.append(row["key"])
-    return Check(
-        "held-out pictures are those of the hash", not wrong, _named(f"{held} held", wrong)
-    )
+    return _check("held-out pictures are those of the hash", f"{held} held", wrong)
 
 
 def _owners(tables: _Tables) -> Check:
@@ -296,7 +287,7 @@ def _owners(tables: _Tables) -> Check:
         owners = np.unique(split_patch_ids(batch.column("patch_id").to_numpy())[0])
         strays.update(owners[~np.isin(owners, allowed, assume_unique=True)].tolist())
     detail = f"{len(allowed)} pictures have patches"
-    return Check("patches belong to pictures in the database", not strays, _named(detail, strays))
+    return _check("patches belong to pictures in the database", detail, strays)
 
 
 def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None]) -> Check:
@@ -316,7 +307,7 @@ def _contents(tables: _Tables, full: bool, progress: Callable[[int, int], None])
                 wrong.append(shard)
         progress(done, len(shards))
     detail = f"{checked} pictures of {len(shards)} shards recomputed"
-    return Check("keys and next tokens equal the grids", not wrong, _named(detail, wrong))
+    return _check("keys and next tokens equal the grids", detail, wrong)
 
 
 def _same_patches(tables: _Tables, number: int, images: pa.Table) -> bool:
@@ -374,14 +365,16 @@ def verify_removed(database: str | Path, receipt: str) -> list[Check]:
     stored = _stored(images, removed)
     detail = f"{len(removed)} pictures of receipt {said.id}, {len(removed) - len(seen)} on the list"
     checks = [
-        Check("every picture is on the list of removed ones", not len(seen), _named(detail, seen)),
+        _check("every picture is on the list of removed ones", detail, seen),
         _not_shown("images", stored, tombstones),
     ]
     for keys in patch_tables(layout):
-        blocks = (block.patch_ids for block in PatchTable(layout.patches(keys)).blocks(_BLOCK))
-        checks.append(_not_shown(f"patches {keys.name}", _owning(blocks, removed), tombstones))
-    height = manifest.tokenizer.grid_height
-    grids = list(images.grids(_spread(sorted(stored)), height).values())
+        held = _owning(PatchTable(layout.patches(keys)).blocks(_BLOCK), removed)
+        checks.append(_not_shown(f"patches {keys.name}", held, tombstones))
+    # Up to `_SEARCHED` of them, evenly over all.
+    at = np.linspace(0, len(stored) - 1, min(len(stored), _SEARCHED)).round().astype(np.int64)
+    asked = np.array(sorted(stored), np.int64)[at]
+    grids = list(images.grids(asked.tolist(), manifest.tokenizer.grid_height).values())
     for name in (Path(folder).name for folder in index_folders(layout)):
         try:
             held = indexed_images(layout, name, removed)
@@ -401,50 +394,39 @@ def indexed_images(layout: Layout, name: str, asked: Ids) -> set[int]:
     folder = local_folder(layout.index(name))
     try:
         blocks = index_contents(folder, manifest, read_codebook(layout))
-        return _owning((block.patch_ids for block in blocks), asked)
+        return _owning(blocks, asked)
     except (OSError, ValueError) as error:
         raise IncompatibleError(
             f"index {name} in {folder} is damaged or incomplete; index again"
         ) from error
 
 
+def _among(blocks: Iterable[Ids], asked: Ids) -> set[int]:
+    """Those of the pictures asked about that are in these blocks of image ids."""
+    found: set[int] = set()
+    for ids in blocks:
+        found.update(np.unique(ids[contains(asked, ids)]).tolist())
+    return found
+
+
 def _stored(images: ImageTable, asked: Ids) -> set[int]:
     """Those of the pictures asked about that the images table has rows of."""
-    found: set[int] = set()
-    for batch in images.batches(["image_id"], _BLOCK):
-        found.update(_among(batch.column("image_id").to_numpy(), asked))
-    return found
+    batches = images.batches(["image_id"], _BLOCK)
+    return _among((batch.column("image_id").to_numpy() for batch in batches), asked)
 
 
-def _owning(blocks: Iterable[Ids], asked: Ids) -> set[int]:
+def _owning(blocks: Iterable[PatchBlock], asked: Ids) -> set[int]:
     """Those of the pictures asked about that own one of these patches."""
-    found: set[int] = set()
-    for patch_ids in blocks:
-        found.update(_among(split_patch_ids(np.asarray(patch_ids))[0], asked))
-    return found
-
-
-def _among(ids: Ids, asked: Ids) -> list[int]:
-    """Those of `ids` that are among the pictures asked about, once each."""
-    among: list[int] = np.unique(ids[contains(asked, ids)]).tolist()
-    return among
+    return _among((split_patch_ids(np.asarray(b.patch_ids))[0] for b in blocks), asked)
 
 
 def _not_shown(where: str, held: set[int], tombstones: Tombstones) -> Check:
     """Nothing of these pictures is there, or what is there is hidden."""
     ids = np.array(sorted(held), np.int64)
-    seen = ids[~tombstones.hides(ids)]
     detail = "holds nothing of them"
     if len(ids):
         detail = f"holds {len(ids)} of them, hidden; `arrag-db compact` deletes them"
-    return Check(f"{where} cannot show them", not len(seen), _named(detail, seen))
-
-
-def _spread(ids: list[int]) -> list[int]:
-    """Up to `_SEARCHED` of these ids, evenly over all of them."""
-    if len(ids) <= _SEARCHED:
-        return ids
-    return [ids[at] for at in np.linspace(0, len(ids) - 1, _SEARCHED).astype(np.int64)]
+    return _check(f"{where} cannot show them", detail, ids[~tombstones.hides(ids)])
 
 
 def _searched(opened: PatchIndex, grids: list[npt.NDArray[np.uint16]], removed: Ids) -> Check:
@@ -454,6 +436,6 @@ def _searched(opened: PatchIndex, grids: list[npt.NDArray[np.uint16]], removed: 
         return Check(name, True, "no grids left to ask with, since they were deleted")
     keys = opened.manifest.keys.neighborhood.keys(np.stack(grids))
     found = opened.search(keys.reshape(-1, keys.shape[-1]), _NEIGHBORS)
-    returned = _among(split_patch_ids(found.patch_ids[found.patch_ids >= 0])[0], removed)
+    returned = _among([split_patch_ids(found.patch_ids[found.patch_ids >= 0])[0]], removed)
     detail = f"asked with {keys.shape[0] * keys.shape[1]} keys of {len(grids)} of the pictures"
-    return Check(name, not returned, _named(detail, returned))
+    return _check(name, detail, returned)

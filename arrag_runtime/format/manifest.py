@@ -78,6 +78,12 @@ class DatabaseManifest:
     runs: tuple[dict[str, Any], ...] = ()
     """What each build used and took."""
 
+    @property
+    def patches_per_image(self) -> int:
+        """How many positions of a picture have a key."""
+        spec = self.tokenizer
+        return self.keys.neighborhood.positions(spec.grid_height, spec.grid_width).size
+
     def write(self, layout: Layout) -> None:
         """Write `manifest.json`, whole or not at all."""
         _write(layout.manifest, self)

@@ -65,7 +65,10 @@ def test_tasks_find_what_one_process_finds(
     local = exact_search(world.table.blocks(), CODES, queries, 90, weights=weights, skip=skip)
     done: list[tuple[int, int]] = []
     spread = search_on_ray(
-        *(world.table, CODES, queries, 90),
+        world.table,
+        CODES,
+        queries,
+        90,
         weights=weights,
         skip=skip,
         rows_a_task=rows,
