@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 
 from arrag_runtime.faid.adapter import AdapterSpec, read_adapter, require_fits, spec_of_model
+from arrag_runtime.faid.augmenter import Batch, Step
 from arrag_runtime.faid.decoder_layer import (
     AugmentedLayer,
     CandidateTokens,
@@ -31,7 +32,6 @@ from arrag_runtime.faid.decoder_layer import (
 from arrag_runtime.faid.patch_blender import FORMS, Folded, Form, Mix
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.neighborhood import MISSING
-from arrag_runtime.generation.augmenter import Batch, Step
 
 CANDIDATES = 10
 """K, the candidates per position (AR-RAG, section 4)."""
@@ -39,47 +39,42 @@ CANDIDATES = 10
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What follows from the weights alone."""
+    """What follows from the weights alone: the aligned embeddings [V + 1, D], the last row zero,
+    and the blenders as matrices."""
 
     table: Tensor
-    """The aligned embeddings [V + 1, D], the last row zero."""
     folded: Sequence[Folded]
-    """The blenders as matrices."""
 
 
 @dataclass(frozen=True)
 class _Decoding:
     """What the forward passes of a batch share.
 
-    Steps change the tensors in place, so that a captured CUDA graph sees them.
+    Steps change the tensors in place, so that a captured CUDA graph sees them. cells: what each
+    position reads, long [P, n]; memory: for each augmented layer the features [B, P + 2, D] of the
+    cells so far, then of a cell that stays zero and of one that nobody reads; write, window: the
+    cells that this step fills [1] and reads [n]; chain: what enters each later augmented layer.
     """
 
     batch: Batch
     prepared: _Prepared
     cells: Tensor
-    """The cells that each position reads, long [P, n]."""
     given: CandidateTokens
     memory: Sequence[Tensor]
-    """For each augmented layer the features [B, P + 2, D] of the cells so far, then of a cell that
-    stays zero and of one that nobody reads."""
     write: Tensor
-    """The cell that this step fills, long [1]."""
     window: Tensor
-    """The cells that this step reads, long [n]."""
     chain: dict[int, Tensor] = field(default_factory=dict)
-    """The candidates that enter each augmented layer but the first."""
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """What a forward pass over whole pictures needs."""
+    """What a forward pass over whole pictures needs; start: the sequence position of token 0."""
 
     prepared: _Prepared
     cells: Tensor
     given: CandidateTokens
     images: int
     start: int
-    """The sequence position of token 0."""
     chain: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -210,11 +205,8 @@ class Faid(nn.Module):
         if self._known is None or self._known[0] != state:
             device = frozen[0].device.type
             # It may be used again outside of the inference mode in which pictures are decoded.
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(device, enabled=False),
-            ):
+            outside = torch.autocast(device, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), outside:
                 aligned = inner.generation_aligner(inner.generation_embeddings.weight)
                 folded = [layer.folded() for layer in self._augmented] if fold else []
                 self._known = (state, _Prepared(pad(aligned, (0, 0, 0, 1)), folded))

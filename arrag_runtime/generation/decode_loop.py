@@ -20,7 +20,7 @@ import torch
 from arrag_runtime import daid
 from arrag_runtime.backends import Backend
 from arrag_runtime.daid import DaidSettings
-from arrag_runtime.generation.augmenter import Augmenter, Batch, Step
+from arrag_runtime.faid.augmenter import Augmenter, Batch, Step
 from arrag_runtime.search.neighbors import Neighbors
 from arrag_runtime.search.retriever import Retriever
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from arrag_runtime.backends import Backend
 from arrag_runtime.daid import DaidSettings
+from arrag_runtime.faid.augmenter import Augmenter
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.generation.augmenter import Augmenter
 from arrag_runtime.search.retriever import Retriever
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from arrag_runtime.backends import Backend, load_backend
 from arrag_runtime.backends.compatibility import require_fit
 from arrag_runtime.device import default_device
+from arrag_runtime.faid.augmenter import Augmenter
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.images import ImageRow, ImageTable
 from arrag_runtime.format.manifest import Layout
-from arrag_runtime.generation.augmenter import Augmenter
 from arrag_runtime.generation.copied_runs import longest_copy
 from arrag_runtime.generation.generate import Generated, generate
 from arrag_runtime.generation.picture_grid import comparison, grid_picture, save_png

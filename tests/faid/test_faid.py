@@ -10,11 +10,11 @@ from torch import Tensor
 
 from arrag_runtime import Neighbors
 from arrag_runtime.faid.attach import Faid, attach
+from arrag_runtime.faid.augmenter import Batch, Step
 from arrag_runtime.faid.decoder_layer import window_cells
 from arrag_runtime.faid.patch_blender import FORMS
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.neighborhood import MISSING
-from arrag_runtime.generation.augmenter import Batch, Step
 from tests.worlds.janus_world import (
     loop_features,
     narrow_janus,

@@ -11,8 +11,8 @@ import torch
 from arrag_runtime import Neighbors, PatchIndex, Retriever, daid, generate
 from arrag_runtime.backends.janus import JanusBackend
 from arrag_runtime.daid import DaidSettings
+from arrag_runtime.faid.augmenter import Batch, Step
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.generation.augmenter import Batch, Step
 from tests.worlds.narrow_janus import narrow_janus, text_tokenizer
 from tests.worlds.patch_world import World, build_index, make_world
 
