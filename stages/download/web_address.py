@@ -123,8 +123,8 @@ def why_blocked(address: str) -> str | None:
     """Why no download may go to this IP address; None where it may.
 
     Only public unicast addresses are open: not loopback, private, link-local (where clouds serve
-    their metadata), carrier-grade NAT, multicast, reserved or unspecified ones, nor _IPv6 addresses
-    that lead to such an _IPv4 one (mapped, 6to4, _NAT64; Teredo always).
+    their metadata), carrier-grade NAT, multicast, reserved or unspecified ones, nor IPv6 addresses
+    that lead to such an IPv4 one (mapped, 6to4, NAT64; Teredo always).
     """
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
