@@ -147,8 +147,8 @@ def index_to_text(made: IndexManifest) -> str:
     """An index and its certificate, for people who have just built it."""
     probe = f", nprobe {made.nprobe}" if made.nprobe else ""
     lines = [
-        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys in {made.entries:,} entries,"
-        f" {made.code_bytes_per_key:.1f} bytes of code a key,"
+        f"index {made.name}: {made.index_key}{probe}, {made.count:,} keys in {made.entries:,}"
+        f" entries, {made.code_bytes_per_key:.1f} bytes of code a key,"
         f" {made.resident_bytes_per_key:.1f} resident"
     ]
     if made.weights is not None:

@@ -2,8 +2,8 @@
 
 In: a source and rates. Out: pictures, patches, bytes of every table, memory of every kind of index,
 hours, and how fast the suggested index would answer. Inputs are counted by the source (footers of
-Parquet files are counts; where it had to estimate, the forecast says so). The constants are measured
-(docs/log.md); nothing here loads a model or starts Ray.
+Parquet files are counts; where it had to estimate, the forecast says so). The constants are
+measured (docs/log.md); nothing here loads a model or starts Ray.
 """
 
 import math
