@@ -113,14 +113,14 @@ def test_more_neighbours_than_patches(indexed: Path, answer: QueryAnswer) -> Non
         ({"image": None, "tokens": (1, 2, 3, 4), "exclude_self": True}, "--tokens names none"),
         ({"image": Path("nowhere.jpg")}, "nowhere.jpg"),
         ({"index": "fast"}, "no complete index"),
-        ({"database": Path("nowhere")}, "no database at nowhere"),
+        ({"databases": (Path("nowhere"),)}, "no database at nowhere"),
         ({"k": 0}, "k is 0"),
     ],
 )
 def test_bad_queries_are_one_clear_line(
     indexed: Path, own_picture: Path, changes: dict[str, object], message: str
 ) -> None:
-    fields = {"database": indexed, "image": own_picture} | changes
+    fields = {"databases": (indexed,), "image": own_picture} | changes
     with pytest.raises(BadInputError, match=message) as error:
         query(QuerySettings(**fields))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
