@@ -86,7 +86,7 @@ def diagnose(
     """
     return [
         _faiss(machine),
-        _bounds(machine),
+        _bounds(machine, plan),
         _gpu(machine, gpus, address),
         _token(machine, plan),
         _disk(machine, plan),
@@ -113,8 +113,8 @@ def _faiss(machine: Machine) -> Finding:
     return Finding("faiss", "ok", f"faiss-cpu {cpu}" if cpu else f"faiss-gpu {gpu}")
 
 
-def _bounds(machine: Machine) -> Finding:
-    """Pairs that install without complaint and fail at import."""
+def _bounds(machine: Machine, plan: Forecast | None) -> Finding:
+    """Pairs that fail at import although they can be installed, and what the plan's index lacks."""
     numpy, arrow = (machine.packages.get(name, "0") for name in ("numpy", "pyarrow"))
     detail = f"Python {machine.python}, numpy {numpy}, pyarrow {arrow}"
     if "autofaiss" in machine.packages and int(numpy.split(".")[0]) >= 2:
@@ -122,11 +122,14 @@ def _bounds(machine: Machine) -> Finding:
             "packages",
             "FAIL",
             f"{detail}: autofaiss needs numpy below 2",
-            "`pip install 'numpy<2'`",
+            "`pip install 'arrag[ivfpq]'` brings what goes together",
         )
     if int(arrow.split(".")[0]) >= 26 and int(numpy.split(".")[0]) < 2:
         step = "`pip install 'pyarrow<26'`"
         return Finding("packages", "FAIL", f"{detail}: pyarrow 26 needs numpy 2", step)
+    if plan is not None and plan.index["kind"] == "ivfpq" and "autofaiss" not in machine.packages:
+        step = "`pip install 'arrag[ivfpq]'`, in an environment of its own, before the index"
+        return Finding("packages", "warn", f"{detail}: no autofaiss to train ivfpq with", step)
     return Finding("packages", "ok", detail)
 
 
