@@ -104,7 +104,7 @@ def diagnose(
     """
     return [
         _faiss(machine),
-        _bounds(machine),
+        _bounds(machine, plan),
         _gpu(machine, gpus, address),
         _token(machine, plan),
         _disk(machine, plan),
@@ -136,17 +136,21 @@ def _faiss(machine: Machine) -> Finding:
     return Finding("faiss", "ok", f"faiss-cpu {cpu}" if cpu else f"faiss-gpu {gpu}")
 
 
-def _bounds(machine: Machine) -> Finding:
-    """Pairs that install without complaint and fail at import."""
+def _bounds(machine: Machine, plan: Forecast | None) -> Finding:
+    """Pairs that fail at import although they can be installed, and what the plan's index lacks."""
     numpy, arrow = (machine.packages.get(name, "0") for name in ("numpy", "pyarrow"))
     detail = f"Python {machine.python}, numpy {numpy}, pyarrow {arrow}"
     old_numpy = int(numpy.split(".")[0]) < 2
     if "autofaiss" in machine.packages and not old_numpy:
         detail += ": autofaiss needs numpy below 2"
-        return Finding("packages", "FAIL", detail, "`pip install 'numpy<2'`")
+        step = "`pip install 'arrag[ivfpq]'` brings what goes together"
+        return Finding("packages", "FAIL", detail, step)
     if int(arrow.split(".")[0]) >= 26 and old_numpy:
         detail += ": pyarrow 26 needs numpy 2"
         return Finding("packages", "FAIL", detail, "`pip install 'pyarrow<26'`")
+    if plan is not None and plan.index["kind"] == "ivfpq" and "autofaiss" not in machine.packages:
+        step = "`pip install 'arrag[ivfpq]'`, in an environment of its own, before the index"
+        return Finding("packages", "warn", f"{detail}: no autofaiss to train ivfpq with", step)
     return Finding("packages", "ok", detail)
 
 

@@ -177,6 +177,11 @@ def test_a_machine_is_compared_with_the_plan() -> None:
     small = replace(FIT, free_disk=100 * GB, memory=40 * GB, hub_token=False)
     expected = {"GPU": "warn", "disk": "FAIL", "memory": "warn", "hub token": "FAIL"}
     assert verdicts(small, made) == expected
+    without = replace(FIT, packages={k: v for k, v in FIT.packages.items() if k != "autofaiss"})
+    assert verdicts(without, made) == {"GPU": "warn"}
+    latent = replace(made, index={**made.index, "kind": "ivfpq"})
+    assert verdicts(without, latent) == {"GPU": "warn", "packages": "warn"}
+    assert verdicts(FIT, latent) == {"GPU": "warn"}
     assert verdicts(FIT, gpus=2)["GPU"] == "FAIL"
     assert verdicts(FIT, gpus=2, address="10.0.0.1:6379")["GPU"] == "warn"
     cpu_torch = {f.name: f for f in diagnose(replace(FIT, nvidia=True), gpus=1)}["GPU"]
