@@ -12,18 +12,17 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
-import numpy as np
-
 from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.location import cache_folder
 from schemas.records import Count, LinkRecord, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.columns import Record
 from stages.sources.reading.files import SourceFile, local_inputs
-from stages.sources.reading.fingerprint import make_shard, require_input
-from stages.sources.reading.publisher import cache_folder, fetch_published
+from stages.sources.reading.fingerprint import make_shard
+from stages.sources.reading.publisher import fetch_published
 from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
 from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.text_lines import (
@@ -57,10 +56,6 @@ class Extent:
     content: str
     """The hash of the lines, 16 hex digits."""
 
-    def members(self) -> tuple[str, str]:
-        """As the ledger keeps it, after the range's first member."""
-        return (f"bytes {self.begin} {self.end}", f"content {self.content}")
-
     @staticmethod
     def of(shard: Shard) -> "Extent":
         """The extent that a shard's members describe."""
@@ -74,13 +69,10 @@ class Cc12mSource:
 
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name
-        given = require_input(self.name, settings.input)
-        self._selection = RowSelection.of(settings, given, _ENDINGS)
+        self._selection = RowSelection(settings, settings.input, _ENDINGS)
         self._size = settings.shard_size or _LINES_PER_SHARD
         if settings.where is not None:
-            expression = parse_where(settings.where)
-            expression.require(_COLUMNS)
-            expression.mask(table_of([dict.fromkeys(_COLUMNS, "")]))
+            parse_where(settings.where).strict_mask(table_of([dict.fromkeys(_COLUMNS, "")]))
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         """See `Source.listing`. A file that is recorded to its end is not read again."""
@@ -107,9 +99,8 @@ class Cc12mSource:
             lambda lines: self._numbers(files[lines.print], scans[lines.print], lines),
         )
         found = {entry.shard.id for entry in here}
-        reachable, lost = pending(
-            [*here, *(entry for entry in elsewhere if entry.shard.id not in found)], files
-        )
+        left = [entry for entry in elsewhere if entry.shard.id not in found]
+        reachable, lost = pending([*here, *left], files)
         known = {entry.shard.id for entry in recorded}
         fresh = (self._shard(files[r.print], scans[r.print], r) for r in ranges)
         return Listing(reachable + [shard for shard in fresh if shard.id not in known], lost)
@@ -120,7 +111,7 @@ class Cc12mSource:
         file = self._selection.file_of(lines)
         found = lines.in_order(_taken(file, lines, Extent.of(shard).begin))
         for row, (number, line) in enumerate(found):
-            yield to_link(row, str(number), line)
+            yield _to_link(row, str(number), line)
 
     def count(self) -> Count:
         """See `Source.count`: by the files' sizes and the first lines of each."""
@@ -153,12 +144,16 @@ class Cc12mSource:
             near = max(number for number in scan.offsets if number <= lines.start)
             begin = (near, scan.offsets[near])
             scan = scan_lines(file, None, {span}, first=begin, stop=lines.stop)
-        extent = Extent(scan.offsets[span[0]], scan.offsets[span[1]], scan.digests[span])
-        head, *conditions = lines.members()
-        identity = make_shard(
-            self.name, [f"{lines.start} {lines.stop} {extent.content}", *conditions]
-        )
-        return Shard(self.name, identity.id, (head, *extent.members(), *conditions))
+        members = _members(lines, scan)
+        named = (f"{lines.start} {lines.stop} {scan.digests[span]}", *members[3:])
+        return replace(make_shard(self.name, named), members=members)
+
+
+def _members(lines: RowRange, scan: Scan) -> tuple[str, ...]:
+    """A range as the ledger keeps it: with the place of its lines and what they are."""
+    head, *conditions = lines.members()
+    place = f"bytes {scan.offsets[lines.start]} {scan.offsets[lines.stop]}"
+    return (head, place, f"content {scan.digests[lines.start, lines.stop]}", *conditions)
 
 
 def _recorded_to_the_end(
@@ -176,50 +171,38 @@ def _recorded_to_the_end(
 
 def _same_lines(entry: RecordedShard, file: SourceFile, scan: Scan) -> RecordedShard | None:
     """A shard of another file as one of this file, where the same lines stand at its place."""
-    shard = entry.shard
-    lines, extent = RowRange.of(shard), Extent.of(shard)
-    if scan.digests.get((lines.start, lines.stop)) != extent.content:
+    lines = RowRange.of(entry.shard)
+    if scan.digests.get((lines.start, lines.stop)) != Extent.of(entry.shard).content:
         return None
-    there = Extent(scan.offsets[lines.start], scan.offsets[lines.stop], extent.content)
-    head, *conditions = replace(lines, print=file.print, name=file.name).members()
-    moved = Shard(shard.source, shard.id, (head, *there.members(), *conditions))
-    return replace(entry, shard=moved)
+    members = _members(replace(lines, print=file.print, name=file.name), scan)
+    return replace(entry, shard=replace(entry.shard, members=members))
 
 
 def _taken(file: SourceFile, lines: RowRange, offset: int) -> Iterator[tuple[int, Line]]:
     """The lines a range takes, with their numbers in the file; `offset` is its first byte."""
-    number = lines.start
     with closing(lines_from(file, offset)) as stream:
-        within = islice(stream, lines.stop - lines.start)
-        while few := list(islice(within, _LINES_AT_ONCE)):
-            mask = np.ones(len(few), bool)
+        numbered = zip(range(lines.start, lines.stop), stream, strict=False)
+        while few := list(islice(numbered, _LINES_AT_ONCE)):
             if lines.where is not None or lines.without:
-                table = table_of([_fields(line) for line in few])
-                mask = taken(table, lines.where, lines.without)
-            for line, wanted in zip(few, mask, strict=True):
-                if wanted:
-                    yield number, line
-                number += 1
+                table = table_of([_fields(line) for _, line in few])
+                few = list(compress(few, taken(table, lines.where, lines.without)))
+            yield from few
 
 
-def to_link(row: int, key: str, line: Line) -> LinkRecord | Reject:
+def _to_link(row: int, key: str, line: Line) -> LinkRecord | Reject:
     """A line as a picture to be fetched, or why it names none. `key` is the line's number."""
     address, tab, caption = line.data.partition(b"\t")
     fault = line.fault
-    url = ""
-    if fault is None and not line.data.strip():
-        fault = "the line is empty"
-    elif fault is None and not tab:
-        fault = "no tab"
-    elif fault is None:
+    if fault is None and not tab:
+        fault = "no tab" if line.data.strip() else "the line is empty"
+    if fault is None:
         try:
-            url = address.decode().strip().strip('"').strip()
-            fault = None if url else "no address before the tab"
+            if url := address.decode().strip().strip('"').strip():
+                return LinkRecord(row, key, url, _caption(caption))
+            fault = "no address before the tab"
         except UnicodeDecodeError:
             fault = "the address is no UTF-8"
-    if fault is not None:
-        return Reject(row, key, "read", "bad-line", f"{fault}: {line.data[:80]!r}")
-    return LinkRecord(row, key, url, _caption(caption))
+    return Reject(row, key, "read", "bad-line", f"{fault}: {line.data[:80]!r}")
 
 
 def _caption(data: bytes) -> str | None:
@@ -233,16 +216,13 @@ def _caption(data: bytes) -> str | None:
 
 def _fields(line: Line) -> dict[str, Any]:
     """The line's columns, as conditions see them."""
-    found = to_link(0, "", line)
-    if isinstance(found, LinkRecord):
-        return {"url": found.url, "caption": found.caption}
-    return dict.fromkeys(_COLUMNS)
+    found = _to_link(0, "", line)
+    return {name: getattr(found, name, None) for name in _COLUMNS}
 
 
 def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
     """The first lines of a file, the bytes of the file they took, and whether they are all."""
-    lines = []
-    read = 0
+    lines, read = [], 0
     with closing(lines_from(file, 0)) as stream:
         for line in stream:
             lines.append(line)
@@ -251,7 +231,7 @@ def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
                 break
         else:
             return lines, file.size, True
-    return lines, packed_size(file, read) if is_packed(file) else read, False
+    return lines, packed_size(file, read), False
 
 
 def _is_address(given: str) -> bool:

@@ -7,6 +7,7 @@ gives what came before the damage, and one reject.
 """
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -70,7 +71,7 @@ class ArchiveSource:
         notes: Sequence[str] = (),
     ) -> None:
         self.name = settings.name
-        self._selection = RowSelection.of(settings, inputs, endings)
+        self._selection = RowSelection(settings, inputs, endings)
         self._size = settings.shard_size or MAX_ROWS_PER_SHARD
         self._found: dict[str, SourceFile] = {}
         self._counts: dict[str, int] = {}
@@ -81,7 +82,7 @@ class ArchiveSource:
         """See `Source.listing`."""
         selection = self._selection
         if selection.where is not None:
-            self._require_columns(selection.where)
+            self._require_computable(selection.where)
         archives = self._archives()
         reachable, lost = pending(recorded, archives)
         ours = [r for r in recorded if RowRange.of(r.shard).print in archives]
@@ -90,9 +91,8 @@ class ArchiveSource:
         if selection.where is None and selection.seed is None and in_order:
             ranges = self._next_ranges(ours)
         else:
-            for print_, archive in archives.items():
-                if print_ not in self._counts:
-                    self._counts[print_] = count_samples(archive, self._layout.key)
+            for print_ in archives.keys() - self._counts.keys():
+                self._counts[print_] = count_samples(archives[print_], self._layout.key)
             ranges = selection.missing(
                 [(p, self._counts[p], archive.name, self._size) for p, archive in archives.items()],
                 ours,
@@ -102,22 +102,20 @@ class ArchiveSource:
 
     def _next_ranges(self, recorded: Sequence[RecordedShard]) -> list[RowRange]:
         """The next range of every archive that has not been seen to its end."""
-        covered: dict[str, int] = {}
-        closed: set[str] = set()
+        covered: Counter[str] = Counter()
+        closed = set()
         for known in recorded:
             done = RowRange.of(known.shard)
-            covered[done.print] = max(covered.get(done.print, 0), done.stop)
+            covered[done.print] = max(covered[done.print], done.stop)
             if known.inputs is None or known.inputs < done.stop - done.start:
                 closed.add(done.print)
         ranges = []
         left = self._selection.limit
         for print_, archive in self._archives().items():
-            if left == 0:
-                break
-            start = covered.get(print_, 0)
+            start = covered[print_]
             stop = start + self._size
             if left is not None:
-                held = count_samples(archive, self._layout.key, stop=left)
+                held = count_samples(archive, self._layout.key, stop=left) if left else 0
                 stop, left = min(stop, held), left - held
             if print_ not in closed and start < stop:
                 ranges.append(RowRange(print_, start, stop, archive.name))
@@ -142,8 +140,10 @@ class ArchiveSource:
                 complete &= next(stream, None) is None
             samples += len(seen)
             whole = [sample for sample in seen if isinstance(sample, Sample)]
-            passed += len(seen) - len(whole)
-            passed += sum(self._passes(archive, s, self._selection.where, ()) for s in whole)
+            passed += len(seen)
+            if self._selection.where is not None:
+                described = (self._layout.fields(archive, sample) for sample in whole)
+                passed -= sum(not _passes(fields, self._selection.where) for fields in described)
             read += sum(len(data) + TAR_BLOCK for sample in whole for data in sample.files.values())
         total = sum(archive.size for archive in archives)
         inputs = passed if complete else round(total / max(read, 1) * passed)
@@ -157,17 +157,13 @@ class ArchiveSource:
             self._found = {p: file for p, file in files.items() if self._layout.takes(file.name)}
         return self._found
 
-    def _require_columns(self, where: str) -> None:
-        """Refuse columns that none of the first samples has."""
+    def _require_computable(self, where: str) -> None:
+        """Refuse columns that none of the first samples has, and what cannot be computed of them."""
         for archive in self._archives().values():
             with closing(read_samples(archive, self._layout.key)) as stream:
-                seen = [s for s in islice(stream, _LOOKED_AT) if isinstance(s, Sample)]
-            rows = [self._layout.fields(archive, sample) for sample in seen]
-            if rows:
-                table = table_of(rows)
-                expression = parse_where(where)
-                expression.require(name for name in table.column_names if name)
-                expression.mask(table)
+                few = [s for s in islice(stream, _LOOKED_AT) if isinstance(s, Sample)]
+            if rows := [self._layout.fields(archive, sample) for sample in few]:
+                parse_where(where).strict_mask(table_of(rows))
                 return
 
     def _taken(self, samples: RowRange) -> Iterator[tuple[int, ImageRecord | Reject]]:
@@ -180,14 +176,12 @@ class ArchiveSource:
                 if isinstance(sample, Damage):
                     detail = sample.detail
                     yield number, Reject(0, samples.name, "read", "broken-archive", detail)
-                elif self._passes(archive, sample, samples.where, samples.without):
-                    fields = self._layout.fields(archive, sample)
+                    continue
+                fields = self._layout.fields(archive, sample)
+                if _passes(fields, samples.where, samples.without):
                     yield number, self._layout.record(0, sample, fields)
 
-    def _passes(
-        self, archive: SourceFile, sample: Sample, where: str | None, without: Sequence[str]
-    ) -> bool:
-        if where is None and not without:
-            return True
-        fields = self._layout.fields(archive, sample)
-        return bool(taken(table_of([fields]), where, without)[0])
+
+def _passes(fields: dict[str, Any], where: str | None, without: Sequence[str] = ()) -> bool:
+    everything = where is None and not without
+    return everything or bool(taken(table_of([fields]), where, without)[0])

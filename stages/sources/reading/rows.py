@@ -9,6 +9,7 @@ reject.
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,6 @@ from schemas.records import Count, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.columns import Record, column_map, to_record, to_rows, wanted_columns
 from stages.sources.reading.files import SourceFile
-from stages.sources.reading.fingerprint import require_input
 from stages.sources.reading.row_files import (
     PARQUET,
     TABLE_ENDINGS,
@@ -55,8 +55,8 @@ class RowSource:
         self.name = settings.name
         self._settings = settings
         self._grids = grids
-        given = require_input(self.name, settings.input)
-        self._selection = RowSelection.of(settings, given, TABLE_ENDINGS if grids else PARQUET)
+        endings = TABLE_ENDINGS if grids else PARQUET
+        self._selection = RowSelection(settings, settings.input, endings)
         self._measured: list[_Measured] = []
         self._notes: list[str] = []
 
@@ -82,8 +82,8 @@ class RowSource:
             chosen = column_map(self._settings.columns, rows.schema, grids=self._grids)
             if self._settings.keep_faces:
                 chosen = replace(chosen, faces=None)
-            columns = wanted_columns(chosen, rows.schema)
-            for number, fields in wanted.in_order(_rows_of(rows, wanted, columns)):
+            found = _rows_of(rows, wanted, wanted_columns(chosen, rows.schema))
+            for number, fields in wanted.in_order(found):
                 key = f"{wanted.name}/{number}"
                 yield to_record(row, fields, chosen, key, self._settings.grid)
                 row += 1
@@ -122,23 +122,16 @@ class RowSource:
                 continue
             count, schema = footer
             chosen = column_map(self._settings.columns, schema, grids=self._grids)
+            plain = plain_columns(schema)
             if self._selection.where is not None:
-                expression = parse_where(self._selection.where)
-                expression.require(plain_columns(schema))
-                expression.mask(schema.empty_table())
-            row_bytes = file.size / max(count, 1)
-            size = self._shard_size(schema, row_bytes)
+                parse_where(self._selection.where).strict_mask(schema.empty_table().select(plain))
+            size = _LINKS_PER_SHARD
+            if len(plain) < len(schema.names):
+                fits = int(_SHARD_BYTES / max(file.size / max(count, 1), 1))
+                size = min(max(fits, _FEWEST_ROWS), _MOST_ROWS)
             links = chosen.image is None and chosen.grid is None
-            self._measured.append(_Measured(file, count, size, links))
+            self._measured.append(_Measured(file, count, self._settings.shard_size or size, links))
         return self._measured
-
-    def _shard_size(self, schema: pa.Schema, row_bytes: float) -> int:
-        if self._settings.shard_size:
-            return self._settings.shard_size
-        if len(plain_columns(schema)) == len(schema.names):
-            return _LINKS_PER_SHARD
-        fits = int(_SHARD_BYTES / max(row_bytes, 1))
-        return min(max(fits, _FEWEST_ROWS), _MOST_ROWS)
 
     def _numbers(self, measured: _Measured, rows: RowRange) -> Iterable[int]:
         if self._selection.where is None or measured.damaged:
@@ -148,22 +141,20 @@ class RowSource:
 
 def _numbers_of(file: SourceFile, wanted: RowRange) -> Iterator[int]:
     """The numbers of the rows that a range takes, by the condition's columns alone."""
-    try:
-        at = wanted.start
-        columns = needed(wanted.where, wanted.without)
+    columns = needed(wanted.where, wanted.without)
+    at = wanted.start
+    with suppress(DamagedFileError):
         for table in open_rows(file).tables(wanted.start, wanted.stop, columns):
             yield from (at + taken(table, wanted.where, wanted.without).nonzero()[0]).tolist()
             at += table.num_rows
-    except DamagedFileError:
-        return
 
 
 def _rows_of(
     rows: RowFile, wanted: RowRange, columns: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows that a range takes with their numbers in the file, in the file's order."""
-    extra = [n for n in needed(wanted.where, wanted.without) if n not in columns]
-    read = [*columns, *(name for name in extra if name in rows.schema.names)]
+    names = dict.fromkeys((*columns, *needed(wanted.where, wanted.without)))
+    read = [name for name in names if name in rows.schema.names]
     at = wanted.start
     for table in rows.tables(wanted.start, wanted.stop, read):
         mask = taken(table, wanted.where, wanted.without)
