@@ -25,14 +25,7 @@ from stages.sources.reading.fingerprint import make_shard
 from stages.sources.reading.publisher import fetch_published
 from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
 from stages.sources.reading.source_kind import SourceKind
-from stages.sources.reading.text_lines import (
-    Line,
-    Scan,
-    is_packed,
-    lines_from,
-    packed_size,
-    scan_lines,
-)
+from stages.sources.reading.text_lines import Line, Scan, head_of, is_packed, lines_from, scan_lines
 from stages.sources.reading.where import parse_where, table_of, taken
 
 _PUBLISHED = "https://storage.googleapis.com/conceptual_12m/cc12m.tsv"
@@ -41,20 +34,15 @@ _ENDINGS = (".tsv", ".tsv.gz")
 _COLUMNS = ("url", "caption")
 _LINES_PER_SHARD = 10_000
 _LINES_AT_ONCE = 1000
-_SAMPLE_BYTES = 1 << 20
-"""Bytes read to estimate how many lines a file has."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where the lines of a shard are in the unpacked file, and what they are."""
+    """Where a shard's lines begin and end in the unpacked file, in bytes, and their hash (hex)."""
 
     begin: int
-    """The offset of the first byte."""
     end: int
-    """The offset after the last byte."""
     content: str
-    """The hash of the lines, 16 hex digits."""
 
     @staticmethod
     def of(shard: Shard) -> "Extent":
@@ -65,7 +53,7 @@ class Extent:
 
 
 class Cc12mSource:
-    """Lists of addresses and captions, a line per picture; a publisher's list has been fetched."""
+    """A `Source` of lists of addresses and captions, a line per picture; a publisher's list has been fetched."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name
@@ -75,7 +63,7 @@ class Cc12mSource:
             parse_where(settings.where).strict_mask(table_of([dict.fromkeys(_COLUMNS, "")]))
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`. A file that is recorded to its end is not read again."""
+        """A file that is recorded to its end is not read again."""
         selection = self._selection
         files = selection.files()
         here = [r for r in recorded if RowRange.of(r.shard).print in files]
@@ -106,7 +94,6 @@ class Cc12mSource:
         return Listing(reachable + [shard for shard in fresh if shard.id not in known], lost)
 
     def read(self, shard: Shard) -> Iterator[Record]:
-        """See `Source.read`."""
         lines = RowRange.of(shard)
         file = self._selection.file_of(lines)
         found = lines.in_order(_taken(file, lines, Extent.of(shard).begin))
@@ -114,11 +101,11 @@ class Cc12mSource:
             yield _to_link(row, str(number), line)
 
     def count(self) -> Count:
-        """See `Source.count`: by the files' sizes and the first lines of each."""
+        """By the files' sizes and the first lines of each."""
         selection = self._selection
         total, exact, seen, passed = 0, True, 0, 0
         for file in selection.files().values():
-            lines, consumed, whole = _sample(file)
+            lines, consumed, whole = head_of(file)
             total += len(lines) if whole else round(len(lines) * file.size / max(consumed, 1))
             exact &= whole
             seen += len(lines)
@@ -218,20 +205,6 @@ def _fields(line: Line) -> dict[str, Any]:
     """The line's columns, as conditions see them."""
     found = _to_link(0, "", line)
     return {name: getattr(found, name, None) for name in _COLUMNS}
-
-
-def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
-    """The first lines of a file, the bytes of the file they took, and whether they are all."""
-    lines, read = [], 0
-    with closing(lines_from(file, 0)) as stream:
-        for line in stream:
-            lines.append(line)
-            read += len(line.data) + 1
-            if read > _SAMPLE_BYTES:
-                break
-        else:
-            return lines, file.size, True
-    return lines, packed_size(file, read), False
 
 
 def _is_address(given: str) -> bool:

@@ -38,7 +38,7 @@ _SHARD_BYTES = 256 << 20
 
 
 class FolderSource:
-    """Pictures below folders; a shard takes an eighth of them, 16 to 1,000, unless told otherwise.
+    """A `Source` of pictures below folders; a shard takes an eighth of them, 16 to 1,000, unless told otherwise.
 
     suffixes: the endings of its files, in lower case. kind: what they are, for messages.
     """
@@ -49,10 +49,8 @@ class FolderSource:
         self.name = settings.name
         self._suffixes, self._kind = suffixes, kind
         self._where = parse_where(settings.where) if settings.where is not None else None
-        self._seed = settings.shuffle_seed
+        self._settings = settings
         self._roots = tuple(Path(path).expanduser() for path in settings.input)
-        self._limit = settings.limit
-        self._shard_size = settings.shard_size
         for root in self._roots:
             if not root.is_dir():
                 what = "is a file" if root.exists() else "does not exist"
@@ -63,7 +61,6 @@ class FolderSource:
         self._notes: list[str] = []
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`."""
         for root in self._roots:
             read_metadata(root)  # A file that is broken ends the listing, not every shard.
         here = self._members()
@@ -73,7 +70,7 @@ class FolderSource:
         # What could not be read when it was listed is known by its name alone.
         unread = {name for listed, name in map(_parts, known) if listed == _UNREADABLE}
         fresh = [m for m in here if m not in known and _parts(m)[1] not in unread]
-        size = self._shard_size or _shard_size(len(fresh))
+        size = self._settings.shard_size or _shard_size(len(fresh))
         # A shard is of one root, so that a build that is given some of the roots finds theirs whole.
         by_root: dict[Path, list[str]] = {}
         for member in fresh:
@@ -89,7 +86,6 @@ class FolderSource:
         return Listing(reachable + shards, notes)
 
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
-        """See `Source.read`."""
         for row, member in enumerate(shard.members):
             name = _parts(member)[1]
             try:
@@ -118,7 +114,7 @@ class FolderSource:
         The same relative path with the same content, below two roots, is one member.
         """
         if self._listed is None:
-            wanted = list(islice(self._wanted(), self._limit))
+            wanted = list(islice(self._wanted(), self._settings.limit))
             self._require_some(len(wanted))
             self._listed = {}
             for root, relative in wanted:
@@ -136,22 +132,22 @@ class FolderSource:
     def _wanted(self) -> Iterable[tuple[Path, str]]:
         """Root and relative path of every file that --where takes, in the order asked for."""
         listed = ((root, name) for root in self._roots for name in self._pictures(root))
-        if self._where is None and self._seed is None:
+        seed = self._settings.shuffle_seed
+        if self._where is None and seed is None:
             return listed
         chosen = list(listed)
         if self._where is not None:
             rows = [read_metadata(root).get(relative, {}) for root, relative in chosen]
             chosen = list(compress(chosen, self._where.strict_mask(with_numbers(table_of(rows)))))
-        if self._seed is not None:
-            order = np.random.default_rng(self._seed).permutation(len(chosen))
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(len(chosen))
             chosen = [chosen[index] for index in order]
         return chosen
 
     def count(self) -> Count:
-        """See `Source.count`."""
         found = sum(1 for _ in self._wanted())
         self._require_some(found)
-        return Count(found if self._limit is None else min(found, self._limit), exact=True)
+        return Count(min(found, self._settings.limit or found), exact=True)
 
     def _pictures(self, root: Path) -> Iterator[str]:
         """Relative paths of the pictures below `root`, sorted; hidden files are left out.

@@ -39,10 +39,6 @@ class JourneyDbLayout:
         self._caption = caption
         self._read: tuple[str, dict[str, dict[str, Any]]] = ("", {})
 
-    def takes(self, name: str) -> bool:
-        """The archives of annotations are none of pictures."""
-        return not name.endswith(_ANNOTATIONS)
-
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """Every picture is a sample of its own."""
         path = PurePosixPath(member.name)
@@ -82,7 +78,7 @@ def _open(settings: SourceSettings) -> ArchiveSource:
     annotations = [file for file in annotations if file.location.endswith(_ANNOTATIONS)]
     notes = () if annotations else ("no annotations (…anno….jsonl) are there: no captions",)
     layout = JourneyDbLayout(annotations, settings.caption or "task2")
-    return ArchiveSource(settings, archives, _ARCHIVES, layout, notes)
+    return ArchiveSource(settings, archives, _ARCHIVES, layout, _ANNOTATIONS, notes)
 
 
 def _annotations_of(archive: SourceFile, file: SourceFile) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The `tokens` source: token grids that users already have, so that no model has to run.
 
---input: LlamaGen's `.npy` files (one per picture; a folder of them), HDF5 files with a data set
+--input: LlamaGen's `.npy` files (one per picture, its caption in `NAME.txt`; a folder of them), HDF5 files with a data set
 `indices`, or Arrow and Parquet files with a grid column. The grids are taken for those of
 `--tokenizer`, and each is checked against its grid and codebook. There are no latents in them that
 could be trusted to be the tokenizer's own, so latent key space is refused by the build.
@@ -14,16 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas.records import (
-    Count,
-    GridRecord,
-    GridShape,
-    ImageRecord,
-    Listing,
-    RecordedShard,
-    Reject,
-    Shard,
-)
+from schemas.records import Count, GridRecord, ImageRecord, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.folder import FolderSource
 from stages.sources.reading.columns import Record
@@ -38,29 +29,24 @@ _GRIDS_PER_SHARD = 1000
 
 
 class TokensSource:
-    """Token grids in files of one picture with a caption in `NAME.txt`, or in tables.
-
-    Which of them is what the inputs hold.
-    """
+    """A `Source` of grids in files of one picture, or in tables: whichever the inputs hold."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name
         self._settings = settings
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`."""
         return self._source.listing(recorded)
 
     def read(self, shard: Shard) -> Iterator[Record]:
-        """See `Source.read`. What kind it is follows from the shard: workers look at no tree."""
+        """What kind it is follows from the shard: workers look at no tree."""
         if not shard.members[0].lower().endswith(_NPY):
             yield from self._tables().read(shard)
             return
         for item in self._files().read(shard):
-            yield _to_grid(item, self._settings.grid) if isinstance(item, ImageRecord) else item
+            yield self._grid_of(item) if isinstance(item, ImageRecord) else item
 
     def count(self) -> Count:
-        """See `Source.count`."""
         return self._source.count()
 
     @cached_property
@@ -78,18 +64,18 @@ class TokensSource:
     def _tables(self) -> RowSource:
         return RowSource(self._settings, grids=True)
 
-
-def _to_grid(item: ImageRecord, shape: GridShape | None) -> GridRecord | Reject:
-    try:
-        values = np.load(io.BytesIO(item.data), allow_pickle=False)
-    # A damaged file makes numpy raise nearly anything; pickles, which could run code, are refused.
-    except Exception as error:
-        detail = f"no .npy array: {type(error).__name__}: {error}"
-        return Reject(item.row, item.key, "read", "no-grid", detail, item.url)
-    grid = grid_bytes(values, shape)
-    if isinstance(grid, Misfit):
-        return Reject(item.row, item.key, "read", grid.reason, grid.detail, item.url)
-    return GridRecord(item.row, item.key, grid, item.caption, item.url, item.licence, item.metadata)
+    def _grid_of(self, item: ImageRecord) -> GridRecord | Reject:
+        row, key, url = item.row, item.key, item.url
+        try:
+            values = np.load(io.BytesIO(item.data), allow_pickle=False)
+        # Damaged files make numpy raise nearly anything; pickles, which could run code, are refused.
+        except Exception as error:
+            detail = f"no .npy array: {type(error).__name__}: {error}"
+            return Reject(row, key, "read", "no-grid", detail, url)
+        grid = grid_bytes(values, self._settings.grid)
+        if isinstance(grid, Misfit):
+            return Reject(row, key, "read", grid.reason, grid.detail, url)
+        return GridRecord(row, key, grid, item.caption, url, item.licence, item.metadata)
 
 
 SOURCE = SourceKind(

@@ -28,10 +28,6 @@ from stages.sources.reading.tar_samples import Sample
 class WebdatasetLayout:
     """How img2dataset lays out a tar; follows the protocol `ArchiveLayout`."""
 
-    def takes(self, name: str) -> bool:
-        """Any file that --input names may be a tar."""
-        return True
-
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """A file's key and extension as webdataset splits its name, at the first dot.
 

@@ -26,13 +26,7 @@ from schemas.records import (
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.files import SourceFile
 from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
-from stages.sources.reading.tar_samples import (
-    TAR_BLOCK,
-    Damage,
-    Sample,
-    count_samples,
-    read_samples,
-)
+from stages.sources.reading.tar_samples import Damage, Sample, count_samples, read_samples
 from stages.sources.reading.where import parse_where, table_of, taken
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -42,9 +36,6 @@ _LOOKED_AT, _SAMPLED_ARCHIVES = 64, 3
 
 class ArchiveLayout(Protocol):
     """How a kind of archive is to be read."""
-
-    def takes(self, name: str) -> bool:
-        """Whether a file of this name is an archive of pictures."""
 
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """The sample a file belongs to and its extension; None for a file that is no part of one."""
@@ -57,9 +48,10 @@ class ArchiveLayout(Protocol):
 
 
 class ArchiveSource:
-    """Archives of pictures, however they are laid out.
+    """A `Source` of archives of pictures, however they are laid out.
 
-    inputs: located paths. endings: those of archives below a folder. notes: for every listing.
+    inputs: located paths. endings: those of archives below a folder. others: those of archives
+    that hold no pictures. notes: for every listing.
     """
 
     def __init__(
@@ -68,6 +60,7 @@ class ArchiveSource:
         inputs: Sequence[str],
         endings: tuple[str, ...],
         layout: ArchiveLayout,
+        others: tuple[str, ...] = (),
         notes: Sequence[str] = (),
     ) -> None:
         self.name = settings.name
@@ -75,11 +68,9 @@ class ArchiveSource:
         self._size = settings.shard_size or MAX_ROWS_PER_SHARD
         self._found: dict[str, SourceFile] = {}
         self._counts: dict[str, int] = {}
-        self._layout = layout
-        self._notes = notes
+        self._layout, self._others, self._notes = layout, others, notes
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`."""
         selection = self._selection
         if selection.where is not None:
             self._require_computable(selection.where)
@@ -122,7 +113,6 @@ class ArchiveSource:
         return ranges
 
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
-        """See `Source.read`."""
         samples = RowRange.of(shard)
         for row, (_, record) in enumerate(samples.in_order(self._taken(samples))):
             yield replace(record, row=row)
@@ -144,7 +134,8 @@ class ArchiveSource:
             if self._selection.where is not None:
                 described = (self._layout.fields(archive, sample) for sample in whole)
                 passed -= sum(not _passes(fields, self._selection.where) for fields in described)
-            read += sum(len(data) + TAR_BLOCK for sample in whole for data in sample.files.values())
+            files = [data for sample in whole for data in sample.files.values()]
+            read += sum(len(data) + tarfile.BLOCKSIZE for data in files)
         total = sum(archive.size for archive in archives)
         inputs = passed if complete else round(total / max(read, 1) * passed)
         note = "" if complete else f"estimated from {samples} samples and {total:,} bytes"
@@ -154,7 +145,7 @@ class ArchiveSource:
         """Every archive by its fingerprint; copies of one appear once."""
         if not self._found:
             files = self._selection.files()
-            self._found = {p: file for p, file in files.items() if self._layout.takes(file.name)}
+            self._found = {p: f for p, f in files.items() if not f.name.endswith(self._others)}
         return self._found
 
     def _require_computable(self, where: str) -> None:

@@ -116,10 +116,9 @@ def local_inputs(settings: SourceSettings) -> tuple[str, ...]:
     return tuple(str(Path(given).expanduser().absolute()) for given in settings.input)
 
 
-def hub_inputs(settings: SourceSettings, default: str | None = None) -> tuple[str, ...]:
+def hub_inputs(settings: SourceSettings, *default: str) -> tuple[str, ...]:
     """The inputs, or else `default`, each a path or a data set on the hub; see `locate`."""
-    given = settings.input or ((default,) if default is not None else ())
-    return tuple(locate(path, settings.revision) for path in given)
+    return tuple(locate(given, settings.revision) for given in settings.input or default)
 
 
 def find_files(inputs: Sequence[str], endings: Sequence[str], source: str) -> list[SourceFile]:
@@ -230,12 +229,12 @@ def _on_hub(address: str, endings: Sequence[str]) -> list[SourceFile]:
         raise BadInputError(f"cannot list {address} on the hub ({reason})") from error
     data_set = path.split("@")[0]
     found = []
-    for address, entry in sorted(details.items()):
-        if entry["type"] == "file" and _fits(address.rsplit("/", 1)[-1], endings):
-            name = address.removeprefix(data_set).split("/", 1)[-1]
+    for place, entry in sorted(details.items()):
+        if entry["type"] == "file" and _fits(place.rsplit("/", 1)[-1], endings):
+            name = place.removeprefix(data_set).split("/", 1)[-1]
             published = (entry.get("lfs") or {}).get("sha256") or entry.get("blob_id")
             print_ = _digest(str(published or entry["name"]))
-            found.append(SourceFile(HUB + address, name, int(entry["size"] or 0), print_))
+            found.append(SourceFile(HUB + place, name, int(entry["size"] or 0), print_))
     return found
 
 

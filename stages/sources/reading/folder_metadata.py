@@ -23,11 +23,9 @@ _FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 
 def read_metadata(root: Path) -> Mapping[str, dict[str, Any]]:
     """The rows of a folder's metadata file by file name; empty where there is none."""
-    for name in _METADATA_FILES:
-        path = root / name
-        if path.exists():
-            return _read_metadata(path, path.stat().st_mtime_ns)
-    return {}
+    paths = (root / name for name in _METADATA_FILES)
+    path = next((path for path in paths if path.exists()), None)
+    return _read_metadata(path, path.stat().st_mtime_ns) if path else {}
 
 
 @lru_cache(maxsize=4)

@@ -42,8 +42,7 @@ def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
         had = _size(part)
         try:
             _fetch_rest(url, part)
-            _version(part).unlink(missing_ok=True)
-            return part.replace(path)
+            break
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise BadInputError(
@@ -63,6 +62,8 @@ def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
             )
         log.info("fetching %s broke off (%s); going on", url, reason)
         time.sleep(pause * 2**failures if failures else 0)
+    _version(part).unlink(missing_ok=True)
+    return part.replace(path)
 
 
 def _fetch_rest(url: str, part: Path) -> None:

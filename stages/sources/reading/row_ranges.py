@@ -168,10 +168,7 @@ class RowSelection:
         return hashlib.blake2b(f"{self.seed} {window.print} {window.start}".encode()).digest()
 
     def _first(
-        self,
-        wanted: Sequence[RowRange],
-        limit: int,
-        numbers: Callable[[RowRange], Iterable[int]],
+        self, wanted: Sequence[RowRange], limit: int, numbers: Callable[[RowRange], Iterable[int]]
     ) -> Iterator[RowRange]:
         """The windows up to the `limit`th row that is taken, the last one cut after it."""
         for window in wanted:

@@ -10,13 +10,13 @@ import lzma
 import tarfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 from stages.sources.reading.files import SourceFile, require_reached
 
 KeyOf = Callable[[tarfile.TarInfo], tuple[str | None, str]]
 """The sample a file belongs to and its extension; None for a file that is no part of one."""
-TAR_BLOCK = 512
 _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
@@ -33,11 +33,6 @@ class Sample:
     files: dict[str, bytes] = field(default_factory=dict)
     twice: str | None = None
     """An extension that came twice."""
-
-    def add(self, extension: str, data: bytes) -> None:
-        if extension in self.files:
-            self.twice = extension
-        self.files[extension] = data
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,10 @@ def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damag
                     yield sample
                     sample = None
                 partial, sample = sample or Sample(key), None
-                stream = tar.extractfile(member)
-                partial.add(extension.lower(), stream.read() if stream else b"")
+                suffix, stream = extension.lower(), tar.extractfile(member)
+                if suffix in partial.files:
+                    partial.twice = suffix
+                partial.files[suffix] = stream.read() if stream else b""
                 sample = partial
         damage = "ends without the mark of a tar's end" if _ends_early(archive) else None
     # A damaged tar makes tarfile raise nearly anything: what comes after is lost, not the shard.
@@ -115,8 +112,8 @@ def _ends_early(archive: SourceFile) -> bool:
         if stream.read(6).startswith(tuple(_UNPACKERS)):
             return False
         size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAR_BLOCK))
-        return size % TAR_BLOCK != 0 or any(stream.read())
+        stream.seek(max(0, size - tarfile.BLOCKSIZE))
+        return size % tarfile.BLOCKSIZE != 0 or any(stream.read())
 
 
 def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) -> int:
@@ -124,16 +121,13 @@ def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) ->
 
     The damage of a damaged one counts as one more input, as it does when reading.
     """
-    count, last = 0, None
+    count = 0
     try:
         with archive.open() as file, tarfile.open(fileobj=file, mode="r:*") as tar:
-            for member in tar:
-                key = key_of(member)[0]
-                if key is not None and key != last:
-                    last, count = key, count + 1
-                    if count >= stop:
-                        return count
+            keys = (key_of(member)[0] for member in tar)
+            for _ in islice(groupby(key for key in keys if key is not None), stop):
+                count += 1
     except Exception as error:
         require_reached(archive, error)
         return count + 1
-    return count + _ends_early(archive)
+    return count if count == stop else count + _ends_early(archive)

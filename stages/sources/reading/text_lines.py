@@ -26,6 +26,7 @@ _PACKED_CHUNK = 1 << 12
 LONGEST_LINE = 1 << 20
 """A longer line is cut, so that a file without ends of lines cannot fill the memory."""
 _SHOWN = 1000
+_HEAD_BYTES = 1 << 20
 _DAMAGE = (OSError, EOFError, zlib.error)
 """What reading a damaged file raises."""
 
@@ -61,10 +62,20 @@ def is_packed(file: SourceFile) -> bool:
         return bool(stream.read(2) == b"\x1f\x8b")
 
 
-def packed_size(file: SourceFile, unpacked_bytes: int) -> int:
-    """How many bytes of the file hold its first so many unpacked ones, to a few kilobytes."""
-    if not is_packed(file):
-        return unpacked_bytes
+def head_of(file: SourceFile) -> tuple[list[Line], int, bool]:
+    """The first megabyte of lines, the bytes of the file they took, and whether they are all."""
+    lines, read = [], 0
+    with closing(lines_from(file, 0)) as stream:
+        for line in stream:
+            lines.append(line)
+            read += len(line.data) + 1
+            if read > _HEAD_BYTES:
+                return lines, _packed_size(file, read) if is_packed(file) else read, False
+    return lines, file.size, True
+
+
+def _packed_size(file: SourceFile, unpacked_bytes: int) -> int:
+    """How many bytes of a gzip file hold its first so many unpacked ones, to a few kilobytes."""
     consumed = made = 0
     # What is damaged counts for nothing here; reading the lines tells of it.
     with closing(file.open()) as stream, suppress(zlib.error):
@@ -209,5 +220,4 @@ class _Scanner:
 def _chunks(stream: Any) -> Iterator[bytes]:
     """The stream a few megabytes at a time; what was read before damage is handed out first."""
     read = getattr(stream, "read1", stream.read)
-    while chunk := read(_CHUNK):
-        yield chunk
+    return iter(lambda: read(_CHUNK), b"")

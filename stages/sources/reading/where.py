@@ -128,8 +128,7 @@ class Where:
                 f"--where '{self.text}' cannot be computed ({reason}; {', '.join(types)});"
                 " compare numbers with numbers and text with 'text'"
             ) from error
-        found: npt.NDArray[np.bool_] = truth.to_numpy(zero_copy_only=False).astype(bool)
-        return found
+        return np.array(truth, bool)
 
 
 def parse_where(text: str) -> Where:
