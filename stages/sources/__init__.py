@@ -7,14 +7,11 @@ they point at. Read `folder` first, and `reading.row_ranges` for why no row is e
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from arrag_runtime.format.errors import BadInputError
-
-if TYPE_CHECKING:
-    from schemas.records import Count
-    from schemas.settings.source import SourceSettings
-    from stages.sources.reading.source_kind import Source, SourceKind
+from schemas.records import MAX_ROWS_PER_SHARD, Count
+from schemas.settings.source import SourceSettings
+from stages.sources.reading.source_kind import Source, SourceKind
 
 SOURCES = {
     "sample": "stages.sources.sample",
@@ -29,7 +26,7 @@ SOURCES = {
 """The module of each source; it is imported when the source is asked for."""
 
 
-def source_kind(name: str) -> "SourceKind":
+def source_kind(name: str) -> SourceKind:
     """What the source's own file says of it. Raises BadInputError for an unknown name."""
     if name not in SOURCES:
         raise BadInputError(f"unknown source '{name}'; choose one of {', '.join(SOURCES)}")
@@ -37,12 +34,23 @@ def source_kind(name: str) -> "SourceKind":
     return kind
 
 
-def open_source(settings: "SourceSettings") -> "Source":
-    """The source of located settings. Raises BadInputError for an unknown name."""
-    return source_kind(settings.name).open(settings)
+def open_source(settings: SourceSettings) -> Source:
+    """The source of located settings.
+
+    Raises BadInputError for an unknown name, a missing input, or a shard size that the ids of its
+    rows could not count.
+    """
+    kind = source_kind(settings.name)
+    if not settings.input and not kind.bundled:
+        raise BadInputError(f"--source {settings.name} needs --input PATH")
+    if (settings.shard_size or 0) > MAX_ROWS_PER_SHARD:
+        raise BadInputError(
+            f"--shard-size {settings.shard_size} is outside 1..{MAX_ROWS_PER_SHARD}"
+        )
+    return kind.open(settings)
 
 
-def locate_source(settings: "SourceSettings") -> "SourceSettings":
+def locate_source(settings: SourceSettings) -> SourceSettings:
     """The settings as any worker can use them: called once, by the driver.
 
     Paths become absolute, hub data sets get the commit they stand for now, and lists that are
@@ -63,7 +71,7 @@ def locate_source(settings: "SourceSettings") -> "SourceSettings":
     return located
 
 
-def count_inputs(settings: "SourceSettings") -> "Count":
+def count_inputs(settings: SourceSettings) -> Count:
     """How many inputs a source has, for a plan: what would have to be fetched first is not.
 
     Raises BadInputError where nothing can be said without fetching.
@@ -72,7 +80,7 @@ def count_inputs(settings: "SourceSettings") -> "Count":
     return open_source(locate_source(settings)).count() if known is None else known
 
 
-def _require_its_files(settings: "SourceSettings", kinds: "dict[str, SourceKind]") -> None:
+def _require_its_files(settings: SourceSettings, kinds: dict[str, SourceKind]) -> None:
     """Raise BadInputError for folders that hold another source's files and none of its own."""
     own = kinds[settings.name].reads
     folders = [path for path in map(Path, settings.input) if path.is_dir()]

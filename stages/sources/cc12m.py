@@ -12,28 +12,20 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
-import numpy as np
-
 from arrag_runtime.format.errors import BadInputError
+from arrag_runtime.format.location import cache_folder
 from schemas.records import Count, LinkRecord, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.columns import Record
 from stages.sources.reading.files import SourceFile, local_inputs
-from stages.sources.reading.fingerprint import make_shard, require_input
-from stages.sources.reading.publisher import cache_folder, fetch_published
+from stages.sources.reading.fingerprint import make_shard
+from stages.sources.reading.publisher import fetch_published
 from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
 from stages.sources.reading.source_kind import SourceKind
-from stages.sources.reading.text_lines import (
-    Line,
-    Scan,
-    is_packed,
-    lines_from,
-    packed_size,
-    scan_lines,
-)
+from stages.sources.reading.text_lines import Line, Scan, head_of, is_packed, lines_from, scan_lines
 from stages.sources.reading.where import parse_where, table_of, taken
 
 _PUBLISHED = "https://storage.googleapis.com/conceptual_12m/cc12m.tsv"
@@ -42,24 +34,15 @@ _ENDINGS = (".tsv", ".tsv.gz")
 _COLUMNS = ("url", "caption")
 _LINES_PER_SHARD = 10_000
 _LINES_AT_ONCE = 1000
-_SAMPLE_BYTES = 1 << 20
-"""Bytes read to estimate how many lines a file has."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where the lines of a shard are in the unpacked file, and what they are."""
+    """Where a shard's lines begin and end in the unpacked file, in bytes, and their hash (hex)."""
 
     begin: int
-    """The offset of the first byte."""
     end: int
-    """The offset after the last byte."""
     content: str
-    """The hash of the lines, 16 hex digits."""
-
-    def members(self) -> tuple[str, str]:
-        """As the ledger keeps it, after the range's first member."""
-        return (f"bytes {self.begin} {self.end}", f"content {self.content}")
 
     @staticmethod
     def of(shard: Shard) -> "Extent":
@@ -70,20 +53,17 @@ class Extent:
 
 
 class Cc12mSource:
-    """Lists of addresses and captions, a line per picture; a publisher's list has been fetched."""
+    """A `Source` of lists of addresses and captions, a line per picture; a publisher's list has been fetched."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self.name = settings.name
-        given = require_input(self.name, settings.input)
-        self._selection = RowSelection.of(settings, given, _ENDINGS)
+        self._selection = RowSelection(settings, settings.input, _ENDINGS)
         self._size = settings.shard_size or _LINES_PER_SHARD
         if settings.where is not None:
-            expression = parse_where(settings.where)
-            expression.require(_COLUMNS)
-            expression.mask(table_of([dict.fromkeys(_COLUMNS, "")]))
+            parse_where(settings.where).strict_mask(table_of([dict.fromkeys(_COLUMNS, "")]))
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`. A file that is recorded to its end is not read again."""
+        """A file that is recorded to its end is not read again."""
         selection = self._selection
         files = selection.files()
         here = [r for r in recorded if RowRange.of(r.shard).print in files]
@@ -107,27 +87,25 @@ class Cc12mSource:
             lambda lines: self._numbers(files[lines.print], scans[lines.print], lines),
         )
         found = {entry.shard.id for entry in here}
-        reachable, lost = pending(
-            [*here, *(entry for entry in elsewhere if entry.shard.id not in found)], files
-        )
+        left = [entry for entry in elsewhere if entry.shard.id not in found]
+        reachable, lost = pending([*here, *left], files)
         known = {entry.shard.id for entry in recorded}
         fresh = (self._shard(files[r.print], scans[r.print], r) for r in ranges)
         return Listing(reachable + [shard for shard in fresh if shard.id not in known], lost)
 
     def read(self, shard: Shard) -> Iterator[Record]:
-        """See `Source.read`."""
         lines = RowRange.of(shard)
         file = self._selection.file_of(lines)
         found = lines.in_order(_taken(file, lines, Extent.of(shard).begin))
         for row, (number, line) in enumerate(found):
-            yield to_link(row, str(number), line)
+            yield _to_link(row, str(number), line)
 
     def count(self) -> Count:
-        """See `Source.count`: by the files' sizes and the first lines of each."""
+        """By the files' sizes and the first lines of each."""
         selection = self._selection
         total, exact, seen, passed = 0, True, 0, 0
         for file in selection.files().values():
-            lines, consumed, whole = _sample(file)
+            lines, consumed, whole = head_of(file)
             total += len(lines) if whole else round(len(lines) * file.size / max(consumed, 1))
             exact &= whole
             seen += len(lines)
@@ -153,12 +131,16 @@ class Cc12mSource:
             near = max(number for number in scan.offsets if number <= lines.start)
             begin = (near, scan.offsets[near])
             scan = scan_lines(file, None, {span}, first=begin, stop=lines.stop)
-        extent = Extent(scan.offsets[span[0]], scan.offsets[span[1]], scan.digests[span])
-        head, *conditions = lines.members()
-        identity = make_shard(
-            self.name, [f"{lines.start} {lines.stop} {extent.content}", *conditions]
-        )
-        return Shard(self.name, identity.id, (head, *extent.members(), *conditions))
+        members = _members(lines, scan)
+        named = (f"{lines.start} {lines.stop} {scan.digests[span]}", *members[3:])
+        return replace(make_shard(self.name, named), members=members)
+
+
+def _members(lines: RowRange, scan: Scan) -> tuple[str, ...]:
+    """A range as the ledger keeps it: with the place of its lines and what they are."""
+    head, *conditions = lines.members()
+    place = f"bytes {scan.offsets[lines.start]} {scan.offsets[lines.stop]}"
+    return (head, place, f"content {scan.digests[lines.start, lines.stop]}", *conditions)
 
 
 def _recorded_to_the_end(
@@ -176,50 +158,38 @@ def _recorded_to_the_end(
 
 def _same_lines(entry: RecordedShard, file: SourceFile, scan: Scan) -> RecordedShard | None:
     """A shard of another file as one of this file, where the same lines stand at its place."""
-    shard = entry.shard
-    lines, extent = RowRange.of(shard), Extent.of(shard)
-    if scan.digests.get((lines.start, lines.stop)) != extent.content:
+    lines = RowRange.of(entry.shard)
+    if scan.digests.get((lines.start, lines.stop)) != Extent.of(entry.shard).content:
         return None
-    there = Extent(scan.offsets[lines.start], scan.offsets[lines.stop], extent.content)
-    head, *conditions = replace(lines, print=file.print, name=file.name).members()
-    moved = Shard(shard.source, shard.id, (head, *there.members(), *conditions))
-    return replace(entry, shard=moved)
+    members = _members(replace(lines, print=file.print, name=file.name), scan)
+    return replace(entry, shard=replace(entry.shard, members=members))
 
 
 def _taken(file: SourceFile, lines: RowRange, offset: int) -> Iterator[tuple[int, Line]]:
     """The lines a range takes, with their numbers in the file; `offset` is its first byte."""
-    number = lines.start
     with closing(lines_from(file, offset)) as stream:
-        within = islice(stream, lines.stop - lines.start)
-        while few := list(islice(within, _LINES_AT_ONCE)):
-            mask = np.ones(len(few), bool)
+        numbered = zip(range(lines.start, lines.stop), stream, strict=False)
+        while few := list(islice(numbered, _LINES_AT_ONCE)):
             if lines.where is not None or lines.without:
-                table = table_of([_fields(line) for line in few])
-                mask = taken(table, lines.where, lines.without)
-            for line, wanted in zip(few, mask, strict=True):
-                if wanted:
-                    yield number, line
-                number += 1
+                table = table_of([_fields(line) for _, line in few])
+                few = list(compress(few, taken(table, lines.where, lines.without)))
+            yield from few
 
 
-def to_link(row: int, key: str, line: Line) -> LinkRecord | Reject:
+def _to_link(row: int, key: str, line: Line) -> LinkRecord | Reject:
     """A line as a picture to be fetched, or why it names none. `key` is the line's number."""
     address, tab, caption = line.data.partition(b"\t")
     fault = line.fault
-    url = ""
-    if fault is None and not line.data.strip():
-        fault = "the line is empty"
-    elif fault is None and not tab:
-        fault = "no tab"
-    elif fault is None:
+    if fault is None and not tab:
+        fault = "no tab" if line.data.strip() else "the line is empty"
+    if fault is None:
         try:
-            url = address.decode().strip().strip('"').strip()
-            fault = None if url else "no address before the tab"
+            if url := address.decode().strip().strip('"').strip():
+                return LinkRecord(row, key, url, _caption(caption))
+            fault = "no address before the tab"
         except UnicodeDecodeError:
             fault = "the address is no UTF-8"
-    if fault is not None:
-        return Reject(row, key, "read", "bad-line", f"{fault}: {line.data[:80]!r}")
-    return LinkRecord(row, key, url, _caption(caption))
+    return Reject(row, key, "read", "bad-line", f"{fault}: {line.data[:80]!r}")
 
 
 def _caption(data: bytes) -> str | None:
@@ -233,25 +203,8 @@ def _caption(data: bytes) -> str | None:
 
 def _fields(line: Line) -> dict[str, Any]:
     """The line's columns, as conditions see them."""
-    found = to_link(0, "", line)
-    if isinstance(found, LinkRecord):
-        return {"url": found.url, "caption": found.caption}
-    return dict.fromkeys(_COLUMNS)
-
-
-def _sample(file: SourceFile) -> tuple[list[Line], int, bool]:
-    """The first lines of a file, the bytes of the file they took, and whether they are all."""
-    lines = []
-    read = 0
-    with closing(lines_from(file, 0)) as stream:
-        for line in stream:
-            lines.append(line)
-            read += len(line.data) + 1
-            if read > _SAMPLE_BYTES:
-                break
-        else:
-            return lines, file.size, True
-    return lines, packed_size(file, read) if is_packed(file) else read, False
+    found = _to_link(0, "", line)
+    return {name: getattr(found, name, None) for name in _COLUMNS}
 
 
 def _is_address(given: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,7 @@ from arrag_runtime.format.errors import BadInputError
 from schemas.records import Count, ImageRecord, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.files import name_as_text
-from stages.sources.reading.fingerprint import (
-    fingerprint,
-    make_shard,
-    require_input,
-    require_shard_size,
-)
+from stages.sources.reading.fingerprint import fingerprint, make_shard
 from stages.sources.reading.folder_metadata import read_metadata, take_text, with_numbers
 from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.where import parse_where, table_of
@@ -42,25 +38,19 @@ _SHARD_BYTES = 256 << 20
 
 
 class FolderSource:
-    """Pictures below folders; a shard takes an eighth of them, 16 to 1,000, unless told otherwise.
+    """A `Source` of pictures below folders; a shard takes an eighth of them, 16 to 1,000, unless told otherwise.
 
     suffixes: the endings of its files, in lower case. kind: what they are, for messages.
     """
 
     def __init__(
-        self,
-        settings: SourceSettings,
-        suffixes: Sequence[str] = _PICTURES,
-        kind: str = "pictures",
+        self, settings: SourceSettings, suffixes: Sequence[str] = _PICTURES, kind: str = "pictures"
     ) -> None:
         self.name = settings.name
         self._suffixes, self._kind = suffixes, kind
         self._where = parse_where(settings.where) if settings.where is not None else None
-        self._seed = settings.shuffle_seed
-        self._roots = tuple(Path(p).expanduser() for p in require_input(self.name, settings.input))
-        self._limit = settings.limit
-        self._shard_size = settings.shard_size
-        require_shard_size(self._shard_size)
+        self._settings = settings
+        self._roots = tuple(Path(path).expanduser() for path in settings.input)
         for root in self._roots:
             if not root.is_dir():
                 what = "is a file" if root.exists() else "does not exist"
@@ -71,17 +61,16 @@ class FolderSource:
         self._notes: list[str] = []
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`."""
         for root in self._roots:
             read_metadata(root)  # A file that is broken ends the listing, not every shard.
         here = self._members()
         known = {member for r in recorded for member in r.shard.members}
         pending = [r.shard for r in recorded if r.inputs is None]
-        reachable = [s for s in pending if any(m in here or self._is_there(m) for m in s.members)]
+        reachable = [s for s in pending if any(m in here or self._find(m) for m in s.members)]
         # What could not be read when it was listed is known by its name alone.
         unread = {name for listed, name in map(_parts, known) if listed == _UNREADABLE}
         fresh = [m for m in here if m not in known and _parts(m)[1] not in unread]
-        size = self._shard_size or _shard_size(len(fresh))
+        size = self._settings.shard_size or _shard_size(len(fresh))
         # A shard is of one root, so that a build that is given some of the roots finds theirs whole.
         by_root: dict[Path, list[str]] = {}
         for member in fresh:
@@ -97,16 +86,14 @@ class FolderSource:
         return Listing(reachable + shards, notes)
 
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
-        """See `Source.read`."""
         for row, member in enumerate(shard.members):
-            listed, name = _parts(member)
+            name = _parts(member)[1]
             try:
-                found = self._find(name, listed)
-                if found is None:
+                if found := self._find(member):
+                    yield self._record(row, name, *found)
+                else:
                     detail = "gone or changed since it was listed"
                     yield Reject(row, name, "read", "missing", detail)
-                else:
-                    yield self._record(row, name, *found)
             except OSError as error:
                 yield Reject(row, name, "read", "unreadable", str(error))
 
@@ -127,78 +114,66 @@ class FolderSource:
         The same relative path with the same content, below two roots, is one member.
         """
         if self._listed is None:
-            members: dict[str, tuple[Path, int]] = {}
-            found = 0
-            for count, (root, relative) in enumerate(self._wanted()):
-                found += 1
-                if self._limit is not None and count >= self._limit:
-                    break
+            wanted = list(islice(self._wanted(), self._settings.limit))
+            self._require_some(len(wanted))
+            self._listed = {}
+            for root, relative in wanted:
                 content, size = _content(root / relative)
-                members.setdefault(f"{content} {name_as_text(relative)}", (root, size))
-            self._require_some(found)
-            self._listed = members
+                self._listed.setdefault(f"{content} {name_as_text(relative)}", (root, size))
         return self._listed
 
     def _require_some(self, found: int) -> None:
         """Raise BadInputError where there is nothing to take."""
         if found or self._where is not None:
             return
-        names = ", ".join(str(root) for root in self._roots)
-        looked = ", ".join(sorted(self._suffixes))
+        names, looked = ", ".join(map(str, self._roots)), ", ".join(sorted(self._suffixes))
         raise BadInputError(f"no {self._kind} below {names}; looked for {looked}")
 
     def _wanted(self) -> Iterable[tuple[Path, str]]:
         """Root and relative path of every file that --where takes, in the order asked for."""
         listed = ((root, name) for root in self._roots for name in self._pictures(root))
-        if self._where is None and self._seed is None:
+        seed = self._settings.shuffle_seed
+        if self._where is None and seed is None:
             return listed
         chosen = list(listed)
         if self._where is not None:
             rows = [read_metadata(root).get(relative, {}) for root, relative in chosen]
-            table = with_numbers(table_of(rows))
-            self._where.require(name for name in table.column_names if name)
-            mask = self._where.mask(table)
-            chosen = [file for file, taken in zip(chosen, mask, strict=True) if taken]
-        if self._seed is not None:
-            order = np.random.default_rng(self._seed).permutation(len(chosen))
+            chosen = list(compress(chosen, self._where.strict_mask(with_numbers(table_of(rows)))))
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(len(chosen))
             chosen = [chosen[index] for index in order]
         return chosen
 
     def count(self) -> Count:
-        """See `Source.count`."""
         found = sum(1 for _ in self._wanted())
         self._require_some(found)
-        return Count(found if self._limit is None else min(found, self._limit), exact=True)
+        return Count(min(found, self._settings.limit or found), exact=True)
 
     def _pictures(self, root: Path) -> Iterator[str]:
         """Relative paths of the pictures below `root`, sorted; hidden files are left out.
 
         Folders that cannot be entered, and what else lies there, become notes.
         """
+        others: Counter[str] = Counter()
 
         def denied(error: OSError) -> None:
             self._notes.append(f"left out: {error.filename} ({error.strerror})")
 
-        others: Counter[str] = Counter()
         for folder, below, files in os.walk(root, onerror=denied):
             below[:] = sorted(name for name in below if not name.startswith("."))
-            for name in sorted(files):
+            for name in sorted(name for name in files if not name.startswith(".")):
                 suffix = Path(name).suffix.lower()
-                if suffix in self._suffixes and not name.startswith("."):
+                if suffix in self._suffixes:
                     yield str((Path(folder) / name).relative_to(root))
-                elif suffix not in _BESIDE and not name.startswith("."):
+                elif suffix not in _BESIDE:
                     others[suffix or "no ending"] += 1
         if others:
             listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
             self._notes.append(f"left out: {listed}")
 
-    def _is_there(self, member: str) -> bool:
-        """Whether this picture is below a root, whatever the options say is wanted."""
-        listed, name = _parts(member)
-        return self._find(name, listed) is not None
-
-    def _find(self, name: str, listed: str) -> tuple[Path, str] | None:
+    def _find(self, member: str) -> tuple[Path, str] | None:
         """The root and relative path of a member that has the fingerprint it was listed with."""
+        listed, name = _parts(member)
         for root in self._roots:
             for relative in dict.fromkeys((name, _from_text(name))):
                 path = root / relative
@@ -245,9 +220,7 @@ def _from_text(name: str) -> str:
 
 def _shard_size(pictures: int) -> int:
     """At least eight shards where there are pictures enough, each a power of two up to 1,000."""
-    if pictures <= _FEWEST_FILES:
-        return _FEWEST_FILES
-    wanted = 2 ** math.ceil(math.log2(pictures / _FEWEST_SHARDS))
+    wanted = 2 ** math.ceil(math.log2(max(pictures, 1) / _FEWEST_SHARDS))
     return int(min(max(wanted, _FEWEST_FILES), _MOST_FILES))
 
 

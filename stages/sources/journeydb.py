@@ -14,21 +14,20 @@ import re
 import tarfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
-from arrag_runtime.format.errors import BadInputError, ShardError
+from arrag_runtime.format.errors import BadInputError
 from schemas.records import ImageRecord, Reject
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.archives import PICTURE_SUFFIXES, ArchiveSource
-from stages.sources.reading.columns import metadata_text
+from stages.sources.reading.columns import metadata_text, text_of
 from stages.sources.reading.files import SourceFile, find_files, hub_inputs, require_reached
-from stages.sources.reading.fingerprint import require_input
 from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.tar_samples import Sample, open_tar
 
 _ARCHIVES, _ANNOTATIONS = (".tgz", ".tar.gz", ".tar"), (".jsonl", ".jsonl.tgz", ".jsonl.tar.gz")
-_CAPTIONS = ("task2", "prompt")
 _HUB_INPUT = "hf://datasets/JourneyDB/JourneyDB/data/train"
 
 
@@ -40,10 +39,6 @@ class JourneyDbLayout:
         self._caption = caption
         self._read: tuple[str, dict[str, dict[str, Any]]] = ("", {})
 
-    def takes(self, name: str) -> bool:
-        """The archives of annotations are none of pictures."""
-        return not name.endswith(_ANNOTATIONS)
-
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """Every picture is a sample of its own."""
         path = PurePosixPath(member.name)
@@ -54,12 +49,9 @@ class JourneyDbLayout:
     def fields(self, archive: SourceFile, sample: Sample) -> dict[str, Any]:
         """The picture's annotation; empty where it has none."""
         if self._read[0] != archive.print:
-            found = {
-                _normal(str(line.get("img_path"))): line
-                for file in self._annotations
-                for line in read_annotations(file, _folder(archive))
-            }
-            self._read = (archive.print, found)
+            lines = (_annotations_of(archive, file) for file in self._annotations)
+            named = {_normal(str(line.get("img_path"))): line for line in chain(*lines)}
+            self._read = (archive.print, named)
         return self._read[1].get(sample.key, {})
 
     def record(self, row: int, sample: Sample, fields: Mapping[str, Any]) -> ImageRecord | Reject:
@@ -70,37 +62,34 @@ class JourneyDbLayout:
         task2 = fields.get("Task2")
         described = task2.get("Caption") if isinstance(task2, Mapping) else None
         caption = described if self._caption == "task2" else fields.get("prompt")
-        text = (str(caption).strip() or None) if caption is not None else None
         rest = {k: v for k, v in fields.items() if k not in ("img_path", "Task3")}
         data = next(iter(sample.files.values()))
-        return ImageRecord(row, sample.key, data, text, metadata=metadata_text(rest))
+        return ImageRecord(row, sample.key, data, text_of(caption), metadata=metadata_text(rest))
 
 
 def _open(settings: SourceSettings) -> ArchiveSource:
-    """JourneyDB's archives with their annotations. Raises BadInputError for an unknown caption."""
-    caption = settings.caption or "task2"
-    if caption not in _CAPTIONS:
-        raise BadInputError(f"--caption '{caption}' is not one of {', '.join(_CAPTIONS)}")
-    given = require_input(settings.name, settings.input)
-    lists = [path for path in given if path.endswith(_ANNOTATIONS)]
-    archives = [path for path in given if path not in lists]
+    """JourneyDB's archives with their annotations."""
+    lists = [path for path in settings.input if path.endswith(_ANNOTATIONS)]
+    archives = [path for path in settings.input if path not in lists]
     try:
-        below = find_files(archives, _ANNOTATIONS, settings.name) if not lists else []
-        annotations = below or find_files(lists, _ANNOTATIONS, settings.name)
+        annotations = find_files(lists or archives, _ANNOTATIONS, settings.name)
     except BadInputError:
         annotations = []
     annotations = [file for file in annotations if file.location.endswith(_ANNOTATIONS)]
     notes = () if annotations else ("no annotations (…anno….jsonl) are there: no captions",)
-    layout = JourneyDbLayout(annotations, caption)
-    return ArchiveSource(settings, archives, _ARCHIVES, layout, notes)
+    layout = JourneyDbLayout(annotations, settings.caption or "task2")
+    return ArchiveSource(settings, archives, _ARCHIVES, layout, _ANNOTATIONS, notes)
 
 
-def read_annotations(file: SourceFile, folder: str | None) -> Iterator[dict[str, Any]]:
-    """The annotations that name pictures in `folder` (all of them for None), as a stream.
+def _annotations_of(archive: SourceFile, file: SourceFile) -> Iterator[dict[str, Any]]:
+    """The annotations in `file` that name pictures in the folder that NNN.tgz holds, as a stream.
 
-    Lines that are no JSON object are left out: the pictures are the inputs, not the lines.
+    For an archive of another name they are all of them. Lines that are no JSON object are left out:
+    the pictures are the inputs, not the lines.
     """
-    mark = re.compile(rb'"img_path"\s*:\s*"(?:\./)?' + re.escape((folder or "").encode()))
+    stem = PurePosixPath(archive.name).name.split(".")[0]
+    folder = f"{stem}/" if stem.isdigit() else ""
+    mark = re.compile(rb'"img_path"\s*:\s*"(?:\./)?' + re.escape(folder.encode()))
     with file.open() as stream, closing(_lines(file, stream)) as lines:
         for line in lines:
             if mark.search(line):
@@ -122,27 +111,19 @@ def _lines(file: SourceFile, stream: Any) -> Generator[bytes, None, None]:
             for member in tar:
                 if member.isreg() and (inside := tar.extractfile(member)) is not None:
                     yield from inside
-    except ShardError:
-        raise
     # A damaged archive makes tarfile raise nearly anything.
     except Exception as error:
         require_reached(file, error)
-
-
-def _folder(archive: SourceFile) -> str | None:
-    """The folder inside NNN.tgz, as annotations write it; None for an archive of another name."""
-    stem = PurePosixPath(archive.name).name.split(".")[0]
-    return f"{stem}/" if stem.isdigit() else None
 
 
 def _normal(path: str) -> str:
     return path.removeprefix("./").removeprefix("imgs/")
 
 
-def _locate(settings: SourceSettings) -> tuple[str, ...]:
-    return hub_inputs(settings, _HUB_INPUT)
-
-
 SOURCE = SourceKind(
-    open=_open, locate=_locate, options=("caption", "revision"), reads=_ARCHIVES, gated=True
+    open=_open,
+    locate=lambda settings: hub_inputs(settings, _HUB_INPUT),
+    options=("caption", "revision"),
+    reads=_ARCHIVES,
+    gated=True,
 )

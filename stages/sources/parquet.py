@@ -9,8 +9,5 @@ from stages.sources.reading.rows import RowSource
 from stages.sources.reading.source_kind import SourceKind
 
 SOURCE = SourceKind(
-    open=RowSource,
-    locate=hub_inputs,
-    options=("columns", "revision", "keep_faces"),
-    reads=PARQUET,
+    open=RowSource, locate=hub_inputs, options=("columns", "revision", "keep_faces"), reads=PARQUET
 )

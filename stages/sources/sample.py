@@ -21,4 +21,4 @@ def _open(settings: SourceSettings) -> FolderSource:
     return FolderSource(replace(settings, input=(str(PICTURES),)))
 
 
-SOURCE = SourceKind(open=_open)
+SOURCE = SourceKind(open=_open, bundled=True)

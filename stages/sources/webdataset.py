@@ -19,21 +19,14 @@ from arrag_runtime.format.errors import BadInputError
 from schemas.records import ImageRecord, Reject
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.archives import PICTURE_SUFFIXES, ArchiveSource
-from stages.sources.reading.columns import boxes
+from stages.sources.reading.columns import boxes, text_of
 from stages.sources.reading.files import SourceFile
-from stages.sources.reading.fingerprint import require_input
 from stages.sources.reading.source_kind import SourceKind
 from stages.sources.reading.tar_samples import Sample
-
-_TARS = (".tar",)
 
 
 class WebdatasetLayout:
     """How img2dataset lays out a tar; follows the protocol `ArchiveLayout`."""
-
-    def takes(self, name: str) -> bool:
-        """Any file that --input names may be a tar."""
-        return True
 
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """A file's key and extension as webdataset splits its name, at the first dot.
@@ -46,13 +39,13 @@ class WebdatasetLayout:
     def fields(self, archive: SourceFile, sample: Sample) -> dict[str, Any]:
         """The sample's json; the text beats its caption."""
         fields = _json_object(sample.files.get("json"))
-        beside = _text(sample.files.get("txt", b"").decode("utf-8", errors="replace"))
+        beside = text_of(sample.files.get("txt", b"").decode("utf-8", errors="replace"))
         return fields | ({"caption": beside} if beside else {})
 
     def record(self, row: int, sample: Sample, fields: Mapping[str, Any]) -> ImageRecord | Reject:
         """The sample's picture with what its json says."""
         left = dict(fields)
-        url = _text(left.pop("url", None))
+        url = text_of(left.pop("url", None))
         if sample.twice is not None:
             detail = f"the sample holds two files .{sample.twice}"
             return Reject(row, sample.key, "read", "name-twice", detail, url)
@@ -60,8 +53,8 @@ class WebdatasetLayout:
         if data is None:
             detail = f"the sample holds {', '.join(sample.files)}"
             return Reject(row, sample.key, "read", "no-image", detail, url)
-        caption = _text(left.pop("caption", None))
-        licence = _text(left.pop("licence", None)) or _text(left.pop("license", None))
+        caption = text_of(left.pop("caption", None))
+        licence = text_of(left.pop("licence", None)) or text_of(left.pop("license", None))
         # Kept files of a download show their faces; the json says where those are.
         faces = boxes(left.pop("unblurred_faces", None))
         rest = json.dumps(left, ensure_ascii=False) if left else None
@@ -70,9 +63,8 @@ class WebdatasetLayout:
 
 def _open(settings: SourceSettings) -> ArchiveSource:
     """The tars of --input. Raises BadInputError for a pattern that cannot be read."""
-    given = require_input(settings.name, settings.input)
-    inputs = [path for pattern in given for path in _expand_braces(pattern)]
-    return ArchiveSource(settings, inputs, _TARS, WebdatasetLayout())
+    inputs = [path for pattern in settings.input for path in _expand_braces(pattern)]
+    return ArchiveSource(settings, inputs, (".tar",), WebdatasetLayout())
 
 
 def _expand_braces(given: str) -> list[str]:
@@ -96,8 +88,4 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {"json": fields}
 
 
-def _text(value: object) -> str | None:
-    return (str(value).strip() or None) if value is not None else None
-
-
-SOURCE = SourceKind(open=_open, reads=_TARS)
+SOURCE = SourceKind(open=_open, reads=(".tar",))

@@ -82,8 +82,14 @@ def test_outcomes_come_in_the_order_of_rows_however_threads_finish(web: Web) -> 
     for row in (0, 1, 29):
         link = items[row]
         assert found[row] == ImageRecord(
-            *(row, link.key, body(row), link.caption, link.url, link.licence),
-            *(link.metadata, link.faces),
+            row=row,
+            key=link.key,
+            data=body(row),
+            caption=link.caption,
+            url=link.url,
+            licence=link.licence,
+            metadata=link.metadata,
+            faces=link.faces,
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from arrag_runtime.format.errors import BadInputError
@@ -90,6 +90,7 @@ def test_offsets_and_hashes_are_those_of_the_lines(
 ) -> None:
     """Whatever the chunks are cut like: offsets by splitting, hashes of windows by reading anew."""
     data = b"\n".join(lines) + (b"\n" if ended and lines else b"")
+    assume(not data.startswith(b"\x1f\x8b"))  # It would be taken for gzip.
     expected = data.split(b"\n")
     expected = expected[:-1] if expected[-1] == b"" else expected
     (tmp_path / "l.tsv").write_bytes(data)

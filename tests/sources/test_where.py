@@ -110,7 +110,7 @@ def test_columns_that_do_not_exist_are_refused_with_those_that_do() -> None:
     where = parse_where("size.w > 1 and nothing = 2 or n < 3")
     assert where.columns == ("size", "nothing", "n")
     with pytest.raises(BadInputError, match=r"'nothing'.*score, text, size"):
-        where.require(ROWS[0])
+        where.strict_mask(table_of(ROWS))
     assert needed("n > 1", ["score < 2", "n < 5"]) == ("n", "score")
 
 

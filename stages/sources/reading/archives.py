@@ -7,6 +7,7 @@ gives what came before the damage, and one reject.
 """
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -25,13 +26,7 @@ from schemas.records import (
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.files import SourceFile
 from stages.sources.reading.row_ranges import RowRange, RowSelection, pending
-from stages.sources.reading.tar_samples import (
-    TAR_BLOCK,
-    Damage,
-    Sample,
-    count_samples,
-    read_samples,
-)
+from stages.sources.reading.tar_samples import Damage, Sample, count_samples, read_samples
 from stages.sources.reading.where import parse_where, table_of, taken
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -41,9 +36,6 @@ _LOOKED_AT, _SAMPLED_ARCHIVES = 64, 3
 
 class ArchiveLayout(Protocol):
     """How a kind of archive is to be read."""
-
-    def takes(self, name: str) -> bool:
-        """Whether a file of this name is an archive of pictures."""
 
     def key(self, member: tarfile.TarInfo) -> tuple[str | None, str]:
         """The sample a file belongs to and its extension; None for a file that is no part of one."""
@@ -56,9 +48,10 @@ class ArchiveLayout(Protocol):
 
 
 class ArchiveSource:
-    """Archives of pictures, however they are laid out.
+    """A `Source` of archives of pictures, however they are laid out.
 
-    inputs: located paths. endings: those of archives below a folder. notes: for every listing.
+    inputs: located paths. endings: those of archives below a folder. others: those of archives
+    that hold no pictures. notes: for every listing.
     """
 
     def __init__(
@@ -67,21 +60,20 @@ class ArchiveSource:
         inputs: Sequence[str],
         endings: tuple[str, ...],
         layout: ArchiveLayout,
+        others: tuple[str, ...] = (),
         notes: Sequence[str] = (),
     ) -> None:
         self.name = settings.name
-        self._selection = RowSelection.of(settings, inputs, endings)
+        self._selection = RowSelection(settings, inputs, endings)
         self._size = settings.shard_size or MAX_ROWS_PER_SHARD
         self._found: dict[str, SourceFile] = {}
         self._counts: dict[str, int] = {}
-        self._layout = layout
-        self._notes = notes
+        self._layout, self._others, self._notes = layout, others, notes
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`."""
         selection = self._selection
         if selection.where is not None:
-            self._require_columns(selection.where)
+            self._require_computable(selection.where)
         archives = self._archives()
         reachable, lost = pending(recorded, archives)
         ours = [r for r in recorded if RowRange.of(r.shard).print in archives]
@@ -90,9 +82,8 @@ class ArchiveSource:
         if selection.where is None and selection.seed is None and in_order:
             ranges = self._next_ranges(ours)
         else:
-            for print_, archive in archives.items():
-                if print_ not in self._counts:
-                    self._counts[print_] = count_samples(archive, self._layout.key)
+            for print_ in archives.keys() - self._counts.keys():
+                self._counts[print_] = count_samples(archives[print_], self._layout.key)
             ranges = selection.missing(
                 [(p, self._counts[p], archive.name, self._size) for p, archive in archives.items()],
                 ours,
@@ -102,29 +93,26 @@ class ArchiveSource:
 
     def _next_ranges(self, recorded: Sequence[RecordedShard]) -> list[RowRange]:
         """The next range of every archive that has not been seen to its end."""
-        covered: dict[str, int] = {}
-        closed: set[str] = set()
+        covered: Counter[str] = Counter()
+        closed = set()
         for known in recorded:
             done = RowRange.of(known.shard)
-            covered[done.print] = max(covered.get(done.print, 0), done.stop)
+            covered[done.print] = max(covered[done.print], done.stop)
             if known.inputs is None or known.inputs < done.stop - done.start:
                 closed.add(done.print)
         ranges = []
         left = self._selection.limit
         for print_, archive in self._archives().items():
-            if left == 0:
-                break
-            start = covered.get(print_, 0)
+            start = covered[print_]
             stop = start + self._size
             if left is not None:
-                held = count_samples(archive, self._layout.key, stop=left)
+                held = count_samples(archive, self._layout.key, stop=left) if left else 0
                 stop, left = min(stop, held), left - held
             if print_ not in closed and start < stop:
                 ranges.append(RowRange(print_, start, stop, archive.name))
         return ranges
 
     def read(self, shard: Shard) -> Iterator[ImageRecord | Reject]:
-        """See `Source.read`."""
         samples = RowRange.of(shard)
         for row, (_, record) in enumerate(samples.in_order(self._taken(samples))):
             yield replace(record, row=row)
@@ -142,9 +130,12 @@ class ArchiveSource:
                 complete &= next(stream, None) is None
             samples += len(seen)
             whole = [sample for sample in seen if isinstance(sample, Sample)]
-            passed += len(seen) - len(whole)
-            passed += sum(self._passes(archive, s, self._selection.where, ()) for s in whole)
-            read += sum(len(data) + TAR_BLOCK for sample in whole for data in sample.files.values())
+            passed += len(seen)
+            if self._selection.where is not None:
+                described = (self._layout.fields(archive, sample) for sample in whole)
+                passed -= sum(not _passes(fields, self._selection.where) for fields in described)
+            files = [data for sample in whole for data in sample.files.values()]
+            read += sum(len(data) + tarfile.BLOCKSIZE for data in files)
         total = sum(archive.size for archive in archives)
         inputs = passed if complete else round(total / max(read, 1) * passed)
         note = "" if complete else f"estimated from {samples} samples and {total:,} bytes"
@@ -154,20 +145,16 @@ class ArchiveSource:
         """Every archive by its fingerprint; copies of one appear once."""
         if not self._found:
             files = self._selection.files()
-            self._found = {p: file for p, file in files.items() if self._layout.takes(file.name)}
+            self._found = {p: f for p, f in files.items() if not f.name.endswith(self._others)}
         return self._found
 
-    def _require_columns(self, where: str) -> None:
-        """Refuse columns that none of the first samples has."""
+    def _require_computable(self, where: str) -> None:
+        """Refuse columns that none of the first samples has, and what cannot be computed of them."""
         for archive in self._archives().values():
             with closing(read_samples(archive, self._layout.key)) as stream:
-                seen = [s for s in islice(stream, _LOOKED_AT) if isinstance(s, Sample)]
-            rows = [self._layout.fields(archive, sample) for sample in seen]
-            if rows:
-                table = table_of(rows)
-                expression = parse_where(where)
-                expression.require(name for name in table.column_names if name)
-                expression.mask(table)
+                few = [s for s in islice(stream, _LOOKED_AT) if isinstance(s, Sample)]
+            if rows := [self._layout.fields(archive, sample) for sample in few]:
+                parse_where(where).strict_mask(table_of(rows))
                 return
 
     def _taken(self, samples: RowRange) -> Iterator[tuple[int, ImageRecord | Reject]]:
@@ -180,14 +167,12 @@ class ArchiveSource:
                 if isinstance(sample, Damage):
                     detail = sample.detail
                     yield number, Reject(0, samples.name, "read", "broken-archive", detail)
-                elif self._passes(archive, sample, samples.where, samples.without):
-                    fields = self._layout.fields(archive, sample)
+                    continue
+                fields = self._layout.fields(archive, sample)
+                if _passes(fields, samples.where, samples.without):
                     yield number, self._layout.record(0, sample, fields)
 
-    def _passes(
-        self, archive: SourceFile, sample: Sample, where: str | None, without: Sequence[str]
-    ) -> bool:
-        if where is None and not without:
-            return True
-        fields = self._layout.fields(archive, sample)
-        return bool(taken(table_of([fields]), where, without)[0])
+
+def _passes(fields: dict[str, Any], where: str | None, without: Sequence[str] = ()) -> bool:
+    everything = where is None and not without
+    return everything or bool(taken(table_of([fields]), where, without)[0])

@@ -9,7 +9,7 @@ as metadata.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -77,10 +77,24 @@ def column_map(option: str | None, schema: pa.Schema, *, grids: bool) -> ColumnM
     grids: whether the rows are to hold token grids instead of pictures.
     Raises BadInputError for a part or column that does not exist, or where nothing is a picture.
     """
-    if option in PRESETS:
-        chosen = PRESETS[option]
-        _require(chosen, schema, option)
-        return chosen
+    chosen = PRESETS.get(option or "") or _mapped(option, schema, grids)
+    for name in chosen.used():
+        if name not in schema.names:
+            raise BadInputError(
+                f"--columns {option or ''} names the column '{name}', which the table does not"
+                f" have; it has {', '.join(schema.names)}"
+            )
+    if not (chosen.grid if grids else chosen.image or chosen.url):
+        what = "grid" if grids else "image or url"
+        raise BadInputError(
+            f"no column is the {what}; the table has {', '.join(schema.names)}: name it with"
+            f" --columns {what.split(' ')[0]}=COLUMN, or give a preset: {', '.join(PRESETS)}"
+        )
+    return chosen
+
+
+def _mapped(option: str | None, schema: pa.Schema, grids: bool) -> ColumnMap:
+    """The pairs "part=column,…" over the usual names that the table has."""
     guessed = {
         part: next((name for name in names if name in schema.names), None)
         for part, names in USUAL_NAMES.items()
@@ -93,33 +107,13 @@ def column_map(option: str | None, schema: pa.Schema, *, grids: bool) -> ColumnM
                 f" {', '.join(PRESETS)}"
             )
         guessed[part.strip()] = path.strip() or None
-    chosen = ColumnMap(**guessed)
-    chosen = replace(chosen, image=None) if grids else replace(chosen, grid=None)
-    _require(chosen, schema, option or "")
-    if not (chosen.grid if grids else chosen.image or chosen.url):
-        what = "grid" if grids else "image or url"
-        raise BadInputError(
-            f"no column is the {what}; the table has {', '.join(schema.names)}: name it with"
-            f" --columns {what.split(' ')[0]}=COLUMN, or give a preset: {', '.join(PRESETS)}"
-        )
-    return chosen
-
-
-def _require(chosen: ColumnMap, schema: pa.Schema, option: str) -> None:
-    for name in chosen.used():
-        if name not in schema.names:
-            raise BadInputError(
-                f"--columns {option} names the column '{name}', which the table does not have; it"
-                f" has {', '.join(schema.names)}"
-            )
+    return ColumnMap(**guessed | {"image" if grids else "grid": None})
 
 
 def wanted_columns(chosen: ColumnMap, schema: pa.Schema) -> list[str]:
     """The columns to read: the parts, and what is kept as metadata; other bytes are left out."""
     used = chosen.used()
-    ours = [name for name in used if name in schema.names]
-    left = [n for n in plain_columns(schema) if n not in ours and n != "vectors"]
-    return ours + left
+    return [*used, *(n for n in plain_columns(schema) if n not in used and n != "vectors")]
 
 
 def to_rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -127,23 +121,20 @@ def to_rows(table: pa.Table) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = table.to_pylist()
     except UnicodeDecodeError:
-        columns = {name: _texts(table[name]) for name in table.column_names}
-        return [{name: columns[name][i] for name in columns} for i in range(table.num_rows)]
+        columns = [map(_decoded, column) for column in table.columns]
+        return [
+            dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)
+        ]
     return rows
 
 
-def _texts(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values one by one, so that a broken one costs no other."""
-    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    values = column.cast(pa.large_binary()) if text else column
-    found: list[Any] = []
-    for value in values:
-        try:
-            got = value.as_py()
-            found.append(got.decode("utf-8", "replace") if text and got is not None else got)
-        except UnicodeDecodeError:
-            found.append(None)
-    return found
+def _decoded(value: pa.Scalar) -> Any:
+    """A cell's value; wrong bytes of a text are replaced, what holds such a text is null."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        text = isinstance(value, pa.StringScalar | pa.LargeStringScalar)
+        return str(value.as_buffer(), "utf-8", "replace") if text else None
 
 
 def to_record(
@@ -155,8 +146,8 @@ def to_record(
 ) -> Record:
     """The record of one row; `row` is its place in the shard's list."""
     part = {field.name: _reach(fields_, getattr(chosen, field.name)) for field in fields(chosen)}
-    key = _text(part["key"]) or default_key
-    url, caption, licence = (_text(part[name]) for name in ("url", "caption", "licence"))
+    key = text_of(part["key"]) or default_key
+    url, caption, licence = (text_of(part[name]) for name in ("url", "caption", "licence"))
     rest = metadata_text({k: v for k, v in fields_.items() if k not in chosen.used()})
     if chosen.grid:
         if part["grid"] is None:
@@ -173,7 +164,7 @@ def to_record(
         return ImageRecord(row, key, data, caption, url, licence, rest, boxes(part["faces"]))
     if url is None:
         return Reject(row, key, "read", "no-url", "the address is null or empty")
-    sha256 = (_text(part["sha256"]) or "").lower() or None
+    sha256 = (text_of(part["sha256"]) or "").lower() or None
     faces = boxes(part["faces"])
     return LinkRecord(row, key, url, caption, licence, rest, faces, sha256)
 
@@ -191,7 +182,8 @@ def _reach(fields_: Mapping[str, Any], path: str | None) -> Any:
     return value
 
 
-def _text(value: object) -> str | None:
+def text_of(value: object) -> str | None:
+    """A value as text without blanks around it; None where nothing is left."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     return (str(value).strip() or None) if value is not None else None
@@ -201,14 +193,11 @@ def boxes(value: object) -> tuple[Box, ...]:
     """Faces as a publisher lists them; a box that is not four finite numbers is left out."""
     found: list[Box] = []
     for box in value if isinstance(value, list) else ():
-        if isinstance(box, Sequence) and len(box) == 4 and all(map(_finite, box)):
-            x0, y0, x1, y1 = (float(side) for side in box)
+        sides = box if isinstance(box, Sequence) else ()
+        if len(sides) == 4 and all(isinstance(s, int | float) and math.isfinite(s) for s in sides):
+            x0, y0, x1, y1 = map(float, sides)
             found.append((x0, y0, x1, y1))
     return tuple(found)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def metadata_text(rest: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arrag_runtime.format.errors import BadInputError, ShardError
+from arrag_runtime.format.errors import ArragError, BadInputError, ShardError
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.fingerprint import fingerprint
 
@@ -58,11 +58,13 @@ class UnreachableError(ShardError):
 
 
 def require_reached(file: SourceFile, error: Exception) -> None:
-    """Raise UnreachableError for an error that says nothing of the file, such as a disk's.
+    """Raise what is no damage of the file: an error of ours, or UnreachableError for a disk's.
 
     What libraries raise for damaged contents has no number of the system's, also where it is an
     OSError.
     """
+    if isinstance(error, ArragError):
+        raise error
     if isinstance(error, OSError) and error.errno is not None:
         raise UnreachableError(f"cannot read {file.location} ({error.strerror})") from error
 
@@ -76,25 +78,17 @@ class _HubStream(io.RawIOBase):
         self._stream = self._try(lambda: _hub().open(location, "rb", block_size=_BYTES_AT_ONCE))
 
     def readinto(self, buffer: Any) -> int:
-        """See `io.RawIOBase.readinto`."""
         data: bytes = self._try(lambda: self._stream.read(len(buffer)))
         buffer[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """See `io.IOBase.seek`."""
         return int(self._stream.seek(offset, whence))
 
-    def tell(self) -> int:
-        """See `io.IOBase.tell`."""
-        return int(self._stream.tell())
-
     def readable(self) -> bool:
-        """See `io.IOBase.readable`."""
         return True
 
     def seekable(self) -> bool:
-        """See `io.IOBase.seekable`."""
         return True
 
     def _try(self, read: Callable[[], Any]) -> Any:
@@ -111,12 +105,10 @@ def locate(given: str, revision: str | None) -> str:
 
     Raises BadInputError for a hub data set that cannot be reached.
     """
-    if given.startswith(HUB):
-        return _pin(given, revision)
     path = Path(given).expanduser()
     if _HUB_ID.fullmatch(given) and not path.exists():
-        return _pin(_HUB_DATASETS + given, revision)
-    return str(path.absolute())
+        given = _HUB_DATASETS + given
+    return _pin(given, revision) if given.startswith(HUB) else str(path.absolute())
 
 
 def local_inputs(settings: SourceSettings) -> tuple[str, ...]:
@@ -124,10 +116,9 @@ def local_inputs(settings: SourceSettings) -> tuple[str, ...]:
     return tuple(str(Path(given).expanduser().absolute()) for given in settings.input)
 
 
-def hub_inputs(settings: SourceSettings, default: str | None = None) -> tuple[str, ...]:
+def hub_inputs(settings: SourceSettings, *default: str) -> tuple[str, ...]:
     """The inputs, or else `default`, each a path or a data set on the hub; see `locate`."""
-    given = settings.input or ((default,) if default is not None else ())
-    return tuple(locate(path, settings.revision) for path in given)
+    return tuple(locate(given, settings.revision) for given in settings.input or default)
 
 
 def find_files(inputs: Sequence[str], endings: Sequence[str], source: str) -> list[SourceFile]:
@@ -137,7 +128,10 @@ def find_files(inputs: Sequence[str], endings: Sequence[str], source: str) -> li
     """
     found: dict[str, SourceFile] = {}
     for given in inputs:
-        listed = _on_hub(given, endings) if given.startswith(HUB) else _local(given, endings)
+        if given.startswith(HUB):
+            listed = _on_hub(given, endings)
+        else:
+            listed = [_local_file(path, name) for path, name in _local_paths(given, endings)]
         if not listed:
             raise BadInputError(
                 f"--input '{given}' names no {' or '.join(endings)} file; give files, a glob"
@@ -161,22 +155,15 @@ def find_file(
     return next((file for file in everything if file.print == print_), None)
 
 
-def _local(given: str, endings: Sequence[str]) -> list[SourceFile]:
-    return [_local_file(path, name) for path, name in _local_paths(given, endings)]
-
-
 def _local_paths(given: str, endings: Sequence[str]) -> list[tuple[Path, str]]:
     """Paths and names below an input; a name is relative to a folder that was given."""
     path = Path(given)
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if _fits(p.name, endings) and p.is_file())
-    elif path.exists():
-        paths = [path]
-    else:
-        paths = [Path(p) for p in sorted(glob.glob(given, recursive=True))]  # noqa: PTH207
-        paths = [p for p in paths if p.is_file()]
-    root = path if path.is_dir() else None
-    return [(p, name_as_text(str(p.relative_to(root)) if root else p.name)) for p in paths]
+        return [(p, name_as_text(str(p.relative_to(path)))) for p in paths]
+    matching = sorted(glob.glob(given, recursive=True))  # noqa: PTH207
+    paths = [path] if path.exists() else [p for p in map(Path, matching) if p.is_file()]
+    return [(p, name_as_text(p.name)) for p in paths]
 
 
 def name_as_text(name: str) -> str:
@@ -233,34 +220,22 @@ def _pin(address: str, revision: str | None) -> str:
 
 
 def _on_hub(address: str, endings: Sequence[str]) -> list[SourceFile]:
-    system = _hub()
     path = address.removeprefix(HUB)
+    look = _hub().glob if any(mark in path for mark in "*?[") else _hub().find
     try:
-        if any(mark in path for mark in "*?["):
-            details: dict[str, Any] = system.glob(path, detail=True)
-        else:
-            details = system.find(path, detail=True)
+        details: dict[str, Any] = look(path, detail=True)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise BadInputError(f"cannot list {address} on the hub ({reason})") from error
-    root = path.split("@")[0]
-    return [
-        SourceFile(HUB + name, _short(name, root), int(entry["size"] or 0), _hub_print(entry))
-        for name, entry in sorted(details.items())
-        if entry["type"] == "file" and _fits(name.rsplit("/", 1)[-1], endings)
-    ]
-
-
-def _short(name: str, root: str) -> str:
-    """A hub file's name without data set and commit."""
-    return name.removeprefix(root).split("/", 1)[-1]
-
-
-def _hub_print(entry: dict[str, Any]) -> str:
-    """16 hex digits from the hash that the hub publishes of a file."""
-    lfs = entry.get("lfs") or {}
-    content = str(lfs.get("sha256") or entry.get("blob_id") or entry["name"])
-    return _digest(content)
+    data_set = path.split("@")[0]
+    found = []
+    for place, entry in sorted(details.items()):
+        if entry["type"] == "file" and _fits(place.rsplit("/", 1)[-1], endings):
+            name = place.removeprefix(data_set).split("/", 1)[-1]
+            published = (entry.get("lfs") or {}).get("sha256") or entry.get("blob_id")
+            print_ = _digest(str(published or entry["name"]))
+            found.append(SourceFile(HUB + place, name, int(entry["size"] or 0), print_))
+    return found
 
 
 def _digest(text: str) -> str:

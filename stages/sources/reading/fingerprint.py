@@ -4,8 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from arrag_runtime.format.errors import BadInputError
-from schemas.records import MAX_ROWS_PER_SHARD, Shard
+from schemas.records import Shard
 
 _WINDOW, _WINDOWS = 8 * 1024, 16
 
@@ -32,20 +31,5 @@ def fingerprint(path: Path) -> str:
 def make_shard(source: str, members: Iterable[str]) -> Shard:
     """A shard of these members, its id being a hash of them."""
     fixed = tuple(members)
-    digest = hashlib.blake2b(source.encode(), digest_size=8)
-    for member in fixed:
-        digest.update(b"\0" + member.encode("utf-8", "surrogateescape"))
-    return Shard(source, digest.hexdigest(), fixed)
-
-
-def require_input(name: str, given: tuple[str, ...]) -> tuple[str, ...]:
-    """The --input of a source that needs one. Raises BadInputError where it is missing."""
-    if not given:
-        raise BadInputError(f"--source {name} needs --input PATH")
-    return given
-
-
-def require_shard_size(size: int | None) -> None:
-    """Raise BadInputError for a shard size that the ids of its rows could not count."""
-    if size is not None and not 0 < size <= MAX_ROWS_PER_SHARD:
-        raise BadInputError(f"--shard-size {size} is outside 1..{MAX_ROWS_PER_SHARD}")
+    text = "\0".join((source, *fixed)).encode("utf-8", "surrogateescape")
+    return Shard(source, hashlib.blake2b(text, digest_size=8).hexdigest(), fixed)

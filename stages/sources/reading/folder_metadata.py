@@ -23,11 +23,9 @@ _FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 
 def read_metadata(root: Path) -> Mapping[str, dict[str, Any]]:
     """The rows of a folder's metadata file by file name; empty where there is none."""
-    for name in _METADATA_FILES:
-        path = root / name
-        if path.exists():
-            return _read_metadata(path, path.stat().st_mtime_ns)
-    return {}
+    paths = (root / name for name in _METADATA_FILES)
+    path = next((path for path in paths if path.exists()), None)
+    return _read_metadata(path, path.stat().st_mtime_ns) if path else {}
 
 
 @lru_cache(maxsize=4)
@@ -51,11 +49,11 @@ def _read_metadata(path: Path, _changed: int) -> Mapping[str, dict[str, Any]]:
             f"{path} has columns {', '.join(columns)}, but none of {', '.join(_FILE_COLUMNS)};"
             " name the file column file_name"
         )
-    return {os.path.normpath(str(row.pop(column))): _present(row) for row in rows if column in row}
-
-
-def _present(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(name): value for name, value in row.items() if value is not None}
+    return {
+        os.path.normpath(str(row.pop(column))): {str(k): v for k, v in row.items() if v is not None}
+        for row in rows
+        if column in row
+    }
 
 
 def take_text(fields: dict[str, Any], names: Sequence[str]) -> str | None:

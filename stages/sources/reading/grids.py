@@ -15,12 +15,10 @@ from schemas.records import GridShape
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why tokens are no grid of this tokenizer."""
+    """Why tokens are no grid of this tokenizer; the reason is one of `schemas.records.REASONS`."""
 
     reason: str
-    """One of `schemas.records.REASONS`."""
     detail: str
-    """What was found, and what is allowed."""
 
 
 def grid_bytes(values: Any, shape: GridShape | None) -> bytes | Misfit:
@@ -48,10 +46,7 @@ def grid_bytes(values: Any, shape: GridShape | None) -> bytes | Misfit:
     first = tokens.reshape(-1, positions)[0]
     outside = (first < 0) | (first >= shape.vocabulary)
     if outside.any():
-        token = int(first[outside][0])
-        return Misfit(
-            "token-outside",
-            f"token {token} of {int(outside.sum())} outside 0..{shape.vocabulary - 1}",
-        )
+        found = f"token {int(first[outside][0])} of {int(outside.sum())}"
+        return Misfit("token-outside", f"{found} outside 0..{shape.vocabulary - 1}")
     packed: bytes = first.astype("<u2").tobytes()
     return packed

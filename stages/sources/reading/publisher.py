@@ -14,7 +14,6 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from arrag_runtime.format import location
 from arrag_runtime.format.errors import BadInputError
 
 log = logging.getLogger(__name__)
@@ -23,12 +22,6 @@ _TRIES = 8
 """Attempts in a row that bring nothing new; any progress starts counting anew."""
 _TIMEOUT = 60
 _CHUNK = 1 << 20
-_AGENT = "arrag"
-
-
-def cache_folder(given: str | None) -> Path:
-    """Where fetched lists are kept: as given, else $ARRAG_CACHE, else ~/.cache/arrag."""
-    return location.cache_folder(given)
 
 
 def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
@@ -46,7 +39,7 @@ def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
     part = path.with_name(path.name + ".part")
     failures = 0
     while True:
-        had = part.stat().st_size if part.exists() else 0
+        had = _size(part)
         try:
             _fetch_rest(url, part)
             break
@@ -61,7 +54,7 @@ def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
                 part.unlink(missing_ok=True)
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-        failures = 0 if part.exists() and part.stat().st_size > had else failures + 1
+        failures = 0 if _size(part) > had else failures + 1
         if failures == _TRIES:
             raise BadInputError(
                 f"cannot fetch {url} ({reason}); the same command goes on where it broke off, or"
@@ -70,15 +63,14 @@ def fetch_published(url: str, folder: Path, pause: float = 1.0) -> Path:
         log.info("fetching %s broke off (%s); going on", url, reason)
         time.sleep(pause * 2**failures if failures else 0)
     _version(part).unlink(missing_ok=True)
-    part.replace(path)
-    return path
+    return part.replace(path)
 
 
 def _fetch_rest(url: str, part: Path) -> None:
     """Append what is missing of the file; raises when the stream ends before the file does."""
-    had = part.stat().st_size if part.exists() else 0
+    had = _size(part)
     version = _version(part).read_text() if _version(part).exists() else ""
-    headers = {"User-Agent": _AGENT, "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "arrag", "Accept-Encoding": "identity"}
     if had and version:
         # The server sends the whole file instead where it has another version by now.
         headers |= {"Range": f"bytes={had}-", "If-Range": version}
@@ -93,9 +85,12 @@ def _fetch_rest(url: str, part: Path) -> None:
         _version(part).write_text("" if version.startswith("W/") else version)
         with part.open("ab" if resumed else "wb") as file:
             shutil.copyfileobj(answer, file, _CHUNK)
-    if length is not None and part.stat().st_size != start + int(length):
-        missing = start + int(length) - part.stat().st_size
+    if length is not None and (missing := start + int(length) - _size(part)):
         raise ValueError(f"{missing} bytes are missing")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 def _begins_at(content_range: str | None, start: int) -> bool:

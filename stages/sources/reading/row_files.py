@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from arrag_runtime.format.errors import BadInputError, ShardError
+from arrag_runtime.format.errors import BadInputError
 from stages.sources.reading.files import SourceFile, require_reached
 
 PARQUET, _ARROW, _HDF5 = (".parquet",), (".arrow", ".feather"), (".h5", ".hdf5")
@@ -43,12 +43,9 @@ def open_rows(file: SourceFile) -> RowFile:
         if ending.endswith(_HDF5):
             return _Hdf5Rows(file)
         return _ArrowRows(file) if ending.endswith(_ARROW) else _ParquetRows(file)
-    except (BadInputError, ShardError):
-        raise
     # Damaged files make these parsers raise nearly anything.
     except Exception as error:
-        require_reached(file, error)
-        raise DamagedFileError(_first_line(error)) from error
+        raise _damage(file, error) from error
 
 
 class _ParquetRows:
@@ -67,7 +64,7 @@ class _ParquetRows:
                 first = first if groups else at
                 groups.append(group)
             at += rows
-        few = _HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else _ROWS_AT_ONCE
+        few = _rows_at_once(self.schema, columns)
         batches = self._file.iter_batches(batch_size=few, row_groups=groups, columns=list(columns))
         return _cut(self._source, batches, first, start, stop)
 
@@ -90,7 +87,7 @@ class _ArrowRows:
         self.count = sum(batch.num_rows for batch in self._open())
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        few = _HEAVY_ROWS_AT_ONCE if _heavy(self.schema, columns) else _ROWS_AT_ONCE
+        few = _rows_at_once(self.schema, columns)
         small = (
             batch.select(list(columns)).slice(at, few)
             for batch in self._open()
@@ -121,12 +118,12 @@ class _Hdf5Rows:
         lengths = {name: item.shape[0] for name, item in sets.items() if item.shape}
         self.count = max(lengths.values(), default=0)
         self._sets = {name: item for name, item in sets.items() if lengths.get(name) == self.count}
-        fields = []
+        kinds = {}
         for name, item in self._sets.items():
             text = item.dtype.kind in "OSU"
             value = pa.string() if text else pa.from_numpy_dtype(item.dtype)
-            fields.append(pa.field(name, value if item.ndim == 1 else pa.list_(value)))
-        self.schema = pa.schema(fields)
+            kinds[name] = value if item.ndim == 1 else pa.list_(value)
+        self.schema = pa.schema(kinds)
 
     def tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         for low in range(start, stop, _ROWS_AT_ONCE):
@@ -134,8 +131,7 @@ class _Hdf5Rows:
             try:
                 arrays = [self._array(name, self._sets[name][low:high]) for name in columns]
             except Exception as error:
-                require_reached(self._source, error)
-                raise DamagedFileError(_first_line(error)) from error
+                raise _damage(self._source, error) from error
             yield pa.table(arrays, names=list(columns))
 
     def _array(self, name: str, values: Any) -> pa.Array:
@@ -155,8 +151,9 @@ def plain_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if not _is_bytes(field.type)]
 
 
-def _heavy(schema: pa.Schema, columns: Sequence[str]) -> bool:
-    return any(_is_bytes(schema.field(name).type) for name in columns)
+def _rows_at_once(schema: pa.Schema, columns: Sequence[str]) -> int:
+    heavy = any(_is_bytes(schema.field(name).type) for name in columns)
+    return _HEAVY_ROWS_AT_ONCE if heavy else _ROWS_AT_ONCE
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -178,9 +175,11 @@ def _cut(
             if at >= stop:
                 return
     except (OSError, pa.ArrowException) as error:
-        require_reached(file, error)
-        raise DamagedFileError(_first_line(error)) from error
+        raise _damage(file, error) from error
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+def _damage(file: SourceFile, error: Exception) -> DamagedFileError:
+    """What an error says of the file. Raises those that say nothing of it."""
+    require_reached(file, error)
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return DamagedFileError(f"{type(error).__name__}: {reason}")

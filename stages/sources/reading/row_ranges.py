@@ -27,7 +27,7 @@ from arrag_runtime.format.errors import BadInputError
 from schemas.records import RecordedShard, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.files import SourceFile, find_file, find_files
-from stages.sources.reading.fingerprint import make_shard, require_shard_size
+from stages.sources.reading.fingerprint import make_shard
 from stages.sources.reading.where import parse_where
 
 _Row = TypeVar("_Row")
@@ -90,7 +90,7 @@ class RowRange:
             yield from rows
             return
         held: list[_Row] = []
-        fault: Exception | None = None
+        fault = None
         try:
             held.extend(rows)
         except Exception as error:
@@ -102,46 +102,27 @@ class RowRange:
             raise fault
 
 
-@dataclass(frozen=True)
 class RowSelection:
-    """The options that say which rows of which files are wanted."""
+    """Which rows of which files are wanted, as the settings say.
 
-    source: str
-    """The source's name."""
-    inputs: tuple[str, ...]
-    """Located paths, patterns and hub addresses."""
-    endings: tuple[str, ...]
-    """Endings of the files that are looked for below a folder."""
-    limit: int | None
-    """How many rows at most, counted in the order of the source."""
-    seed: int | None
-    """What shuffles the rows; None for the order of the files."""
-    where: str | None
-    """The condition in its one spelling, None for every row."""
+    inputs: located paths, patterns and hub addresses. endings: those of the files that are looked
+    for below a folder. Raises BadInputError for a condition that cannot be read.
+    """
 
-    @staticmethod
-    def of(
-        settings: SourceSettings, inputs: Iterable[str], endings: tuple[str, ...]
-    ) -> "RowSelection":
-        """What these settings ask for. Raises BadInputError for what cannot be asked for."""
-        require_shard_size(settings.shard_size)
-        where = parse_where(settings.where).text if settings.where is not None else None
-        return RowSelection(
-            source=settings.name,
-            inputs=tuple(inputs),
-            endings=endings,
-            limit=settings.limit,
-            seed=settings.shuffle_seed,
-            where=where,
-        )
+    def __init__(
+        self, settings: SourceSettings, inputs: Sequence[str], endings: tuple[str, ...]
+    ) -> None:
+        self.limit, self.seed = settings.limit, settings.shuffle_seed
+        self.where = parse_where(settings.where).text if settings.where is not None else None
+        self._source, self._inputs, self._endings = settings.name, inputs, endings
 
     def files(self) -> dict[str, SourceFile]:
         """The files by their fingerprints, in order. Raises BadInputError for an input without."""
-        return {file.print: file for file in find_files(self.inputs, self.endings, self.source)}
+        return {file.print: file for file in find_files(self._inputs, self._endings, self._source)}
 
     def file_of(self, rows: RowRange) -> SourceFile:
         """The file of a range. Raises BadInputError where it is not there any more."""
-        file = find_file(self.inputs, self.endings, self.source, rows.name, rows.print)
+        file = find_file(self._inputs, self._endings, self._source, rows.name, rows.print)
         if file is None:
             raise BadInputError(
                 f"the file {rows.name} of this shard is not in --input any more, or has changed;"
@@ -164,23 +145,30 @@ class RowSelection:
 
         files: (fingerprint, rows, name, rows per window). numbers: the numbers of the rows that a
         range takes; asked under a limit only. damaged: fingerprints of files that are one reject
-        whatever the conditions are; these come last.
+        whatever the conditions are; these come last. A seed shuffles the windows of all files, each
+        by a hash of its own, so that a file more or less moves none of the others.
         """
-        wanted = windows(files, self.seed)
+        wanted = [
+            RowRange(print_, start, min(start + size, rows), name)
+            for print_, rows, name, size in files
+            for start in range(0, rows, size)
+        ]
+        if self.seed is not None:
+            wanted.sort(key=self._lot)
         if self.limit is not None:
             wanted = list(self._first(wanted, self.limit, numbers))
         sound = [window for window in wanted if window.print not in damaged]
         broken = [window for window in wanted if window.print in damaged]
         return [
-            *remaining(sound, recorded, self.where, self.seed),
-            *remaining(broken, recorded, None, None),
+            *_remaining(sound, recorded, self.where, self.seed),
+            *_remaining(broken, recorded, None, None),
         ]
 
+    def _lot(self, window: RowRange) -> bytes:
+        return hashlib.blake2b(f"{self.seed} {window.print} {window.start}".encode()).digest()
+
     def _first(
-        self,
-        wanted: Sequence[RowRange],
-        limit: int,
-        numbers: Callable[[RowRange], Iterable[int]],
+        self, wanted: Sequence[RowRange], limit: int, numbers: Callable[[RowRange], Iterable[int]]
     ) -> Iterator[RowRange]:
         """The windows up to the `limit`th row that is taken, the last one cut after it."""
         for window in wanted:
@@ -191,43 +179,21 @@ class RowSelection:
             limit -= len(found)
 
 
-def windows(files: Iterable[tuple[str, int, str, int]], seed: int | None) -> list[RowRange]:
-    """The files' rows in windows, in the order they are to be taken.
-
-    files: (fingerprint, rows, name, rows per window). A seed shuffles the windows of all files, each
-    by a hash of its own, so that a file more or less moves none of the others.
-    """
-    listed = [
-        RowRange(print_, start, min(start + size, rows), name)
-        for print_, rows, name, size in files
-        for start in range(0, rows, size)
-    ]
-    return listed if seed is None else sorted(listed, key=lambda w: _lot(seed, w))
-
-
-def _lot(seed: int, window: RowRange) -> bytes:
-    return hashlib.blake2b(f"{seed} {window.print} {window.start}".encode()).digest()
-
-
-def remaining(
+def _remaining(
     wanted: Sequence[RowRange],
     recorded: Sequence[RecordedShard],
     where: str | None,
     seed: int | None,
 ) -> Iterator[RowRange]:
     """What is wanted and not recorded, as ranges in the order of `wanted`; see the rule above."""
-    known: dict[str, list[RowRange]] = {}
-    for entry in recorded:
-        rows = RowRange.of(entry.shard)
+    known: dict[str, list[RowRange]] = {window.print: [] for window in wanted}
+    for rows in (RowRange.of(entry.shard) for entry in recorded):
         known.setdefault(rows.print, []).append(rows)
-    gaps = {print_: _gaps(ranges, where) for print_, ranges in known.items()}
-    starts = {print_: [gap.start for gap in found] for print_, found in gaps.items()}
+    gaps = {print_: _gaps(print_, ranges, where) for print_, ranges in known.items()}
     for window in wanted:
-        everything = RowRange(window.print, 0, window.stop, window.name)
-        open_ = gaps.get(window.print, [everything])
-        first = bisect_right(starts.get(window.print, [0]), window.start) - 1
-        for index in range(max(first, 0), len(open_)):
-            gap = open_[index]
+        open_ = gaps[window.print]
+        first = bisect_right(open_, window.start, key=lambda gap: gap.start) - 1
+        for gap in islice(open_, max(first, 0), None):
             if gap.start >= window.stop:
                 break
             start, stop = max(gap.start, window.start), min(gap.stop, window.stop)
@@ -235,9 +201,8 @@ def remaining(
                 yield replace(gap, start=start, stop=stop, name=window.name, where=where, seed=seed)
 
 
-def _gaps(ranges: Sequence[RowRange], where: str | None) -> list[RowRange]:
+def _gaps(print_: str, ranges: Sequence[RowRange], where: str | None) -> list[RowRange]:
     """The ranges of a file that may hold rows not yet recorded, with the conditions to leave out."""
-    print_ = ranges[0].print
     edges = sorted({0, _END, *(e for rows in ranges for e in (rows.start, rows.stop))})
     waiting = sorted(ranges, key=lambda rows: rows.start, reverse=True)
     over: list[RowRange] = []

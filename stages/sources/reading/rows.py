@@ -9,7 +9,9 @@ reject.
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +20,6 @@ from schemas.records import Count, Listing, RecordedShard, Reject, Shard
 from schemas.settings.source import SourceSettings
 from stages.sources.reading.columns import Record, column_map, to_record, to_rows, wanted_columns
 from stages.sources.reading.files import SourceFile
-from stages.sources.reading.fingerprint import require_input
 from stages.sources.reading.row_files import (
     PARQUET,
     TABLE_ENDINGS,
@@ -45,35 +46,35 @@ class _Measured:
     rows: int
     shard_size: int
     links: bool = False
-    damaged: bool = False
+    damage: str | None = None
 
 
 class RowSource:
-    """Tables of pictures, of addresses or, with `grids`, of token grids."""
+    """A `Source` of tables of pictures, of addresses or, with `grids`, of token grids."""
 
     def __init__(self, settings: SourceSettings, *, grids: bool = False) -> None:
         self.name = settings.name
         self._settings = settings
         self._grids = grids
-        given = require_input(self.name, settings.input)
-        self._selection = RowSelection.of(settings, given, TABLE_ENDINGS if grids else PARQUET)
-        self._measured: list[_Measured] = []
-        self._notes: list[str] = []
+        endings = TABLE_ENDINGS if grids else PARQUET
+        self._selection = RowSelection(settings, settings.input, endings)
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
-        """See `Source.listing`."""
-        by_print = {m.file.print: m for m in self._measure()}
+        by_print = {m.file.print: m for m in self._measured}
+        damaged = {print_: m for print_, m in by_print.items() if m.damage is not None}
         reachable, lost = pending(recorded, by_print)
         ranges = self._selection.missing(
             [(m.file.print, m.rows, m.file.name, m.shard_size) for m in by_print.values()],
             recorded,
             lambda rows: self._numbers(by_print[rows.print], rows),
-            damaged={m.file.print for m in by_print.values() if m.damaged},
+            damaged,
         )
-        return Listing(reachable + [r.shard(self.name) for r in ranges], [*self._notes, *lost])
+        notes = [
+            f"{m.file.name} cannot be read and is one reject ({m.damage})" for m in damaged.values()
+        ]
+        return Listing(reachable + [r.shard(self.name) for r in ranges], notes + lost)
 
     def read(self, shard: Shard) -> Iterator[Record]:
-        """See `Source.read`."""
         wanted = RowRange.of(shard)
         file = self._selection.file_of(wanted)
         row = 0
@@ -82,8 +83,8 @@ class RowSource:
             chosen = column_map(self._settings.columns, rows.schema, grids=self._grids)
             if self._settings.keep_faces:
                 chosen = replace(chosen, faces=None)
-            columns = wanted_columns(chosen, rows.schema)
-            for number, fields in wanted.in_order(_rows_of(rows, wanted, columns)):
+            found = _rows_of(rows, wanted, wanted_columns(chosen, rows.schema))
+            for number, fields in wanted.in_order(found):
                 key = f"{wanted.name}/{number}"
                 yield to_record(row, fields, chosen, key, self._settings.grid)
                 row += 1
@@ -91,8 +92,8 @@ class RowSource:
             yield Reject(row, wanted.name, "read", "broken-archive", str(error))
 
     def count(self) -> Count:
-        """See `Source.count`. Rows are counted in the footers; conditions on a few files."""
-        measured = self._measure()
+        """Rows are counted in the footers, those that pass a condition in a few files."""
+        measured = self._measured
         total = sum(m.rows for m in measured)
         exact, note = True, ""
         if self._selection.where is not None:
@@ -108,74 +109,53 @@ class RowSource:
         links = any(m.links for m in measured)
         return Count(self._selection.at_most(total), exact, note, links=links)
 
-    def _measure(self) -> list[_Measured]:
-        """Every file with its rows, read off its footer once."""
-        if self._measured:
-            return self._measured
-        files = list(self._selection.files().values())
+    @cached_property
+    def _measured(self) -> list[_Measured]:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
-            footers = list(threads.map(_footer, files))
-        for file, footer in zip(files, footers, strict=True):
-            if isinstance(footer, DamagedFileError):
-                self._notes.append(f"{file.name} cannot be read and is one reject ({footer})")
-                self._measured.append(_Measured(file, 1, 1, damaged=True))
-                continue
-            count, schema = footer
-            chosen = column_map(self._settings.columns, schema, grids=self._grids)
-            if self._selection.where is not None:
-                expression = parse_where(self._selection.where)
-                expression.require(plain_columns(schema))
-                expression.mask(schema.empty_table())
-            row_bytes = file.size / max(count, 1)
-            size = self._shard_size(schema, row_bytes)
-            links = chosen.image is None and chosen.grid is None
-            self._measured.append(_Measured(file, count, size, links))
-        return self._measured
+            return list(threads.map(self._measure, self._selection.files().values()))
 
-    def _shard_size(self, schema: pa.Schema, row_bytes: float) -> int:
-        if self._settings.shard_size:
-            return self._settings.shard_size
-        if len(plain_columns(schema)) == len(schema.names):
-            return _LINKS_PER_SHARD
-        fits = int(_SHARD_BYTES / max(row_bytes, 1))
-        return min(max(fits, _FEWEST_ROWS), _MOST_ROWS)
+    def _measure(self, file: SourceFile) -> _Measured:
+        """A file's rows, read off its footer; the file is not kept open."""
+        try:
+            rows = open_rows(file)
+        except DamagedFileError as error:
+            return _Measured(file, 1, 1, damage=str(error))
+        chosen = column_map(self._settings.columns, rows.schema, grids=self._grids)
+        plain = plain_columns(rows.schema)
+        if self._selection.where is not None:
+            parse_where(self._selection.where).strict_mask(rows.schema.empty_table().select(plain))
+        size = _LINKS_PER_SHARD
+        if len(plain) < len(rows.schema.names):
+            fits = int(_SHARD_BYTES / max(file.size / max(rows.count, 1), 1))
+            size = min(max(fits, _FEWEST_ROWS), _MOST_ROWS)
+        links = chosen.image is None and chosen.grid is None
+        return _Measured(file, rows.count, self._settings.shard_size or size, links)
 
     def _numbers(self, measured: _Measured, rows: RowRange) -> Iterable[int]:
-        if self._selection.where is None or measured.damaged:
+        if self._selection.where is None or measured.damage is not None:
             return range(rows.start, rows.stop)
         return _numbers_of(measured.file, rows)
 
 
 def _numbers_of(file: SourceFile, wanted: RowRange) -> Iterator[int]:
     """The numbers of the rows that a range takes, by the condition's columns alone."""
-    try:
-        at = wanted.start
-        columns = needed(wanted.where, wanted.without)
+    columns = needed(wanted.where, wanted.without)
+    at = wanted.start
+    with suppress(DamagedFileError):
         for table in open_rows(file).tables(wanted.start, wanted.stop, columns):
             yield from (at + taken(table, wanted.where, wanted.without).nonzero()[0]).tolist()
             at += table.num_rows
-    except DamagedFileError:
-        return
 
 
 def _rows_of(
     rows: RowFile, wanted: RowRange, columns: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows that a range takes with their numbers in the file, in the file's order."""
-    extra = [n for n in needed(wanted.where, wanted.without) if n not in columns]
-    read = [*columns, *(name for name in extra if name in rows.schema.names)]
+    names = dict.fromkeys((*columns, *needed(wanted.where, wanted.without)))
+    read = [name for name in names if name in rows.schema.names]
     at = wanted.start
     for table in rows.tables(wanted.start, wanted.stop, read):
         mask = taken(table, wanted.where, wanted.without)
         kept = table.select(list(columns)).filter(pa.array(mask))
         yield from zip((at + mask.nonzero()[0]).tolist(), to_rows(kept), strict=True)
         at += table.num_rows
-
-
-def _footer(file: SourceFile) -> tuple[int, pa.Schema] | DamagedFileError:
-    """A file's rows and columns; the file is not kept open."""
-    try:
-        rows = open_rows(file)
-    except DamagedFileError as error:
-        return error
-    return rows.count, rows.schema

@@ -43,6 +43,8 @@ class SourceKind:
     """Endings of files that people may have given to another source by mistake."""
     grids: bool = False
     """Whether it gives token grids, so that no model runs."""
+    bundled: bool = False
+    """Whether its inputs come with the project, so that none are given."""
     gated: bool = False
     """Whether its publisher gives it to accounts that were granted access only."""
     unfetched: Callable[[SourceSettings], Count | None] = lambda _settings: None

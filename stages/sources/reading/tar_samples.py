@@ -10,14 +10,13 @@ import lzma
 import tarfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
-from arrag_runtime.format.errors import ShardError
 from stages.sources.reading.files import SourceFile, require_reached
 
 KeyOf = Callable[[tarfile.TarInfo], tuple[str | None, str]]
 """The sample a file belongs to and its extension; None for a file that is no part of one."""
-TAR_BLOCK = 512
 _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
@@ -28,28 +27,19 @@ _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
 
 @dataclass
 class Sample:
-    """The files of an archive that share one key."""
+    """The files of an archive that share one key: their bytes by their lower-case extensions."""
 
     key: str
-    """The name that they share."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """Their bytes by their lower-case extensions."""
     twice: str | None = None
     """An extension that came twice."""
-
-    def add(self, extension: str, data: bytes) -> None:
-        """Take in one file."""
-        if extension in self.files:
-            self.twice = extension
-        self.files[extension] = data
 
 
 @dataclass(frozen=True)
 class Damage:
-    """An archive cannot be read further."""
+    """An archive cannot be read further, and why."""
 
     detail: str
-    """What is wrong with it."""
 
 
 def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damage, None, None]:
@@ -58,7 +48,6 @@ def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damag
     Where the archive is damaged they end with a `Damage`; a sample that it falls into is lost.
     """
     sample: Sample | None = None
-    whole = True
     try:
         with archive.open() as file, open_tar(file) as tar:
             for member in tar:
@@ -68,19 +57,18 @@ def read_samples(archive: SourceFile, key_of: KeyOf) -> Generator[Sample | Damag
                 if sample is not None and key != sample.key:
                     yield sample
                     sample = None
-                whole = False
-                sample = sample or Sample(key)
-                stream = tar.extractfile(member)
-                sample.add(extension.lower(), stream.read() if stream else b"")
-                whole = True
+                partial, sample = sample or Sample(key), None
+                suffix, stream = extension.lower(), tar.extractfile(member)
+                if suffix in partial.files:
+                    partial.twice = suffix
+                partial.files[suffix] = stream.read() if stream else b""
+                sample = partial
         damage = "ends without the mark of a tar's end" if _ends_early(archive) else None
-    except ShardError:
-        raise
     # A damaged tar makes tarfile raise nearly anything: what comes after is lost, not the shard.
     except Exception as error:
         require_reached(archive, error)
         damage = f"{type(error).__name__}: {error}"
-    if sample is not None and whole:
+    if sample is not None:
         yield sample
     if damage is not None:
         yield Damage(damage)
@@ -107,20 +95,15 @@ class _Careful:
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, fewer only where the stream ends."""
-        parts: list[bytes] = []
-        while size > 0 and self._damage is None:
-            try:
-                part = self._stream.read1(size)
-            except Exception as error:
-                self._damage = error
-                break
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        if self._damage is not None and not parts:
+        data = bytearray()
+        try:
+            while self._damage is None and (part := self._stream.read1(size - len(data))):
+                data += part
+        except Exception as error:
+            self._damage = error
+        if self._damage is not None and not data:
             raise self._damage
-        return b"".join(parts)
+        return bytes(data)
 
 
 def _ends_early(archive: SourceFile) -> bool:
@@ -129,8 +112,8 @@ def _ends_early(archive: SourceFile) -> bool:
         if stream.read(6).startswith(tuple(_UNPACKERS)):
             return False
         size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAR_BLOCK))
-        return size % TAR_BLOCK != 0 or any(stream.read())
+        stream.seek(max(0, size - tarfile.BLOCKSIZE))
+        return size % tarfile.BLOCKSIZE != 0 or any(stream.read())
 
 
 def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) -> int:
@@ -138,18 +121,13 @@ def count_samples(archive: SourceFile, key_of: KeyOf, *, stop: int = 1 << 62) ->
 
     The damage of a damaged one counts as one more input, as it does when reading.
     """
-    count, last = 0, None
+    count = 0
     try:
         with archive.open() as file, tarfile.open(fileobj=file, mode="r:*") as tar:
-            for member in tar:
-                key = key_of(member)[0]
-                if key is not None and key != last:
-                    last, count = key, count + 1
-                    if count >= stop:
-                        return count
-    except ShardError:
-        raise
+            keys = (key_of(member)[0] for member in tar)
+            for _ in islice(groupby(key for key in keys if key is not None), stop):
+                count += 1
     except Exception as error:
         require_reached(archive, error)
         return count + 1
-    return count + _ends_early(archive)
+    return count if count == stop else count + _ends_early(archive)

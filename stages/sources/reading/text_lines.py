@@ -6,12 +6,13 @@ is not hashed, so that a file that grew keeps the hashes of what it had.
 """
 
 import gzip
-import hashlib
 import zlib
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from heapq import merge
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,17 @@ _PACKED_CHUNK = 1 << 12
 LONGEST_LINE = 1 << 20
 """A longer line is cut, so that a file without ends of lines cannot fill the memory."""
 _SHOWN = 1000
-_GZIP = b"\x1f\x8b"
+_HEAD_BYTES = 1 << 20
+_DAMAGE = (OSError, EOFError, zlib.error)
+"""What reading a damaged file raises."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a file."""
+    """A line of a file without its end, or its beginning and what is wrong with it."""
 
     data: bytes
-    """The line without its end, or its beginning where it has a fault."""
     fault: str | None = None
-    """Why it is not the line as it stands in the file."""
 
 
 @dataclass
@@ -50,25 +51,30 @@ class Scan:
     """The hash of a span of lines, 16 hex digits."""
 
 
-_DAMAGE = (OSError, EOFError, zlib.error)
-"""What reading a damaged file raises."""
-
-
 def unpacked(file: SourceFile) -> Any:
     """The file's bytes, unpacked where it is packed, whatever its name says."""
-    stream = file.open()
-    packed = stream.read(2) == _GZIP
-    stream.seek(0)
-    return gzip.GzipFile(fileobj=stream) if packed else stream
+    return gzip.GzipFile(fileobj=file.open()) if is_packed(file) else file.open()
 
 
 def is_packed(file: SourceFile) -> bool:
     """Whether the file is gzip, so that offsets are not those of its bytes on disk."""
     with file.open() as stream:
-        return bool(stream.read(2) == _GZIP)
+        return bool(stream.read(2) == b"\x1f\x8b")
 
 
-def packed_size(file: SourceFile, unpacked_bytes: int) -> int:
+def head_of(file: SourceFile) -> tuple[list[Line], int, bool]:
+    """The first megabyte of lines, the bytes of the file they took, and whether they are all."""
+    lines, read = [], 0
+    with closing(lines_from(file, 0)) as stream:
+        for line in stream:
+            lines.append(line)
+            read += len(line.data) + 1
+            if read > _HEAD_BYTES:
+                return lines, _packed_size(file, read) if is_packed(file) else read, False
+    return lines, file.size, True
+
+
+def _packed_size(file: SourceFile, unpacked_bytes: int) -> int:
     """How many bytes of a gzip file hold its first so many unpacked ones, to a few kilobytes."""
     consumed = made = 0
     # What is damaged counts for nothing here; reading the lines tells of it.
@@ -129,16 +135,17 @@ def scan_lines(
     with its damage, which counts as one line.
     """
     scan = _Scanner(size, spans, first, stop)
+    damaged = False
     with closing(unpacked(file)) as stream:
         try:
             stream.seek(first[1])
             for chunk in _chunks(stream):
                 if not scan.feed(chunk):
-                    return scan.end(damaged=False)
+                    break
         except _DAMAGE as error:
             require_reached(file, error)
-            return scan.end(damaged=True)
-    return scan.end(damaged=False)
+            damaged = True
+    return scan.end(damaged=damaged)
 
 
 class _Scanner:
@@ -147,84 +154,63 @@ class _Scanner:
     def __init__(
         self, size: int | None, spans: set[Span], first: tuple[int, int], stop: int | None
     ) -> None:
-        self._size, self._stop = size, stop
-        self._spans = spans
-        self._starts: dict[int, list[Span]] = {}
-        for span in spans:
-            self._starts.setdefault(span[0], []).append(span)
+        self._size, self._spans, self._stop = size, spans, stop
+        self._waiting = sorted(spans, reverse=True)
         edges = {edge for span in spans for edge in span} | ({stop} if stop is not None else set())
-        self._edges = deque(sorted(edges))
+        self._marks = merge(sorted(edges), count(0, size) if size else ())
         self._number, self._at = first
+        self._mark: int | None = None
         self._carry = b""
         self._open: dict[Span, Any] = {}
         self._scan = Scan()
-        self._reach(self._number, self._at)
+        self._begin(*first)
 
     def feed(self, chunk: bytes) -> bool:
         """Take in the next bytes; False when `stop` was reached."""
         # The last byte waits: an end of line that closes a span is not hashed.
         data = self._carry + chunk
         ends = np.flatnonzero(np.frombuffer(data, np.uint8)[:-1] == 10)
-        start = 0
-        while (mark := self._next_mark()) is not None and mark - self._number <= len(ends):
-            end = int(ends[mark - self._number - 1])
+        before, start = self._number, 0
+        while self._mark is not None and self._mark - before <= len(ends):
+            end = int(ends[self._mark - before - 1])
             self._hash(data[start:end])
-            ends = ends[mark - self._number :]
-            self._number = mark
+            for span in [s for s in self._open if s[1] == self._mark]:
+                self._scan.digests[span] = self._open.pop(span).hexdigest()
             start = end + 1
-            self._close(mark)
-            self._hash(b"\n")
-            self._reach(mark, self._at + start)
-            if mark == self._stop:
-                self._at, self._carry = self._at + start, b""
+            if self._mark == self._stop:
+                self._number, self._at, self._carry = self._mark, self._at + start, b""
                 return False
-        self._number += len(ends)
+            self._hash(b"\n")
+            self._begin(self._mark, self._at + start)
+        self._number = before + len(ends)
         self._hash(data[start:-1])
         self._at += len(data) - 1
         self._carry = data[-1:]
         return True
 
     def end(self, *, damaged: bool) -> Scan:
-        """The result, with spans that end where the file does."""
-        self._at += len(self._carry)
-        if self._carry not in (b"", b"\n"):
-            self._hash(self._carry)
+        """The result, with spans that end where the pass does."""
         partial = self._carry not in (b"", b"\n")
+        if partial:
+            self._hash(self._carry)
         self._number += (self._carry == b"\n") + (partial or damaged)
         self._scan.lines = self._number
-        self._scan.offsets[self._number] = self._at
-        for span in [s for s in self._open if s[0] < self._number]:
-            if span in self._spans and span[1] > self._number:
-                continue
-            digest = self._open[span].hexdigest()
-            self._scan.digests[span[0], self._number] = digest
+        self._scan.offsets[self._number] = self._at + len(self._carry)
+        for (start, stop), state in self._open.items():
+            cut = (start, stop) in self._spans and stop > self._number
+            if start < self._number and not cut:
+                self._scan.digests[start, self._number] = state.hexdigest()
         return self._scan
 
-    def _next_mark(self) -> int | None:
-        """The next line number at which something begins or ends."""
-        while self._edges and self._edges[0] <= self._number:
-            self._edges.popleft()
-        marks = [self._edges[0]] if self._edges else []
-        if self._size:
-            marks.append((self._number // self._size + 1) * self._size)
-        return min(marks, default=None)
-
-    def _reach(self, number: int, offset: int) -> None:
-        """Begin the spans and the window that start here."""
+    def _begin(self, number: int, offset: int) -> None:
+        """Begin the spans and the window that start with this line."""
+        self._number = number
+        self._mark = next((mark for mark in self._marks if mark > number), None)
         self._scan.offsets[number] = offset
-        starting = set(self._starts.get(number, ()))
         if self._size and number % self._size == 0:
-            starting.add((number, number + self._size))
-        for span in starting:
-            self._open[span] = hashlib.blake2b(digest_size=8)
-
-    def _close(self, number: int) -> None:
-        for span in [s for s in self._open if s[1] == number]:
-            self._scan.digests[span] = self._open.pop(span).hexdigest()
-        if number == self._stop:
-            for span, state in self._open.items():
-                self._scan.digests[span[0], number] = state.hexdigest()
-            self._open.clear()
+            self._open[number, number + self._size] = blake2b(digest_size=8)
+        while self._waiting and self._waiting[-1][0] == number:
+            self._open[self._waiting.pop()] = blake2b(digest_size=8)
 
     def _hash(self, data: bytes) -> None:
         for state in self._open.values():
@@ -234,5 +220,4 @@ class _Scanner:
 def _chunks(stream: Any) -> Iterator[bytes]:
     """The stream a few megabytes at a time; what was read before damage is handed out first."""
     read = getattr(stream, "read1", stream.read)
-    while chunk := read(_CHUNK):
-        yield chunk
+    return iter(lambda: read(_CHUNK), b"")

@@ -8,7 +8,7 @@ false, and columns (`a.b` is a field of a struct, `` `odd name` `` any name).
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -25,12 +25,12 @@ _TOKEN = re.compile(
     |(?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
     |(?P<quoted>`[^`]+`)
     |(?P<name>[^\W\d][\w.]*)
-    |(?P<sign><=|>=|==|!=|<>|[<>=+\-*/(),]))""",
+    |(?P<sign><=|>=|==|!=|<>|[<>=+\-*/(),])
+    |(?P<odd>\S))""",
     re.VERBOSE,
 )
 _WORDS = frozenset(("and", "or", "not", "in", "is", "null", "like", "true", "false"))
-_COMPARISONS = {"=": "=", "==": "=", "!=": "!=", "<>": "!=", "<": "<", "<=": "<=", ">": ">"}
-_COMPARISONS |= {">=": ">="}
+_COMPARISONS = {sign: sign for sign in ("=", "!=", "<", "<=", ">", ">=")} | {"==": "=", "<>": "!="}
 _MAX_DEPTH = 50
 
 
@@ -59,14 +59,6 @@ class _Call:
 _Node = _Column | _Literal | _Call
 
 
-def _quotient(left: Any, right: Any) -> Any:
-    return pc.divide(pc.cast(left, pa.float64()), pc.cast(right, pa.float64()))
-
-
-def _like(values: Any, pattern: Any) -> Any:
-    return pc.match_like(values, pattern.as_py())
-
-
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": lambda *values: reduce(pc.and_kleene, values),
     "or": lambda *values: reduce(pc.or_kleene, values),
@@ -80,12 +72,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "+": pc.add,
     "-": pc.subtract,
     "*": pc.multiply,
-    "/": _quotient,
-    "like": _like,
+    "/": lambda left, right: pc.divide(pc.cast(left, pa.float64()), pc.cast(right, pa.float64())),
+    "like": lambda values, pattern: pc.match_like(values, pattern.as_py()),
     "is null": pc.is_null,
 }
-
-
 _TYPES_OF_NULLS = dict.fromkeys(("and", "or", "not"), pa.bool_()) | {"like": pa.string()}
 _TYPES_OF_NULLS |= dict.fromkeys(("+", "-", "*"), pa.float64())
 """What a column that holds nothing but nulls is taken for, where Arrow asks for a type."""
@@ -93,14 +83,13 @@ _TYPES_OF_NULLS |= dict.fromkeys(("+", "-", "*"), pa.float64())
 
 @dataclass(frozen=True)
 class Where:
-    """A parsed expression. `text` is the same for expressions that differ in spacing alone."""
+    """A parsed expression."""
 
     node: _Node
-    """The tree of the expression."""
 
     @property
     def text(self) -> str:
-        """The expression in its one spelling, as the ledger keeps it."""
+        """The expression as the ledger keeps it: one spelling, whatever the spacing was."""
         return _spell(self.node)
 
     @property
@@ -108,15 +97,16 @@ class Where:
         """The top-level columns it reads, in their order."""
         return tuple(dict.fromkeys(name.split(".")[0] for name in _columns_of(self.node)))
 
-    def require(self, available: Iterable[str]) -> None:
-        """Raise BadInputError, listing what exists, for a column that does not."""
-        names = list(available)
+    def strict_mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """As `mask`; raises BadInputError, listing what exists, for a column that is not there."""
+        names = [name for name in table.column_names if name]
         for column in self.columns:
             if column not in names:
                 raise BadInputError(
                     f"--where names the column '{column}', which this source does not have; it has"
                     f" {', '.join(names) or 'none'}"
                 )
+        return self.mask(table)
 
     def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Which rows it is true for, bool [rows]; a column that the table lacks holds nulls.
@@ -131,25 +121,21 @@ class Where:
                 raise pa.ArrowInvalid("it is no condition")
             truth = pc.fill_null(pc.cast(value, pa.bool_()), False)
         except (pa.ArrowException, TypeError, OverflowError) as error:
-            types = [
-                f"{name} is {table.schema.field(name).type}"
-                for name in self.columns
-                if name in table.column_names
-            ]
+            known = [name for name in self.columns if name in table.column_names]
+            types = [f"{name} is {table.schema.field(name).type}" for name in known]
             reason = str(error).splitlines()[0]
             raise BadInputError(
                 f"--where '{self.text}' cannot be computed ({reason}; {', '.join(types)});"
                 " compare numbers with numbers and text with 'text'"
             ) from error
-        found: npt.NDArray[np.bool_] = truth.to_numpy(zero_copy_only=False).astype(bool)
-        return found
+        return np.array(truth, bool)
 
 
 def parse_where(text: str) -> Where:
     """The expression in `text`. Raises BadInputError that points at what it cannot read."""
     parser = _Parser(text)
     node = parser.expression()
-    if parser.peek() != "":
+    if parser.take("") is None:
         raise parser.error("expected the end, 'and' or 'or'")
     return Where(node)
 
@@ -178,7 +164,7 @@ def _column(values: list[Any]) -> pa.Array:
 
 def needed(where: str | None, without: Sequence[str] = ()) -> tuple[str, ...]:
     """The top-level columns that `taken` reads."""
-    texts = [*([where] if where is not None else []), *without]
+    texts = without if where is None else (where, *without)
     return tuple(dict.fromkeys(name for text in texts for name in parse_where(text).columns))
 
 
@@ -190,35 +176,24 @@ class _Parser:
         self._tokens: list[tuple[str, str, int]] = []
         self._next = 0
         self._depth = 0
-        at = 0
-        while text[at:].strip():
-            match = _TOKEN.match(text, at)
-            if match is None:
-                at += len(text[at:]) - len(text[at:].lstrip())
-                self._tokens.append(("odd", text[at], at))
-                raise self._bad(at, "cannot read it")
+        for match in _TOKEN.finditer(text):
             kind = str(match.lastgroup)
             word, start = match[kind], match.start(kind)
+            if kind == "odd":
+                raise self._bad(start, "cannot read it")
             if kind == "name" and word.lower() in _WORDS:
-                kind, word = "word", word.lower()
+                kind, word = "sign", word.lower()
             self._tokens.append((kind, word, start))
-            at = match.end()
         if not self._tokens:
             raise BadInputError(
                 "--where is empty; give a condition such as 'clip_l14_similarity_score > 0.28'"
             )
-
-    def peek(self) -> str:
-        """The next sign or word; "" at the end, a name or a literal."""
-        if self._next == len(self._tokens):
-            return ""
-        kind, word, _ = self._tokens[self._next]
-        return word if kind in ("sign", "word") else f"\0{kind}"
+        # The end is a token too.
+        self._tokens.append(("sign", "", len(text)))
 
     def error(self, what: str) -> BadInputError:
         """The error for what stands next."""
-        at = self._tokens[self._next][2] if self._next < len(self._tokens) else len(self._text)
-        return self._bad(at, what)
+        return self._bad(self._tokens[self._next][2], what)
 
     def _bad(self, at: int, what: str) -> BadInputError:
         rest = self._text[at : at + 20].replace("\n", " ") or "its end"
@@ -227,99 +202,95 @@ class _Parser:
             ' "clip_l14_similarity_score > 0.28 and text is not null"'
         )
 
-    def _take(self, *expected: str) -> str | None:
+    def take(self, *expected: str) -> str | None:
         """The next sign or word where it is one of these, stepping over it."""
-        if self.peek() in expected and self._next < len(self._tokens):
-            self._next += 1
-            return self._tokens[self._next - 1][1]
-        return None
+        kind, word, _ = self._tokens[self._next]
+        if kind != "sign" or word not in expected:
+            return None
+        self._next += 1
+        return word
 
     def _require(self, expected: str) -> None:
-        if self._take(expected) is None:
+        if self.take(expected) is None:
             raise self.error(f"expected '{expected}'")
+
+    def _listed(self, part: Callable[[], _Node], separator: str) -> list[_Node]:
+        """One part, or several with this sign or word between them."""
+        nodes = [part()]
+        while self.take(separator):
+            nodes.append(part())
+        return nodes
+
+    def _computed(self, part: Callable[[], _Node], *signs: str) -> _Node:
+        """One part, or several joined by these signs from left to right."""
+        node = part()
+        while sign := self.take(*signs):
+            node = _Call(sign, (node, part()))
+        return node
 
     def expression(self) -> _Node:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise self.error(f"more than {_MAX_DEPTH} levels of parentheses")
-        nodes = [self._conjunction()]
-        while self._take("or"):
-            nodes.append(self._conjunction())
+        node = _joined("or", self._listed(self._conjunction, "or"))
         self._depth -= 1
-        return _joined("or", nodes)
+        return node
 
     def _conjunction(self) -> _Node:
-        nodes = [self._negation()]
-        while self._take("and"):
-            nodes.append(self._negation())
-        return _joined("and", nodes)
+        return _joined("and", self._listed(self._negation, "and"))
 
     def _negation(self) -> _Node:
         negated = False
-        while self._take("not"):
+        while self.take("not"):
             negated = not negated
         node = self._comparison()
         return _Call("not", (node,)) if negated else node
 
     def _comparison(self) -> _Node:
         left = self._sum()
-        if sign := self._take(*_COMPARISONS):
+        if sign := self.take(*_COMPARISONS):
             return _Call(_COMPARISONS[sign], (left, self._sum()))
-        if self._take("is"):
-            negated = self._take("not") is not None
+        is_ = self.take("is")
+        negated = self.take("not")
+        if is_:
             self._require("null")
             node: _Node = _Call("is null", (left,))
+        elif self.take("in"):
+            self._require("(")
+            values = self._listed(self._sum, ",")
+            self._require(")")
+            node = _joined("or", [_Call("=", (left, value)) for value in values])
+        elif self.take("like"):
+            pattern = self._primary()
+            if not (isinstance(pattern, _Literal) and isinstance(pattern.value, str)):
+                raise self.error("'like' wants a text such as '%cat%'")
+            node = _Call("like", (left, pattern))
+        elif negated:
+            raise self.error("expected 'in' or 'like' after 'not'")
         else:
-            negated = self._take("not") is not None
-            if self._take("in"):
-                node = self._membership(left)
-            elif self._take("like"):
-                pattern = self._primary()
-                if not (isinstance(pattern, _Literal) and isinstance(pattern.value, str)):
-                    raise self.error("'like' wants a text such as '%cat%'")
-                node = _Call("like", (left, pattern))
-            elif negated:
-                raise self.error("expected 'in' or 'like' after 'not'")
-            else:
-                return left
+            return left
         return _Call("not", (node,)) if negated else node
 
-    def _membership(self, left: _Node) -> _Node:
-        self._require("(")
-        nodes: list[_Node] = [_Call("=", (left, self._sum()))]
-        while self._take(","):
-            nodes.append(_Call("=", (left, self._sum())))
-        self._require(")")
-        return _joined("or", nodes)
-
     def _sum(self) -> _Node:
-        node = self._product()
-        while sign := self._take("+", "-"):
-            node = _Call(sign, (node, self._product()))
-        return node
+        return self._computed(self._product, "+", "-")
 
     def _product(self) -> _Node:
-        node = self._primary()
-        while sign := self._take("*", "/"):
-            node = _Call(sign, (node, self._primary()))
-        return node
+        return self._computed(self._primary, "*", "/")
 
     def _primary(self) -> _Node:
-        if self._take("("):
+        if self.take("("):
             node = self.expression()
             self._require(")")
             return node
-        if self._take("-"):
+        if self.take("-"):
             number = self._primary()
             if isinstance(number, _Literal) and not isinstance(number.value, str | bool):
                 return _Literal(-number.value)
             return _Call("-", (_Literal(0), number))
-        if word := self._take("true", "false"):
+        if word := self.take("true", "false"):
             return _Literal(word == "true")
-        if self._next == len(self._tokens):
-            raise self.error("expected a column or a value")
         kind, word, _ = self._tokens[self._next]
-        if kind in ("sign", "word"):
+        if kind == "sign":
             raise self.error("expected a column or a value")
         self._next += 1
         if kind == "number":

@@ -175,11 +175,18 @@ def test_a_network_that_fails_stops_the_shard_and_commits_nothing(
 
 def worker(source: SourceSettings, **changes: object) -> WorkerSettings:
     """A worker's settings, as far as reading needs them."""
-    encode = EncodeSettings()
-    download = replace(DOWNLOAD, **changes)  # type: ignore[arg-type]
-    keys = key_spec("causal-1", "skip", "codebook")
     return WorkerSettings(
-        *("nowhere", source, "sample", None, "cpu", "float32", False, keys, encode, 1, download)
+        database="nowhere",
+        source=source,
+        tokenizer="sample",
+        tokenizer_weights=None,
+        device="cpu",
+        precision="float32",
+        compile=False,
+        keys=key_spec("causal-1", "skip", "codebook"),
+        encode=EncodeSettings(),
+        threads=1,
+        download=replace(DOWNLOAD, **changes),  # type: ignore[arg-type]
     )
 
 
@@ -192,7 +199,9 @@ def test_reading_a_shard_again_takes_its_rows_alone(web: Web, listed: Path) -> N
     assert answer["error"].to_pylist() == [None]
     items = list(unpack_records(answer["inputs"][0].as_buffer()))
     assert [(item.row, type(item)) for item in items] == [
-        *((2, Reject), (7, ImageRecord), (8, ImageRecord)),
+        (2, Reject),
+        (7, ImageRecord),
+        (8, ImageRecord),
     ]
     assert sorted(web.paths()) == ["/2", "/6", "/7"]
     for attempt, changes, error in (
