@@ -454,7 +454,8 @@ def _index_after_build(db: str, quiet: bool) -> None:
     stale = index_to_build(db)
     if stale is None:
         return
-    made = _run_index(db, stale.settings, stale.name, quiet)
+    name, settings = stale
+    made = _run_index(db, settings, name, quiet)
     if not quiet:
         _print_index(made)
 

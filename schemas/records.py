@@ -3,8 +3,7 @@
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import pyarrow as pa
 
@@ -188,26 +187,17 @@ class Listing:
     """What people should know of it."""
 
 
+_TEXTS = ("key", "url", "caption", "licence", "metadata", "stage", "reason", "detail")
 RECORDS_SCHEMA = pa.schema(
     [
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("url", pa.string()),
-        pa.field("data", pa.large_binary()),
-        pa.field("grid", pa.binary()),
-        pa.field("caption", pa.string()),
-        pa.field("licence", pa.string()),
-        pa.field("metadata", pa.string()),
-        pa.field("faces", pa.list_(pa.list_(pa.float64(), 4))),
-        pa.field("stage", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
+        ("row", pa.int32()),
+        ("data", pa.large_binary()),
+        ("grid", pa.binary()),
+        ("faces", pa.list_(pa.list_(pa.float64(), 4))),
+        *((name, pa.string()) for name in _TEXTS),
     ]
 )
 """A shard's inputs on their way to the encoder: pictures (data set), grids and rejects."""
-_REJECT_FIELDS = ("row", "key", "stage", "reason", "detail", "url")
-_KNOWN_FIELDS = ("row", "key", "caption", "url", "licence", "metadata")
-"""What is known of a picture, and of one that comes as its grid."""
 
 
 def pack_records(items: Iterable[ImageRecord | GridRecord | Reject]) -> pa.Buffer:
@@ -255,14 +245,7 @@ def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | GridReco
         for batch in reader:
             for index in range(batch.num_rows):
                 row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-                yield _unpack(row)
-
-
-def _unpack(row: dict[str, Any]) -> ImageRecord | GridRecord | Reject:
-    if row["reason"] is not None:
-        return Reject(**{name: row[name] for name in _REJECT_FIELDS})
-    known = {name: row[name] for name in _KNOWN_FIELDS}
-    if row["grid"] is not None:
-        return GridRecord(**known, grid=row["grid"])
-    faces = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in row["faces"] or ())
-    return ImageRecord(**known, data=row["data"], faces=faces)
+                row["faces"] = tuple(map(tuple, row["faces"] or ()))
+                kind = ImageRecord if row["grid"] is None else GridRecord
+                kind = kind if row["reason"] is None else Reject
+                yield kind(**{field.name: row[field.name] for field in fields(kind)})

@@ -34,12 +34,10 @@ _SHARDS_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class ShardFailure:
-    """A shard that did not come through."""
+    """The id of a shard that did not come through, and why, in one line."""
 
     shard: str
-    """Its id."""
     error: str
-    """Why, in one line."""
 
 
 class VersionCleaner:
@@ -129,15 +127,14 @@ def _run_few(
         answers: Any = encoded.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         )
-        for answer in answers:
-            for row in answer.to_pylist():
-                if row["shard"] not in missing:
-                    continue
-                missing.discard(row["shard"])
-                if row["error"] is None:
-                    yield ShardResult.from_json(row["result"])
-                else:
-                    yield ShardFailure(row["shard"], row["error"])
+        for row in (row for answer in answers for row in answer.to_pylist()):
+            if row["shard"] not in missing:
+                continue
+            missing.discard(row["shard"])
+            if row["error"] is None:
+                yield ShardResult.from_json(row["result"])
+            else:
+                yield ShardFailure(row["shard"], row["error"])
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
     for shard in sorted(missing):
