@@ -20,15 +20,7 @@ from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.specs import KeySpec
 from arrag_runtime.tokenizers import load_tokenizer
-from schemas.records import (
-    Attempt,
-    GridRecord,
-    ImageRecord,
-    LinkRecord,
-    Reject,
-    pack_records,
-    unpack_records,
-)
+from schemas.records import Attempt, LinkRecord, ShardInput, pack_records, unpack_records
 from schemas.settings.download import DownloadSettings
 from schemas.settings.source import SourceSettings
 from schemas.tables import REJECTS_SCHEMA
@@ -96,9 +88,7 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
 
 
-def _inputs(
-    attempt: Attempt, settings: WorkerSettings
-) -> Iterator[ImageRecord | GridRecord | Reject]:
+def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ShardInput]:
     """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
 
     What is on the list of removed pictures is suppressed: before it is downloaded where its address
@@ -113,8 +103,8 @@ def _inputs(
 
 
 def _only(
-    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject], attempt: Attempt
-) -> Iterator[ImageRecord | LinkRecord | GridRecord | Reject]:
+    items: Iterator[ShardInput | LinkRecord], attempt: Attempt
+) -> Iterator[ShardInput | LinkRecord]:
     """The items of the rows that are tried again. Raises ShardError where one is gone."""
     missing = set(attempt.rows)
     for item in items:

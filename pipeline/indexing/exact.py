@@ -121,9 +121,5 @@ def copies_left_aside(parts: Sequence[ListPart]) -> Ids:
 
     An exact search by which the index is judged skips them.
     """
-    aside = [np.empty(0, np.int64)]
-    for part in parts:
-        first = np.zeros(len(part.copies_ids), bool)
-        first[part.copies_start[:-1]] = True
-        aside.append(part.copies_ids[~first])
-    return np.sort(np.concatenate(aside))
+    aside = [np.delete(part.copies_ids, part.copies_start[:-1]) for part in parts]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *aside]))

@@ -142,10 +142,7 @@ def index_made_alike(place: str, settings: IndexSettings) -> IndexManifest | Non
 def facts_of(
     place: str, older: IndexManifest, table: PatchTable, unwanted: Ids, *, compacted: bool
 ) -> Facts:
-    """What decides whether the index at this place is built upon.
-
-    unwanted: the pictures that are not to be taken now, ascending.
-    """
+    """The facts of the index at this place. unwanted: pictures not to be taken now, ascending."""
     before = left_out(local_folder(place))
     return Facts(
         parts=older.parts,

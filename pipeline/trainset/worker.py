@@ -119,16 +119,9 @@ def _read(worker: TrainsetWorker, shard: Shard) -> _Pictures:
 
 
 def _copies_in_database(images: ImageTable, hashes: list[str]) -> Ids:
-    """For each picture the ids of the database's pictures with the same bytes, int64 [B, M].
-
-    Held-out pictures have no patches, so they are none; filled up with -1.
-    """
+    """For each picture those of the same bytes with patches, int64 [B, M], filled up with -1."""
     copies = images.copies(hashes)
-    rows = images.rows(image for ids in copies.values() for image in ids)
-    own = [
-        [image for image in copies.get(sha256, ()) if rows[image].split == "database"]
-        for sha256 in hashes
-    ]
+    own = [copies.get(sha256, []) for sha256 in hashes]
     width = max((len(ids) for ids in own), default=0)
     padded = [ids + [_NO_IMAGE] * (width - len(ids)) for ids in own]
     return np.array(padded, np.int64).reshape(len(own), width)
