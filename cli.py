@@ -444,8 +444,9 @@ def _index_after_build(db: str, quiet: bool) -> None:
 
     if (stale := index_to_build(db)) is None:
         return
+    name, settings = stale
     with _bar(quiet, "") as show:
-        made = index(db, stale.settings, name=stale.name, progress=show, announce=_announce)
+        made = index(db, settings, name=name, progress=show, announce=_announce)
     if not quiet:
         typer.echo(index_to_text(made))
 

@@ -3,8 +3,7 @@
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import pyarrow as pa
 
@@ -22,13 +21,10 @@ class Shard:
     """A unit of work: an ordered list of inputs."""
 
     source: str
-    """The name of the source it is of."""
     id: str
-    """16 hex digits made from the content the members point at, never from a position in a list, so
-    that adding files renames nothing."""
+    """16 hex digits made from what the members point at, so that adding files renames nothing."""
     members: tuple[str, ...]
-    """What the ledger records: for a folder one entry per file, for a tar one per range of its
-    samples."""
+    """What the ledger records: of a folder one per file, of a tar one per range of its samples."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +110,9 @@ class Reject:
     url: str | None = None
 
 
+ShardInput = ImageRecord | GridRecord | Reject
+"""What the encoder gets."""
+
 REASONS = {
     "bad-url": "no plain http or https URL: another scheme, no host, a user name in it",
     "blocked-address": "the host is at a loopback, private or otherwise not public address",
@@ -155,12 +154,10 @@ REASONS = {
 
 @dataclass(frozen=True)
 class GridShape:
-    """What a token grid must be like to fit a tokenizer."""
+    """What a token grid must be like to fit a tokenizer; its size is in tokens."""
 
     height: int
-    """In tokens."""
     width: int
-    """In tokens."""
     vocabulary: int
     """Tokens are below this number."""
 
@@ -180,59 +177,47 @@ class Count:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source has to offer beyond what is recorded."""
+    """What a source has to offer beyond what is recorded: the shards to do."""
 
     shards: Sequence[Shard]
-    """Shards to do."""
     notes: Sequence[str] = ()
     """What people should know of it."""
 
 
+_TEXTS = ("key", "url", "caption", "licence", "metadata", "stage", "reason", "detail")
 RECORDS_SCHEMA = pa.schema(
     [
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("url", pa.string()),
-        pa.field("data", pa.large_binary()),
-        pa.field("grid", pa.binary()),
-        pa.field("caption", pa.string()),
-        pa.field("licence", pa.string()),
-        pa.field("metadata", pa.string()),
-        pa.field("faces", pa.list_(pa.list_(pa.float64(), 4))),
-        pa.field("stage", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
+        ("row", pa.int32()),
+        ("data", pa.large_binary()),
+        ("grid", pa.binary()),
+        ("faces", pa.list_(pa.list_(pa.float64(), 4))),
+        *((name, pa.string()) for name in _TEXTS),
     ]
 )
 """A shard's inputs on their way to the encoder: pictures (data set), grids and rejects."""
-_REJECT_FIELDS = ("row", "key", "stage", "reason", "detail", "url")
-_KNOWN_FIELDS = ("row", "key", "caption", "url", "licence", "metadata")
-"""What is known of a picture, and of one that comes as its grid."""
 
 
-def pack_records(items: Iterable[ImageRecord | GridRecord | Reject]) -> pa.Buffer:
+def pack_records(items: Iterable[ShardInput]) -> pa.Buffer:
     """A shard's inputs as one Arrow stream, written a few at a time.
 
     It lies in a nameless temporary file ($TMPDIR) that is gone when the buffer is, and is mapped:
     a shard of large pictures takes disk, and memory only where there is some to spare.
     """
+    names = RECORDS_SCHEMA.names
     with tempfile.TemporaryFile() as file:
         with pa.ipc.new_stream(pa.PythonFile(file, "w"), RECORDS_SCHEMA) as writer:
             for few in _few(items):
                 rows = [
-                    {name: _storable(getattr(item, name, None)) for name in RECORDS_SCHEMA.names}
-                    for item in few
+                    {name: _storable(getattr(item, name, None)) for name in names} for item in few
                 ]
                 writer.write_table(pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA))
         file.flush()
         return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _few(
-    items: Iterable[ImageRecord | GridRecord | Reject],
-) -> Iterator[list[ImageRecord | GridRecord | Reject]]:
+def _few(items: Iterable[ShardInput]) -> Iterator[list[ShardInput]]:
     """The items in groups of up to 16, a group ending where it reaches 16 MiB."""
-    group: list[ImageRecord | GridRecord | Reject] = []
+    group: list[ShardInput] = []
     size = 0
     for item in items:
         group.append(item)
@@ -249,20 +234,13 @@ def _storable(value: object) -> object:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ImageRecord | GridRecord | Reject]:
+def unpack_records(stream: pa.Buffer | bytes) -> Iterator[ShardInput]:
     """The inputs that `pack_records` packed; one picture's bytes are copied at a time."""
     with pa.ipc.open_stream(stream) as reader:
         for batch in reader:
             for index in range(batch.num_rows):
                 row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-                yield _unpack(row)
-
-
-def _unpack(row: dict[str, Any]) -> ImageRecord | GridRecord | Reject:
-    if row["reason"] is not None:
-        return Reject(**{name: row[name] for name in _REJECT_FIELDS})
-    known = {name: row[name] for name in _KNOWN_FIELDS}
-    if row["grid"] is not None:
-        return GridRecord(**known, grid=row["grid"])
-    faces = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in row["faces"] or ())
-    return ImageRecord(**known, data=row["data"], faces=faces)
+                row["faces"] = tuple(map(tuple, row["faces"] or ()))
+                kind: type[ShardInput] = ImageRecord if row["grid"] is None else GridRecord
+                kind = kind if row["reason"] is None else Reject
+                yield kind(**{field.name: row[field.name] for field in fields(kind)})

@@ -63,11 +63,7 @@ REJECTS_SCHEMA = pa.schema(
 REMOVED_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64()),
-        pa.field("sha256", pa.string()),
-        pa.field("url", pa.string()),
-        pa.field("key", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("split", pa.string()),
+        *(pa.field(name, pa.string()) for name in ("sha256", "url", "key", "source", "split")),
         pa.field("when", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("why", pa.string(), nullable=False),
         pa.field("receipt", pa.string(), nullable=False),
@@ -85,9 +81,7 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
         pa.field("attempt", pa.int32(), nullable=False),
         pa.field("state", pa.string(), nullable=False),
-        pa.field("inputs", pa.int32()),
-        pa.field("images", pa.int32()),
-        pa.field("heldout", pa.int32()),
+        *(pa.field(name, pa.int32()) for name in ("inputs", "images", "heldout")),
         pa.field("patches", pa.int64()),
         pa.field("rejects", pa.int32()),
         pa.field("versions", pa.map_(pa.string(), pa.int64())),

@@ -60,13 +60,14 @@ class ImageTable:
         return dict(zip(table["image_id"].to_pylist(), grids, strict=True))
 
     def copies(self, hashes: Iterable[str]) -> dict[str, list[int]]:
-        """The ids of the pictures whose original bytes have these hashes, several for copies."""
+        """The ids of the pictures with patches whose original bytes have these hashes."""
         wanted = ", ".join(f"'{sha256}'" for sha256 in sorted(set(hashes)))
         if not wanted:
             return {}
         found: dict[str, list[int]] = {}
         columns = ["sha256", "image_id"]
-        table = self._dataset.to_table(columns=columns, filter=f"sha256 IN ({wanted})")
+        which = f"sha256 IN ({wanted}) AND split = 'database'"
+        table = self._dataset.to_table(columns=columns, filter=which)
         for row in table.to_pylist():
             found.setdefault(row["sha256"], []).append(row["image_id"])
         return found

@@ -48,7 +48,11 @@ def resolve_database(layout: Layout, settings: BuildSettings) -> tuple[DatabaseM
         # The weights may have moved; where they were found now is where workers look.
         return replace(manifest, tokenizer_weights=tokenizer.weights), codes
     _require_room(layout)
-    keys = _key_spec(settings)
+    keys = key_spec(
+        settings.neighborhood or "causal-1",
+        settings.border or "skip",
+        settings.key_space or "codebook",
+    )
     _require_latents(keys, grids)
     tokenizer = load_tokenizer(settings.tokenizer or "sample", settings.tokenizer_weights)
     require_grid_fits(tokenizer.spec)
@@ -79,14 +83,13 @@ def create_database(layout: Layout, manifest: DatabaseManifest, codebook: Floats
 
 def _require_room(layout: Layout) -> None:
     """A folder without a manifest may only hold what a killed creation leaves: empty tables."""
-    ours = {
-        p.rpartition("/")[2] for p in (layout.ledger, layout.images, layout.rejects, layout.removed)
-    }
-    ours |= {"patches", *(p.rpartition("/")[2] for p in (layout.leases, layout.codebook))}
+    tables = (layout.ledger, layout.images, layout.rejects, layout.removed)
+    places = (*tables, layout.leases, layout.codebook)
+    ours = {"patches", *(place.rpartition("/")[2] for place in places)}
     others = [name for name in names_in(layout.root) if name not in ours and name[0] != "."]
     if others:
         raise BadInputError(
-            f"{layout.root} is no database and not empty (it holds {sorted(others)[0]}); name an"
+            f"{layout.root} is no database and not empty (it holds {others[0]}); name an"
             " empty or new folder with --db"
         )
     if read_ledger(layout).recorded:
@@ -97,7 +100,6 @@ def _require_room(layout: Layout) -> None:
 
 
 def _require_latents(keys: KeySpec, grids: bool) -> None:
-    """Refuse grids in latent key space."""
     if grids and keys.space == "latent":
         raise IncompatibleError(
             "token grids bring no latents, so they have no keys in latent space; use --key-space"
@@ -107,14 +109,6 @@ def _require_latents(keys: KeySpec, grids: bool) -> None:
 
 def _device(settings: BuildSettings) -> str:
     return "cuda" if settings.resources.gpus else "cpu"
-
-
-def _key_spec(settings: BuildSettings) -> KeySpec:
-    return key_spec(
-        settings.neighborhood or "causal-1",
-        settings.border or "skip",
-        settings.key_space or "codebook",
-    )
 
 
 def _require_same(manifest: DatabaseManifest, settings: BuildSettings) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import lance
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,7 +32,6 @@ class Plan:
     skipped: int
     """How many shards are done already."""
     notes: tuple[str, ...]
-    """What people should know of it."""
 
 
 def plan_shards(source: Source, state: LedgerState) -> Plan:
@@ -44,7 +42,7 @@ def plan_shards(source: Source, state: LedgerState) -> Plan:
     fresh = tuple(shard for shard in listing.shards if shard.id not in planned)
     todo = tuple(Attempt(shard) for shard in listing.shards if shard.id not in state.done)
     _require_distinct(state.recorded, fresh)
-    done = sum(1 for r in recorded if r.inputs is not None)
+    done = sum(r.inputs is not None for r in recorded)
     return Plan(fresh, todo, done, tuple(listing.notes))
 
 
@@ -94,10 +92,10 @@ def next_attempts(
     rows: dict[str, list[int]] = defaultdict(list)
     for shard, row in zip(rejects["shard"].to_pylist(), rejects["row"].to_pylist(), strict=True):
         rows[shard].append(row)
-    shards = [r.shard for r in state.recorded if r.shard.source == source and r.shard.id in rows]
     return tuple(
-        Attempt(shard, state.attempts[shard.id] + 1, tuple(sorted(rows[shard.id])))
-        for shard in shards
+        Attempt(r.shard, state.attempts[r.shard.id] + 1, tuple(sorted(rows[r.shard.id])))
+        for r in state.recorded
+        if r.shard.source == source and r.shard.id in rows
     )
 
 
@@ -122,4 +120,4 @@ def open_rejects(path: str, state: LedgerState, columns: Sequence[str] = ()) -> 
         attempt == state.taken[shard].get(row, 1)
         for shard, attempt, row in zip(shards, attempts, rows, strict=True)
     ]
-    return pa.concat_tables([once, several.filter(pa.array(np.array(still)))])
+    return pa.concat_tables([once, several.filter(pa.array(still))])

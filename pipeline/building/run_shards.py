@@ -28,18 +28,18 @@ _READ_CPUS = 0.25
 """Declared for a task that reads: it waits for disks and networks most of the time."""
 _TRACE = 0.001
 """What a step asks of the resource that keeps it to nodes of one kind."""
+_WHOLE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+"""How rows are taken: as the Arrow tables that they are in, without conversion."""
 _SHARDS_AT_A_TIME = 256
 """Ray Data keeps a few kilobytes in the driver for every shard that it was ever given."""
 
 
 @dataclass(frozen=True)
 class ShardFailure:
-    """A shard that did not come through."""
+    """The id of a shard that did not come through, and why, in one line."""
 
     shard: str
-    """Its id."""
     error: str
-    """Why, in one line."""
 
 
 class VersionCleaner:
@@ -102,8 +102,7 @@ def _run_few(
         .map_batches(
             read,
             fn_kwargs={"settings": settings},
-            batch_size=None,
-            batch_format="pyarrow",
+            **_WHOLE,
             compute=TaskPoolStrategy(size=min(most + 1, len(attempts))),
             num_cpus=_READ_CPUS,
             **_only_on(resources.read_resource),
@@ -111,8 +110,7 @@ def _run_few(
         .map_batches(
             EncodeWorker,
             fn_constructor_kwargs={"settings": settings},
-            batch_size=None,
-            batch_format="pyarrow",
+            **_WHOLE,
             compute=ActorPoolStrategy(
                 min_size=min(pool.smallest, most), max_size=most, max_tasks_in_flight_per_actor=2
             ),
@@ -126,18 +124,15 @@ def _run_few(
     missing = {attempt.shard.id for attempt in attempts}
     reason = "its worker died (out of memory, or killed); see Ray's logs"
     try:
-        answers: Any = encoded.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
-        for answer in answers:
-            for row in answer.to_pylist():
-                if row["shard"] not in missing:
-                    continue
-                missing.discard(row["shard"])
-                if row["error"] is None:
-                    yield ShardResult.from_json(row["result"])
-                else:
-                    yield ShardFailure(row["shard"], row["error"])
+        answers: Any = encoded.iter_batches(prefetch_batches=0, **_WHOLE)
+        for row in (row for answer in answers for row in answer.to_pylist()):
+            if row["shard"] not in missing:
+                continue
+            missing.discard(row["shard"])
+            if row["error"] is None:
+                yield ShardResult.from_json(row["result"])
+            else:
+                yield ShardFailure(row["shard"], row["error"])
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
     for shard in sorted(missing):

@@ -5,12 +5,12 @@ conversion. Out: rows with a result or an error. Neither raises for what is wron
 """
 
 import logging
+import pickle
 import socket
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,16 +20,7 @@ from arrag_runtime.format.location import exists
 from arrag_runtime.format.manifest import Layout
 from arrag_runtime.format.specs import KeySpec
 from arrag_runtime.tokenizers import load_tokenizer
-from schemas.records import (
-    Attempt,
-    GridRecord,
-    ImageRecord,
-    LinkRecord,
-    Reject,
-    Shard,
-    pack_records,
-    unpack_records,
-)
+from schemas.records import Attempt, LinkRecord, ShardInput, pack_records, unpack_records
 from schemas.settings.download import DownloadSettings
 from schemas.settings.source import SourceSettings
 from schemas.tables import REJECTS_SCHEMA
@@ -47,16 +38,8 @@ from stages.tables.committer import (
     write_fragments,
 )
 
-_SHARD_ROW = pa.schema(
-    [
-        pa.field("shard", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("members", pa.list_(pa.string())),
-        pa.field("attempt", pa.int32()),
-        pa.field("rows", pa.list_(pa.int32())),
-    ]
-)
-"""An attempt as it travels to a worker."""
+_SHARD_ROW = pa.schema([("shard", pa.string()), ("attempt", pa.binary())])
+"""An attempt as it travels to a worker: its shard's id, and all of it as a pickle."""
 _ANSWER_ROW = pa.schema([(name, pa.string()) for name in ("shard", "result", "error")])
 """What comes back: a `ShardResult` as JSON, or an error."""
 
@@ -68,40 +51,23 @@ class WorkerSettings:
     database: str
     """The database's place, the same on all nodes."""
     source: SourceSettings
-    """Where the shard's inputs come from."""
     tokenizer: str
-    """The tokenizer's name."""
     tokenizer_weights: str | None
-    """A file or folder of weights; None for those that come with it."""
     device: str
-    """"cpu" or "cuda"."""
     precision: str
-    """The encoder's, such as "float32"."""
     compile: bool
     """Whether the encoder is compiled by torch."""
     keys: KeySpec
-    """How the patches' keys are made."""
     encode: EncodeSettings
-    """How pictures are decoded and encoded."""
     threads: int
     """CPU threads of one encoder."""
     download: DownloadSettings
-    """How links are fetched."""
 
 
 def shard_rows(attempts: Sequence[Attempt]) -> list[pa.Table]:
     """A table of one row per attempt, as `read_shard` takes them."""
-    rows = [
-        {"shard": a.shard.id, "source": a.shard.source, "members": list(a.shard.members)}
-        | {"attempt": a.number, "rows": list(a.rows)}
-        for a in attempts
-    ]
+    rows = [{"shard": a.shard.id, "attempt": pickle.dumps(a)} for a in attempts]
     return [pa.Table.from_pylist([row], schema=_SHARD_ROW) for row in rows]
-
-
-def _attempt(row: dict[str, Any]) -> Attempt:
-    shard = Shard(row["source"], row["shard"], tuple(row["members"]))
-    return Attempt(shard, row["attempt"], tuple(row["rows"]))
 
 
 def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
@@ -111,7 +77,7 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
         started = time.perf_counter()
         packed, error = pa.py_buffer(b""), None
         try:
-            packed = pack_records(_inputs(_attempt(row), settings))
+            packed = pack_records(_inputs(pickle.loads(row["attempt"]), settings))
         except Exception as raised:
             error = _describe(raised)
         inputs.append(_one_binary(packed))
@@ -122,9 +88,7 @@ def read_shard(table: pa.Table, settings: WorkerSettings) -> pa.Table:
     return table.append_column("read_seconds", pa.array(seconds, pa.float64()))
 
 
-def _inputs(
-    attempt: Attempt, settings: WorkerSettings
-) -> Iterator[ImageRecord | GridRecord | Reject]:
+def _inputs(attempt: Attempt, settings: WorkerSettings) -> Iterator[ShardInput]:
     """The attempt's inputs in order, with links downloaded, and kept where that is asked for.
 
     What is on the list of removed pictures is suppressed: before it is downloaded where its address
@@ -139,8 +103,8 @@ def _inputs(
 
 
 def _only(
-    items: Iterator[ImageRecord | LinkRecord | GridRecord | Reject], attempt: Attempt
-) -> Iterator[ImageRecord | LinkRecord | GridRecord | Reject]:
+    items: Iterator[ShardInput | LinkRecord], attempt: Attempt
+) -> Iterator[ShardInput | LinkRecord]:
     """The items of the rows that are tried again. Raises ShardError where one is gone."""
     missing = set(attempt.rows)
     for item in items:
@@ -177,13 +141,13 @@ class EncodeWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
         for index in range(table.num_rows):
-            row = {name: table[name][index].as_py() for name in ("shard", "source", "error")}
-            answer = {"shard": row["shard"], "result": None, "error": row["error"]}
-            if row["error"] is None:
+            shard, error = (table[name][index].as_py() for name in ("shard", "error"))
+            answer = {"shard": shard, "result": None, "error": error}
+            if error is None:
                 try:
                     answer["result"] = self._encode(table.slice(index, 1)).to_json()
-                except Exception as error:
-                    answer["error"] = _describe(error)
+                except Exception as raised:
+                    answer["error"] = _describe(raised)
             rows.append(answer)
         return pa.Table.from_pylist(rows, schema=_ANSWER_ROW)
 
@@ -196,12 +160,11 @@ class EncodeWorker:
                 f"node {socket.gethostname()} does not see the database at {layout.root}; put it"
                 " where all nodes of the cluster do: on a shared file system or in a bucket"
             )
-        attempt = _attempt({name: row[name][0].as_py() for name in _SHARD_ROW.names})
+        attempt: Attempt = pickle.loads(row["attempt"][0].as_py())
         shard = attempt.shard
-        inputs = unpack_records(row["inputs"][0].as_buffer())
         encoded = encode_shard(
             self._tokenizer,
-            inputs,
+            unpack_records(row["inputs"][0].as_buffer()),
             settings.encode,
             measure_agreement=not self._measured and settings.precision != "float32",
         )
@@ -215,16 +178,13 @@ class EncodeWorker:
             encoded.tokens[kept],
             encoded.latents[kept] if encoded.latents is not None else None,
         )
-        rejects = pa.Table.from_pylist(
-            [
-                {"shard": shard.id, "attempt": attempt.number, "row": r.row, "key": r.key}
-                | {"url": r.url, "stage": r.stage, "reason": r.reason, "detail": r.detail}
-                for r in encoded.rejects
-            ],
-            schema=REJECTS_SCHEMA,
-        )
-        images = encoded.images_table(spec, shard)
-        tables = {PATCHES: patches, REJECTS: rejects, IMAGES: images}
+        of_attempt = {"shard": shard.id, "attempt": attempt.number}
+        rejects = [of_attempt | vars(reject) for reject in encoded.rejects]
+        tables = {
+            PATCHES: patches,
+            REJECTS: pa.Table.from_pylist(rejects, schema=REJECTS_SCHEMA),
+            IMAGES: encoded.images_table(spec, shard),
+        }
         paths = table_paths(layout, settings.keys)
         fragments = {name: write_fragments(paths[name], tables[name]) for name in tables}
         return ShardResult(

@@ -7,7 +7,7 @@ long it will take is told before it starts.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import ray
@@ -31,6 +31,8 @@ _RAY_FROM_ROWS = 50_000_000
 
 _Announce = Callable[[str], None]
 _Progress = Callable[[int, int], None]
+_Search = Callable[..., Neighbors]
+"""`exact_search` with all that is asked; what is left to give are the blocks."""
 
 
 def exact_neighbors(
@@ -51,30 +53,21 @@ def exact_neighbors(
     See `exact_search` for weights, skip and left_out. resources: where tasks run; None keeps all
     in this process, unless the table has more than 50 million rows.
     """
-    if resources is not None or table.count > _RAY_FROM_ROWS:
-        with ray_cluster(resources or RayResources()):
-            announce_cost(table, codes, queries, cluster_cores(), announce)
-            return search_on_ray(
-                table,
-                codes,
-                queries,
-                k,
-                weights=weights,
-                skip=skip,
-                left_out=left_out,
-                progress=progress,
-            )
-    announce_cost(table, codes, queries, 1, announce)
-    return exact_search(
-        table.blocks(),
-        codes,
-        queries,
-        k,
+    search = partial(
+        exact_search,
+        codes=codes,
+        queries=queries,
+        k=k,
         weights=weights,
         skip=skip,
         left_out=left_out,
-        progress=lambda done: progress(done, table.count),
     )
+    if resources is not None or table.count > _RAY_FROM_ROWS:
+        with ray_cluster(resources or RayResources()):
+            announce_cost(table, codes, queries, cluster_cores(), announce)
+            return search_on_ray(table, search, progress=progress)
+    announce_cost(table, codes, queries, 1, announce)
+    return search(table.blocks(), progress=lambda done: progress(done, table.count))
 
 
 def announce_cost(
@@ -101,46 +94,26 @@ def announce_cost(
 
 def search_on_ray(
     table: PatchTable,
-    codes: Floats,
-    queries: Queries,
-    k: int,
+    search: _Search,
     *,
-    weights: tuple[float, ...] | None = None,
-    skip: Ids | None = None,
-    left_out: Ids | None = None,
     rows_a_task: int = _ROWS_PER_TASK,
     progress: _Progress = lambda _done, _total: None,
 ) -> Neighbors:
-    """`exact_search` over the whole table by tasks of a Ray session that runs."""
-    parts = table.parts(rows_a_task)
-    if not parts:
-        return exact_search([], codes, queries, k, weights=weights)
-    shared = ray.put((table.path, table.version, codes, queries, k, weights, skip, left_out))
+    """`search` over the whole table by tasks of a Ray session that runs."""
     best: Neighbors | None = None
     done = 0
-    for part, found in run_tasks(_search_part, parts, shared):
+    shared = (table.path, table.version, ray.put(search))
+    for part, found in run_tasks(_search_part, table.parts(rows_a_task), *shared):
         # Arrays from Ray's store are read-only views of it; merging copies them out.
         best = merge_nearest([found] if best is None else [best, found])
         done += part.count
         progress(done, table.count)
-    assert best is not None
-    return best
+    return search([]) if best is None else best
 
 
-def _search_part(part: TablePart, shared: tuple[Any, ...]) -> Neighbors:
+def _search_part(part: TablePart, path: str, version: int, search: _Search) -> Neighbors:
     """One task: the nearest entries among one part's rows."""
-    path, version, codes, queries, k, weights, skip, left_out = shared
-    table = PatchTable(path, version)
-    return exact_search(
-        table.blocks(part=part),
-        np.array(codes),
-        queries,
-        k,
-        weights=weights,
-        skip=skip,
-        left_out=left_out,
-        first_row=part.start,
-    )
+    return search(PatchTable(path, version).blocks(part=part), first_row=part.start)
 
 
 def copies_left_aside(parts: Sequence[ListPart]) -> Ids:
@@ -148,9 +121,5 @@ def copies_left_aside(parts: Sequence[ListPart]) -> Ids:
 
     An exact search by which the index is judged skips them.
     """
-    aside = [np.empty(0, np.int64)]
-    for part in parts:
-        first = np.zeros(len(part.copies_ids), bool)
-        first[part.copies_start[:-1]] = True
-        aside.append(part.copies_ids[~first])
-    return np.sort(np.concatenate(aside))
+    aside = [np.delete(part.copies_ids, part.copies_start[:-1]) for part in parts]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *aside]))

@@ -30,28 +30,21 @@ _OUTGROWN = 4
 _DECISIVE = ("kind", "index_key", "lists", "query_ms", "weights", "max_copies", "dedup", "seed")
 
 
-@dataclass(frozen=True)
-class IndexToBuild:
-    """An index that a build leaves to be made or to be brought up to date."""
+def index_to_build(database: str | Path) -> tuple[str | None, IndexSettings] | None:
+    """What a build leaves to be indexed: nothing, a first index, or the newest one again.
 
-    name: str | None
-    """None for the name of its kind."""
-    settings: IndexSettings
-    """How it is to be made."""
-
-
-def index_to_build(database: str | Path) -> IndexToBuild | None:
-    """What a build leaves to be indexed: nothing, a first index, or the newest one again."""
+    Its name, None for that of its kind, and how it is to be made.
+    """
     layout = Layout(database)
     table = PatchTable(layout.patches(DatabaseManifest.read(layout).keys))
     if not table.count:
         return None
     if not index_folders(layout):
-        return IndexToBuild(None, IndexSettings())
+        return None, IndexSettings()
     newest = IndexManifest.read(newest_index(layout))
     if newest.settings["rows"] == table.count and newest.mark == table.mark:
         return None
-    return IndexToBuild(newest.name, IndexSettings.from_json(newest.settings))
+    return newest.name, IndexSettings.from_json(newest.settings)
 
 
 def unwanted_pictures(layout: Layout, settings: IndexSettings) -> Ids:
@@ -67,7 +60,6 @@ class Facts:
     """What decides whether an index that was made the same way is built upon."""
 
     parts: tuple[str, ...]
-    """The folders that hold its entries."""
     mark: int
     """The highest fragment of the table that it holds rows of."""
     rows_stand: bool
@@ -150,10 +142,7 @@ def index_made_alike(place: str, settings: IndexSettings) -> IndexManifest | Non
 def facts_of(
     place: str, older: IndexManifest, table: PatchTable, unwanted: Ids, *, compacted: bool
 ) -> Facts:
-    """What decides whether the index at this place is built upon.
-
-    unwanted: the pictures that are not to be taken now, ascending.
-    """
+    """The facts of the index at this place. unwanted: pictures not to be taken now, ascending."""
     before = left_out(local_folder(place))
     return Facts(
         parts=older.parts,

@@ -44,11 +44,8 @@ class PartsJob:
     """What the parts of an index are made from, where and by whom."""
 
     table: PatchTable
-    """The patches, at a pinned version."""
     layout: CodeLayout
-    """How a key is packed."""
     settings: IndexSettings
-    """How the index is made."""
     work: Path
     """The folder in which it is made."""
     left_out: Path | None
@@ -56,7 +53,6 @@ class PartsJob:
     resources: RayResources | None
     """The Ray cluster to use; None works here unless there are many steps."""
     progress: IndexProgress
-    """Told of every step."""
 
 
 def make_parts(job: PartsJob, decision: Decision, place: str) -> tuple[str, ...]:
@@ -119,8 +115,7 @@ def _merge(job: PartsJob, folders: tuple[Path, ...], name: str) -> None:
     if len(merges) == 1:
         merges[0].folder.rename(job.work / name)
         return
-    slices = [ListPart.open(step.folder, job.layout.size) for step in merges]
-    append_parts(job.work / name, slices)
+    append_parts(job.work / name, [ListPart.open(m.folder, job.layout.size) for m in merges])
     for step in merges:
         shutil.rmtree(step.folder)
 

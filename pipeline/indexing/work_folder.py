@@ -48,10 +48,10 @@ def work_folder(
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
     work = building_folder(layout.indexes, name)
-    resumable = settings.kind == "codebook" and (work / f"plan-{digest}").exists()
-    if not resumable:
+    mark = work / f"plan-{digest}"
+    if settings.kind != "codebook" or not mark.exists():
         empty_work_folder(work, unwanted)
-        (work / f"plan-{digest}").touch()
+        mark.touch()
     return work
 
 

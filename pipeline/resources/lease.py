@@ -49,12 +49,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Beat:
-    """How often a record is renewed, and when one that was not is up for others."""
+    """Seconds between two renewals of a record, and how many must fail to come."""
 
     seconds: float = 10.0
-    """Between two renewals."""
     missed: int = 3
-    """So many renewals must fail to come."""
 
     @property
     def patience(self) -> float:
@@ -67,32 +65,23 @@ BEAT = Beat()
 
 @dataclass(frozen=True)
 class Holder:
-    """What a record says.
+    """What a record says of who holds the lease, by a random name, and of its process.
 
-    Times are seconds since 1970 by the holder's clock, for people and as a hint; that a holder is
-    gone is judged by `beats` standing still.
+    place: the host, its boot, and the namespace of its process ids; started: when the process
+    began, in ticks since that boot. since and renewed: seconds since 1970 by the holder's clock,
+    for people and as a hint; that a holder is gone is judged by `beats` standing still.
     """
 
     holder: str
-    """A random name that no other holder has."""
     command: str
-    """What the holder is doing, as it was typed."""
     host: str
-    """The name of the machine it runs on."""
     pid: int
-    """Its process."""
     place: str
-    """The host, its boot, and the namespace of its process ids."""
     started: str
-    """When the process began, in ticks since the boot."""
     since: float
-    """When it took the lease."""
     renewed: float
-    """When it renewed the record last."""
     beats: int = 0
-    """How often it did."""
     released: bool = False
-    """Whether it gave the lease back."""
 
 
 class Lease:
@@ -118,7 +107,7 @@ class Lease:
         self._over.set()
         self._thread.join()
         try:
-            if max(_numbers(self._layout), default=0) == self._number:
+            if _last(self._layout) == self._number:
                 self._write(replace(self._record, released=True))
             for number in _numbers(self._layout):
                 if number < self._number:
@@ -127,7 +116,7 @@ class Lease:
             _log.warning("the lease could not be released and will run out: %s", error)
 
     def _look(self) -> None:
-        last = max(_numbers(self._layout), default=0)
+        last = _last(self._layout)
         if last != self._number or _read(self._layout, last).holder != self._record.holder:
             taken = _describe(_read(self._layout, last)) if last else "someone who removed it"
             raise LeaseLostError(
@@ -141,9 +130,8 @@ class Lease:
             asked = _clock()
             try:
                 self._look()
-                self._write(
-                    replace(self._record, beats=self._record.beats + 1, renewed=time.time())
-                )
+                beats = self._record.beats + 1
+                self._write(replace(self._record, beats=beats, renewed=time.time()))
                 self._renewed = asked
             except LeaseLostError:
                 return
@@ -187,7 +175,7 @@ def _flock(file: IO[str], layout: Layout, beat: Beat) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            last = max(_numbers(layout), default=0)
+            last = _last(layout)
             raise _busy(layout, _read(layout, last) if last else None, beat) from error
         _log.warning("no file locks in %s (%s); the heartbeat alone decides", layout.root, error)
         return False
@@ -196,8 +184,7 @@ def _flock(file: IO[str], layout: Layout, beat: Beat) -> bool:
 
 def _claim(layout: Layout, command: str, beat: Beat, locked: bool) -> Lease:
     """The next number, once the last one's holder is known to be gone."""
-    last = max(_numbers(layout), default=0)
-    if last:
+    if last := _last(layout):
         record = _read(layout, last)
         if not (record.released or _is_dead(record, locked)):
             _watch(layout, last, record, beat)
@@ -227,7 +214,7 @@ def _watch(layout: Layout, number: int, record: Holder, beat: Beat) -> None:
     end = time.monotonic() + beat.patience
     while time.monotonic() < end:
         time.sleep(beat.seconds / 4)
-        last = max(_numbers(layout), default=0)
+        last = _last(layout)
         now = _read(layout, last)
         if last != number or now.beats != record.beats:
             raise _busy(layout, now, beat)
@@ -254,13 +241,10 @@ def _is_dead(record: Holder, locked: bool) -> bool:
     Here means this host since its last start, and this container. A file lock that was to be had
     proves the same.
     """
-    if record.place != _place():
-        return False
-    return locked or _started(record.pid) != record.started
+    return record.place == _place() and (locked or _started(record.pid) != record.started)
 
 
 def _place() -> str:
-    """This host, its boot, and the namespace that its process ids are of."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
 
@@ -281,6 +265,10 @@ def _record_place(layout: Layout, number: int) -> str:
 def _numbers(layout: Layout) -> list[int]:
     found = (name.removesuffix(".json") for name in names_in(layout.leases))
     return [int(name) for name in found if name.isdigit()]
+
+
+def _last(layout: Layout) -> int:
+    return max(_numbers(layout), default=0)
 
 
 def _read(layout: Layout, number: int) -> Holder:

@@ -15,12 +15,12 @@ def give_memory_back() -> None:
     glibc keeps more of it the larger the blocks that a process once freed: an index build over ten
     million keys kept 100 MB that one over a million did not.
     """
-    _set(_M_MMAP_THRESHOLD, _THRESHOLD)
+    _call("mallopt", _M_MMAP_THRESHOLD, _THRESHOLD)
 
 
 def one_arena() -> None:
     """What MALLOC_ARENA_MAX=1 does, for a process that has read its environment already."""
-    _set(_M_ARENA_MAX, 1)
+    _call("mallopt", _M_ARENA_MAX, 1)
 
 
 def return_free_memory() -> None:
@@ -29,11 +29,10 @@ def return_free_memory() -> None:
     A driver frees a copy of its tables' lists of fragments at every commit, each a little longer
     than the one before, so that what is free between other blocks fits none of the next.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    _call("malloc_trim", 0)
 
 
-def _set(option: int, value: int) -> None:
+def _call(function: str, *numbers: int) -> None:
     """Nothing where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(option, value)
+        getattr(ctypes.CDLL(None), function)(*numbers)

@@ -49,15 +49,14 @@ def ray_cluster(resources: RayResources) -> Iterator[None]:
     warnings.filterwarnings("ignore", "lance is not fork-safe")
     # Ray's C++ side reports harmless details of actor creation as errors on the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if resources.address is not None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if resources.address is None:
+        options["include_dashboard"] = False
+    else:
         _require_reachable(resources.address)
     try:
         with _silent_stderr():
-            if resources.address is None:
-                ray.init(address="local", include_dashboard=False, **quiet)
-            else:
-                ray.init(address=resources.address, **quiet)
+            ray.init(address=resources.address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if resources.address is None:
@@ -131,12 +130,10 @@ def _silent_stderr() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EncoderPool:
-    """How many actors encode."""
+    """How many actors encode: to begin with, and when nodes have joined."""
 
     smallest: int
-    """To begin with."""
     largest: int
-    """When nodes have joined."""
 
 
 def encoder_pool(resources: RayResources) -> EncoderPool:

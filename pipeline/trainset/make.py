@@ -8,6 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,15 @@ from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.resources.lease import lease
 from pipeline.resources.ray_session import encoder_pool, ray_cluster
-from pipeline.trainset.worker import TrainsetWorker, Written, write_pictures, write_shard
-from schemas.records import Shard
+from pipeline.trainset.worker import Task, TrainsetWorker, write_rows
 from schemas.settings.resources import RayResources
-from schemas.settings.source import SourceSettings
 from schemas.settings.trainset import TrainsetSettings
 from stages.sources import locate_source, open_source
 from stages.tables.row_table import RowTable
 
 IMAGES_PER_TASK = 32
 """Pictures a task of the database's own: some 16,000 searches on a 24 x 24 grid."""
+EXPORT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class TrainsetReport:
     """What was made."""
 
     folder: str
-    """Where it is."""
     manifest: TrainsetManifest
     images: int
     """Rows in it."""
@@ -91,10 +90,6 @@ class TrainsetReport:
         )
 
 
-Task = list[int] | Shard
-"""What one Ray task works on: pictures of the database by id, or a shard of another source."""
-
-
 def make_trainset(settings: TrainsetSettings, progress: Progress = silent) -> TrainsetReport:
     """Make the training set, or add to it what it lacks; an interrupted one goes on.
 
@@ -103,9 +98,9 @@ def make_trainset(settings: TrainsetSettings, progress: Progress = silent) -> Tr
 
     progress counts tasks. Raises ArragError for what the user can mend.
     """
-    if settings.source is not None and settings.source.limit is None:
-        limited = replace(settings.source, limit=settings.limit)
-        settings = replace(settings, source=limited)
+    source = settings.source
+    if source is not None and source.limit is None:
+        settings = replace(settings, source=replace(source, limit=settings.limit))
     layout = Layout(settings.database)
     database = DatabaseManifest.read(layout)
     folder = resolved_place(settings.out or join(layout.root, "trainset"))
@@ -125,7 +120,7 @@ def make_trainset(settings: TrainsetSettings, progress: Progress = silent) -> Tr
             index.manifest.name,
             join(folder, TRAINSET_ROWS),
             wanted,
-            settings.source and absolute(settings.source),
+            settings.source and locate_source(settings.source),
             settings.tokenizer_weights,
             "cuda" if settings.resources.gpus else "cpu",
         )
@@ -134,26 +129,21 @@ def make_trainset(settings: TrainsetSettings, progress: Progress = silent) -> Tr
             # Until everything wanted is there, the folder holds no complete set.
             delete_place(join(folder, TRAINSET_MANIFEST))
             with ray_cluster(settings.resources):
-                for number, written in enumerate(_run(tasks, worker, settings.resources)):
+                written = _run(tasks, worker, settings.resources)
+                for done, (fragments, count) in enumerate(written, start=1):
                     held.check()
-                    rows.append(written.fragments)
-                    added += written.images
-                    progress("retrieving", number + 1, len(tasks))
-        count = rows.count()
-        if not count:
+                    rows.append(fragments)
+                    added += count
+                    progress("retrieving", done, len(tasks))
+        finished = replace(wanted, images=rows.count())
+        if not finished.images:
             raise BadInputError(
                 f"no picture of {wanted.pictures} has a caption, and training needs captions; name"
                 " another --source, or build the database from one with captions"
             )
-        finished = replace(wanted, images=count)
         held.check()
         write_bytes(join(folder, TRAINSET_MANIFEST), (finished.to_json() + "\n").encode())
-    return TrainsetReport(folder, finished, count, added, captionless)
-
-
-def absolute(source: SourceSettings) -> SourceSettings:
-    """The same source for workers, whose working folder is another one."""
-    return locate_source(source)
+    return TrainsetReport(folder, finished, finished.images, added, captionless)
 
 
 def _describe(
@@ -186,17 +176,14 @@ def _open_rows(folder: str, wanted: TrainsetManifest, removed: Ids) -> RowTable 
     """
     rows = RowTable.open(join(folder, TRAINSET_ROWS))
     if rows is None:
-        others = sorted(
-            set(names_in(folder)) - {TRAINSET_CODEBOOK, TRAINSET_MANIFEST, TRAINSET_ROWS}
-        )
-        if others:
+        ours = {TRAINSET_CODEBOOK, TRAINSET_MANIFEST, TRAINSET_ROWS}
+        if others := sorted(set(names_in(folder)) - ours):
             raise BadInputError(
                 f"{folder} is no training set and not empty (it holds {others[0]}); name an empty"
                 " or new folder with --out"
             )
         return None
-    metadata = rows.schema.metadata or {}
-    have = TrainsetManifest.from_json(metadata.get(SETTINGS, b""), folder)
+    have = TrainsetManifest.from_json((rows.schema.metadata or {}).get(SETTINGS, b""), folder)
     for option, own, new in (
         ("--k", have.k, wanted.k),
         ("index", have.index, wanted.index),
@@ -230,39 +217,34 @@ def _tasks(
     captioned, captionless = images.captioned(wanted.pictures)
     done = set(have.tolist())
     todo = [image for image in _chosen(captioned, settings.limit) if image not in done]
-    tasks: list[Task] = [
-        todo[start : start + IMAGES_PER_TASK] for start in range(0, len(todo), IMAGES_PER_TASK)
-    ]
-    return tasks, captionless
+    starts = range(0, len(todo), IMAGES_PER_TASK)
+    return [todo[start : start + IMAGES_PER_TASK] for start in starts], captionless
 
 
 def _chosen(captioned: Ids, limit: int | None) -> list[int]:
     """The first `limit` pictures in the order of a hash, so that a larger limit only adds some."""
-    ids: list[int] = captioned.tolist()
-    order = [hashlib.sha256(f"trainset {image}".encode()).digest() for image in ids]
-    ranked = [image for _, image in sorted(zip(order, ids, strict=True))]
-    return ranked[:limit]
+
+    def order(image: int) -> tuple[bytes, int]:
+        return hashlib.sha256(f"trainset {image}".encode()).digest(), image
+
+    return sorted(captioned.tolist(), key=order)[:limit]
 
 
 def _run(
     tasks: Sequence[Task], worker: TrainsetWorker, resources: RayResources
-) -> Iterator[Written]:
-    """The results of all tasks in their order, a bounded number at work at once.
+) -> Iterator[tuple[list[str], int]]:
+    """What `write_rows` gives for all tasks in their order, a bounded number at work at once.
 
     Raises ArragError for a task that failed; what came before it is committed.
     """
-    options = {"num_cpus": resources.threads, "num_gpus": 1 if resources.gpus else 0}
-    of_ids: Any = ray.remote(write_pictures).options(**options)
-    of_shard: Any = ray.remote(write_shard).options(**options)
-    ahead, waiting = 2 * encoder_pool(resources).largest, deque(tasks)
-    settings, running = ray.put(worker), deque[Any]()
-    while waiting or running:
-        while waiting and len(running) < ahead:
-            task = waiting.popleft()
-            remote = of_shard if isinstance(task, Shard) else of_ids
-            running.append(remote.remote(settings, task))
+    gpus = 1 if resources.gpus else 0
+    remote: Any = ray.remote(num_cpus=resources.threads, num_gpus=gpus)(write_rows)
+    settings, waiting = ray.put(worker), iter(tasks)
+    ahead = islice(waiting, 2 * encoder_pool(resources).largest)
+    running = deque(remote.remote(settings, task) for task in ahead)
+    while running:
         try:
-            written: Written = ray.get(running.popleft())
+            written: tuple[list[str], int] = ray.get(running.popleft())
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ArragError):
                 raise error.cause from error
@@ -275,10 +257,8 @@ def _run(
                 f"a worker died ({str(error).splitlines()[0]}); what came before is kept, and the"
                 " same command goes on"
             ) from error
+        running.extend(remote.remote(settings, task) for task in islice(waiting, 1))
         yield written
-
-
-EXPORT_ROWS = 512
 
 
 def export_trainset(folder: str | Path, path: Path) -> None:

@@ -4,7 +4,6 @@ In: pictures of the database by id, or a shard of another source. Out: written, 
 of rows, as the driver commits them. A picture never retrieves itself or a copy of itself.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,12 +15,12 @@ from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
-from arrag_runtime.format.neighborhood import MISSING, Neighborhood
+from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.training_set import TrainsetManifest, trainset_schema
 from arrag_runtime.search.patch_index import PatchIndex
 from arrag_runtime.tokenizers import Tokenizer, Tokens
 from pipeline.query import load_database_tokenizer
-from schemas.records import Attempt, GridRecord, GridShape, ImageRecord, Reject, Shard
+from schemas.records import Attempt, GridShape, Shard
 from schemas.settings.download import DownloadSettings
 from schemas.settings.source import SourceSettings
 from stages.download.download_links import download_links
@@ -31,7 +30,9 @@ from stages.removal.suppression import read_suppressions, suppress
 from stages.sources import open_source
 from stages.tables.committer import write_fragments
 
-NO_IMAGE = -1
+Task = list[int] | Shard
+"""What one Ray task works on: pictures of the database by id, or a shard of another source."""
+_NO_IMAGE = -1
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TrainsetWorker:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class _Pictures:
     """ids: int64 [B]; hashes of the original files; captions; grids: uint16 [B, h, w]."""
 
     ids: Ids
@@ -57,63 +58,13 @@ class Pictures:
     grids: Tokens
 
 
-@dataclass(frozen=True)
-class Written:
-    """Fragments of rows, and how many there are."""
-
-    fragments: list[str]
-    images: int
-
-
-def write_pictures(worker: TrainsetWorker, image_ids: list[int]) -> Written:
-    """The rows of these pictures of the database."""
+def write_rows(worker: TrainsetWorker, task: Task) -> tuple[list[str], int]:
+    """Write the rows of a task's pictures; their fragments, and how many rows there are."""
     images = ImageTable(Layout(worker.database).images)
-    rows, height = images.rows(image_ids), worker.manifest.tokenizer.grid_height
-    grids = images.grids(image_ids, height)
-    pictures = Pictures(
-        np.array(image_ids, np.int64),
-        [rows[image].sha256 for image in image_ids],
-        [rows[image].caption or "" for image in image_ids],
-        np.stack([grids[image] for image in image_ids]),
-    )
-    return _write(worker, images, pictures)
-
-
-def write_shard(worker: TrainsetWorker, shard: Shard) -> Written:
-    """The rows of the captioned pictures of this shard of another source, encoded on the way."""
-    assert worker.source is not None
-    layout = Layout(worker.database)
-    encoder = DatabaseManifest.read(layout).encoder
-    settings = EncodeSettings(
-        batch_size=encoder.batch_size if worker.device == encoder.device else 1,
-        decode=DecodeSettings(size=worker.manifest.tokenizer.image_size),
-    )
-    tokenizer = _tokenizer(worker.database, worker.tokenizer_weights, worker.device)
-    suppressions = read_suppressions(layout)
-    spec = worker.manifest.tokenizer
-    grid = GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
-    source = open_source(replace(worker.source, grid=grid))
-    inputs: Iterator[ImageRecord | GridRecord | Reject] = download_links(
-        suppress(source.read(shard), suppressions),
-        DownloadSettings(),
-        Attempt(shard),
-        suppressions=suppressions,
-    )
-    encoded = encode_shard(tokenizer, inputs, settings)
-    told = [n for n, image in enumerate(encoded.images) if image.record.caption]
-    pictures = Pictures(
-        encoded.image_ids(shard)[told],
-        [encoded.images[n].sha256 for n in told],
-        [encoded.images[n].record.caption or "" for n in told],
-        encoded.tokens[told],
-    )
-    return _write(worker, ImageTable(layout.images), pictures)
-
-
-def _write(worker: TrainsetWorker, images: ImageTable, pictures: Pictures) -> Written:
-    exclude = copies_in_database(images, pictures)
+    pictures = _read(worker, task) if isinstance(task, Shard) else _known(worker, images, task)
     index = _index(worker.database, worker.index)
-    found = retrieve(index, pictures.grids, exclude, worker.manifest.k)
+    exclude = _copies_in_database(images, pictures.hashes)
+    found = _retrieve(index, pictures.grids, exclude, worker.manifest.k)
     count = len(pictures.ids)
     table = pa.table(
         [
@@ -125,35 +76,67 @@ def _write(worker: TrainsetWorker, images: ImageTable, pictures: Pictures) -> Wr
         ],
         schema=trainset_schema(worker.manifest),
     )
-    return Written(write_fragments(worker.rows, table), count)
+    return write_fragments(worker.rows, table), count
 
 
-def copies_in_database(images: ImageTable, pictures: Pictures) -> Ids:
-    """For each picture the ids of the database's pictures with the same bytes, int64 [B, M].
+def _known(worker: TrainsetWorker, images: ImageTable, image_ids: list[int]) -> _Pictures:
+    """These pictures of the database."""
+    rows = images.rows(image_ids)
+    grids = images.grids(image_ids, worker.manifest.tokenizer.grid_height)
+    return _Pictures(
+        np.array(image_ids, np.int64),
+        [rows[image].sha256 for image in image_ids],
+        [rows[image].caption or "" for image in image_ids],
+        np.stack([grids[image] for image in image_ids]),
+    )
 
-    Held-out pictures have no patches, so they are none; filled up with -1.
-    """
-    copies = images.copies(pictures.hashes)
-    rows = images.rows(image for ids in copies.values() for image in ids)
-    own = [
-        [image for image in copies.get(sha256, ()) if rows[image].split == "database"]
-        for sha256 in pictures.hashes
-    ]
+
+def _read(worker: TrainsetWorker, shard: Shard) -> _Pictures:
+    """The captioned pictures of this shard of another source, encoded on the way."""
+    assert worker.source is not None
+    layout, spec = Layout(worker.database), worker.manifest.tokenizer
+    encoder = DatabaseManifest.read(layout).encoder
+    settings = EncodeSettings(
+        batch_size=encoder.batch_size if worker.device == encoder.device else 1,
+        decode=DecodeSettings(size=spec.image_size),
+    )
+    tokenizer = _tokenizer(worker.database, worker.tokenizer_weights, worker.device)
+    suppressions = read_suppressions(layout)
+    grid = GridShape(spec.grid_height, spec.grid_width, spec.vocabulary)
+    items = suppress(open_source(replace(worker.source, grid=grid)).read(shard), suppressions)
+    encoded = encode_shard(
+        tokenizer,
+        download_links(items, DownloadSettings(), Attempt(shard), suppressions=suppressions),
+        settings,
+    )
+    told = [n for n, image in enumerate(encoded.images) if image.record.caption]
+    return _Pictures(
+        encoded.image_ids(shard)[told],
+        [encoded.images[n].sha256 for n in told],
+        [encoded.images[n].record.caption or "" for n in told],
+        encoded.tokens[told],
+    )
+
+
+def _copies_in_database(images: ImageTable, hashes: list[str]) -> Ids:
+    """For each picture those of the same bytes with patches, int64 [B, M], filled up with -1."""
+    copies = images.copies(hashes)
+    own = [copies.get(sha256, []) for sha256 in hashes]
     width = max((len(ids) for ids in own), default=0)
-    padded = [ids + [NO_IMAGE] * (width - len(ids)) for ids in own]
+    padded = [ids + [_NO_IMAGE] * (width - len(ids)) for ids in own]
     return np.array(padded, np.int64).reshape(len(own), width)
 
 
-def retrieve(index: PatchIndex, grids: Tokens, exclude: Ids, k: int) -> npt.NDArray[np.uint16]:
+def _retrieve(index: PatchIndex, grids: Tokens, exclude: Ids, k: int) -> npt.NDArray[np.uint16]:
     """The k retrieved tokens of every position, uint16 [B, h · w, K]; `MISSING` for none.
 
     grids: uint16 [B, h, w]; exclude: int64 [B, M], pictures whose entries must not be returned.
     """
-    hood: Neighborhood = index.manifest.keys.neighborhood
+    hood = index.manifest.keys.neighborhood
     batch, height, width = grids.shape
     positions, keys = hood.positions(height, width), hood.keys(grids)
     found = np.full((batch, height * width, k), MISSING, np.uint16)
-    excluding = (exclude != NO_IMAGE).any(axis=1)
+    excluding = (exclude != _NO_IMAGE).any(axis=1)
     for some, out in ((~excluding, None), (excluding, exclude)):
         if not some.any():
             continue
@@ -168,13 +151,11 @@ def retrieve(index: PatchIndex, grids: Tokens, exclude: Ids, k: int) -> npt.NDAr
 
 @lru_cache(maxsize=1)
 def _index(database: str, name: str) -> PatchIndex:
-    """The index, opened once per process."""
     return PatchIndex.open(database, name)
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(database: str, weights: str | None, device: str) -> Tokenizer:
-    """The database's tokenizer, loaded once per process."""
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
     tokenizer = load_database_tokenizer(layout, manifest, weights)

@@ -1,1 +1,1 @@
-"""The settings of the pipeline's commands."""
+"""The settings of the pipeline's commands. Read `source` and `build` first."""

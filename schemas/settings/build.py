@@ -11,8 +11,7 @@ from schemas.settings.source import SourceSettings
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """What to build, and how; None where a setting is the database's own or, in a new one, the
-    default."""
+    """What to build, and how; None is the database's own setting or, in a new one, the default."""
 
     database: Database = DATABASE
     """Folder or s3://BUCKET/PREFIX of the database."""

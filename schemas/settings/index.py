@@ -23,8 +23,7 @@ BALANCE = 8
 """Lists for each √key at which looking at centroids and at codes cost about the same."""
 QUERY_MS = 0.5
 """Wanted milliseconds of a query on one core, by default."""
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def default_kind(space: str, keys: int) -> Kind:
@@ -52,7 +51,7 @@ def choose_ivfpq_lists(keys: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSettings:
-    """How an index is to be made; kept in its manifest, so that a grown table is indexed likewise."""
+    """How an index is to be made, and how well it must do."""
 
     kind: Annotated[Kind | None, Option(shown="codebook; latent keys: by size")] = None
     """codebook, ivfpq or flat."""
@@ -117,10 +116,10 @@ class IndexSettings:
             return None
         offsets = keys.neighborhood.size
         try:
-            weights = tuple(float(part) for part in self.weights.split(","))
+            weights = tuple(map(float, self.weights.split(",")))
         except ValueError:
             weights = ()
-        finite = all(math.isfinite(weight) for weight in weights)
+        finite = all(map(math.isfinite, weights))
         if len(weights) != offsets or not finite or min(weights) < 0 or sum(weights) == 0:
             raise BadInputError(
                 f"--weights '{self.weights}' is neither equal, learned nor {offsets} numbers, one an"
@@ -142,8 +141,7 @@ class IndexSettings:
 
 def size_in_bytes(option: str, text: str) -> int:
     """A size such as 4GB, 512MB or 1.5G. Raises BadInputError for what is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match[2].upper() if match else ""
-    if match is None or unit not in UNITS or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
         raise BadInputError(f"{option} '{text}' is not a size such as 4GB")
-    return int(float(match[1]) * UNITS[unit])
+    return int(float(match[1]) * _UNITS[match[2].upper()])

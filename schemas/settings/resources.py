@@ -11,8 +11,7 @@ class RayResources:
     """What the run may use of a machine or a cluster."""
 
     address: Annotated[
-        str | None,
-        Option(flags="--ray", env="RAY_ADDRESS", shown="one of its own, embedded"),
+        str | None, Option(flags="--ray", env="RAY_ADDRESS", shown="one of its own, embedded")
     ] = None
     """Address of a Ray cluster."""
     workers: Annotated[int, Option(minimum=0)] = 0

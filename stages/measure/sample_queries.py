@@ -53,11 +53,7 @@ def _own_and_copies(images: ImageTable, ids: Ids) -> Ids:
     """Of each picture itself and its copies those with patches: int64 [N, M], filled with -1."""
     rows = images.rows(ids.tolist())
     copies = images.copies(row.sha256 for row in rows.values())
-    rows |= images.rows(copy for group in copies.values() for copy in group)
-    own = [
-        [copy for copy in copies[rows[image].sha256] if rows[copy].split == "database"]
-        for image in ids.tolist()
-    ]
+    own = [copies.get(rows[image].sha256, []) for image in ids.tolist()]
     widest = max([1, *map(len, own)])
     padded = [group + [NO_IMAGE] * (widest - len(group)) for group in own]
     return np.array(padded, np.int64).reshape(-1, widest)

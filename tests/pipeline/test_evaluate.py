@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import lance
@@ -64,13 +65,10 @@ def test_tasks_find_what_one_process_finds(
     skip = world.ids[::7]
     local = exact_search(world.table.blocks(), CODES, queries, 90, weights=weights, skip=skip)
     done: list[tuple[int, int]] = []
+    search = partial(exact_search, codes=CODES, queries=queries, k=90, weights=weights, skip=skip)
     spread = search_on_ray(
         world.table,
-        CODES,
-        queries,
-        90,
-        weights=weights,
-        skip=skip,
+        search,
         rows_a_task=rows,
         progress=lambda n, total: done.append((n, total)),
     )

@@ -127,7 +127,8 @@ def test_a_grown_index_finds_what_a_new_one_finds(layout: Layout) -> None:
     add_shard(layout, 3, MORE[0])
     stale = index_to_build(layout.root)
     assert stale is not None
-    assert (stale.name, stale.settings.max_copies) == ("codebook", 1)
+    name, settings = stale
+    assert (name, settings.max_copies) == ("codebook", 1)
     grown = index(layout.root, CODES)
     assert (first.parts, grown.parts) == (("part-0000",), ("part-0000", "part-0001"))
     after = index_files(layout, "codebook")
