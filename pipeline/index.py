@@ -26,12 +26,13 @@ from arrag_runtime.format.location import finish_replacements
 from arrag_runtime.format.manifest import DatabaseManifest, IndexManifest, Layout
 from arrag_runtime.format.patches import PatchTable
 from arrag_runtime.format.specs import Floats
+from arrag_runtime.progress import Progress, silent
 from arrag_runtime.search.codebook_search import CodebookSearch
 from arrag_runtime.search.patch_index import PatchIndex, open_engine
 from arrag_runtime.search.tombstones import Tombstones
 from pipeline.indexing import growth
 from pipeline.indexing.exact import copies_left_aside, exact_neighbors
-from pipeline.indexing.steps import IndexProgress, PartsJob, make_parts
+from pipeline.indexing.steps import PartsJob, make_parts
 from pipeline.indexing.work_folder import empty_work_folder, put_index, work_folder
 from pipeline.resources.lease import lease
 from pipeline.resources.malloc import give_memory_back
@@ -66,7 +67,7 @@ class _Job:
     decision: growth.Decision
     work: Path
     resources: RayResources | None
-    progress: IndexProgress
+    progress: Progress
 
 
 def index(
@@ -77,7 +78,7 @@ def index(
     min_recall: float | None = None,
     compacted: bool = False,
     resources: RayResources | None = None,
-    progress: IndexProgress = lambda _step, _done, _total: None,
+    progress: Progress = silent,
     announce: Callable[[str], None] = lambda _cost: None,
 ) -> IndexManifest:
     """Build an index over the database's patches, or bring the one of this name up to date.

@@ -5,7 +5,7 @@ folders behind that tell what is done, so which of them ran where makes no diffe
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.inverted_lists import CENTROIDS, GRAPH, ListPart
 from arrag_runtime.format.location import local_folder
 from arrag_runtime.format.patches import PatchTable
+from arrag_runtime.progress import Progress
 from pipeline.indexing.growth import Decision
 from pipeline.indexing.work_folder import link_files
 from pipeline.resources.malloc import give_memory_back
@@ -35,9 +36,6 @@ _RAY_FROM_STEPS = 8
 _MERGED_BY_A_STEP = 1 << 26
 """Entries that one step merges, about."""
 
-IndexProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and how much there is."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class PartsJob:
@@ -52,7 +50,7 @@ class PartsJob:
     """A file of pictures not to take; None to take all."""
     resources: RayResources | None
     """The Ray cluster to use; None works here unless there are many steps."""
-    progress: IndexProgress
+    progress: Progress
 
 
 def make_parts(job: PartsJob, decision: Decision, place: str) -> tuple[str, ...]:
