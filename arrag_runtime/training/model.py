@@ -153,10 +153,7 @@ def _inject_lora(model: Any, spec: AdapterSpec, dropout: float) -> None:
             " 'arrag[train]'`"
         ) from error
     config = LoraConfig(
-        r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=dropout,
-        target_modules=_TARGETS,
+        r=spec.lora_rank, lora_alpha=spec.lora_alpha, lora_dropout=dropout, target_modules=_TARGETS
     )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
