@@ -92,12 +92,11 @@ class VQTokenizer:
         self.precision = chosen
         # bfloat16 in channels_last is several times as fast on a CPU, too (docs/log.md).
         last = self._device.type == "cuda" or chosen == "bfloat16"
-        layout = torch.channels_last if last else torch.contiguous_format
+        self._layout = torch.channels_last if last else torch.contiguous_format
         if self._device.type == "cuda":
             # Convolutions in TF32 would make "float32" something else than float32.
             torch.backends.cudnn.allow_tf32 = False
-        self._layout = layout
-        self._exact = self._exact.to(self._device, memory_format=layout)
+        self._exact = self._exact.to(self._device, memory_format=self._layout)
         self._model = self._exact
         if chosen != "float32":
             self._model = copy.deepcopy(self._exact).to(torch_dtype(chosen))
