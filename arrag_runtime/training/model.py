@@ -22,26 +22,24 @@ from arrag_runtime.format.training_set import Examples
 
 _TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
 _HEAD = "model.generation_head"
+NOT_INSTALLED = (
+    "training needs peft and accelerate, which are not installed; `pip install 'arrag[train]'`"
+)
 _INJECTED = r"(.*)\.lora_([AB])\.default\.weight"
 
 
 class TrainingModel(nn.Module):
     """The generator with what is trained on it; its own weights stay as they are.
 
-    Trained weights are float32, whatever the precision of the generator.
+    Trained weights are float32, whatever the precision of the generator. k: candidates per
+    position; dropout: LoRA's; longest: how many tokens of a caption are read.
     """
 
     def __init__(
-        self,
-        backend: JanusBackend,
-        spec: AdapterSpec,
-        *,
-        k: int,
-        dropout: float,
-        caption_tokens: int,
+        self, backend: JanusBackend, spec: AdapterSpec, *, k: int, dropout: float, longest: int
     ) -> None:
         super().__init__()
-        self._backend, self._caption_tokens = backend, caption_tokens
+        self._backend, self._longest = backend, longest
         self.model = backend.model.requires_grad_(False)
         self.spec = spec.checked()
         if spec.lora_rank:
@@ -62,7 +60,7 @@ class TrainingModel(nn.Module):
 
     def inputs(self, examples: Examples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Examples as `forward` takes them, on the generator's device."""
-        ids, mask = self._backend.prompt_ids(examples.captions, longest=self._caption_tokens)
+        ids, mask = self._backend.prompt_ids(examples.captions, longest=self._longest)
         device = self._backend.device
         tokens = torch.from_numpy(examples.tokens.astype(np.int64))
         retrieved = torch.from_numpy(examples.neighbors.astype(np.int64))
@@ -126,10 +124,7 @@ def _inject_lora(model: Any, spec: AdapterSpec, dropout: float) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ArragError(
-            "training needs peft and accelerate, which are not installed; `pip install"
-            " 'arrag[train]'`"
-        ) from error
+        raise ArragError(NOT_INSTALLED) from error
     config = LoraConfig(
         r=spec.lora_rank, lora_alpha=spec.lora_alpha, lora_dropout=dropout, target_modules=_TARGETS
     )

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.compatibility import require_same_grids
-from arrag_runtime.backends.janus import JanusBackend
+from arrag_runtime.backends.janus import load_janus
 from arrag_runtime.device import require_device, torch_dtype
 from arrag_runtime.faid.adapter import spec_of_model
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples, TrainingSet
-from arrag_runtime.training.model import TrainingModel
+from arrag_runtime.training.model import NOT_INSTALLED, TrainingModel
 from arrag_runtime.training.run import Metrics, TrainingRun
 from arrag_runtime.training.settings import TrainSettings
 
@@ -168,15 +167,14 @@ def step_examples(data: TrainingSet, settings: TrainSettings, numbers: list[int]
 
 def make_training_model(settings: TrainSettings, data: TrainingSet, device: str) -> TrainingModel:
     """The generator with fresh trainable parts. Raises IncompatibleError unless the set fits it."""
-    loaded: Any = load_backend("janus", settings.model, device=device, precision=settings.precision)
-    backend: JanusBackend = loaded
+    backend = load_janus(settings.model, device, settings.precision)
     what, around = f"training set {settings.data}", data.manifest.keys.neighborhood
     require_same_grids(what, data.manifest.tokenizer, data.codebook, around, backend)
     rank, alpha = settings.lora_rank, settings.lora_alpha if settings.lora_rank else 0
     spec = replace(spec_of_model(backend.model), hops=settings.hops, blenders=settings.blenders)
     spec = replace(spec, lora_rank=rank, lora_alpha=alpha)
     dropout, longest = settings.lora_dropout, settings.caption_tokens
-    model = TrainingModel(backend, spec, k=settings.k, dropout=dropout, caption_tokens=longest)
+    model = TrainingModel(backend, spec, k=settings.k, dropout=dropout, longest=longest)
     return model.train()
 
 
@@ -192,10 +190,7 @@ def _accelerator(settings: TrainSettings) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ArragError(
-            "training needs peft and accelerate, which are not installed; `pip install"
-            " 'arrag[train]'`"
-        ) from error
+        raise ArragError(NOT_INSTALLED) from error
     require_device(settings.device, "--device cpu")
     # The training model chooses the precision of its forward pass itself.
     return Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
