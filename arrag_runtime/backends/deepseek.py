@@ -49,10 +49,9 @@ def to_transformers_names(state: Mapping[str, torch.Tensor]) -> Tensors:
         if ".self_attn.qkv." in new:
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[new.replace(".qkv.", f".{part}_proj.")] = piece
-        elif new.endswith("position_embedding.weight"):
-            renamed[new] = tensor.reshape(tensor.shape[-2:])
         else:
-            renamed[new] = tensor
+            place = new.endswith("position_embedding.weight")
+            renamed[new] = tensor.reshape(tensor.shape[-2:]) if place else tensor
     return renamed
 
 
@@ -111,6 +110,7 @@ def original_config(fields: Mapping[str, Any], state: Tensors, tokenizer: Any) -
         depth=1 + _count(state, r"model\.aligner\.hidden_layers\.(\d+)\."),
     )
     shape = VQShape.of({name.removeprefix("model.vqmodel."): t for name, t in state.items()})
+    projected, embedded = state["model.generation_head.proj_out.weight"].shape
     vq = JanusVQVAEConfig(
         embed_dim=shape.dimension,
         num_embeddings=shape.codes,
@@ -118,9 +118,9 @@ def original_config(fields: Mapping[str, Any], state: Tensors, tokenizer: Any) -
         base_channels=shape.base,
         channel_multiplier=[width // shape.base for width in shape.widths],
         num_res_blocks=shape.blocks,
-        projection_dim=state["model.generation_head.proj_out.weight"].shape[0],
+        projection_dim=projected,
         num_hidden_layers=1 + _count(state, r"model\.generation_aligner\.hidden_layers\.(\d+)\."),
-        image_token_embed_dim=state["model.generation_head.proj_out.weight"].shape[1],
+        image_token_embed_dim=embedded,
     )
     return JanusConfig(
         text_config=text,

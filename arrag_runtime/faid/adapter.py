@@ -87,24 +87,16 @@ class Adapter:
 
     def layer_tensors(self) -> dict[str, Tensor]:
         """The augmented layers' tensors under the names of their module."""
-        return {
-            name.removeprefix("faid."): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(LAYERS)
-        }
+        return {n.removeprefix("faid."): t for n, t in self.tensors.items() if n.startswith(LAYERS)}
 
     def lora_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """LoRA's (A [r, in], B [out, r]) by the module they belong to."""
-        names = {name[len(LORA) : -2] for name in self.tensors if name.startswith(LORA)}
-        return {
-            name: (self.tensors[f"{LORA}{name}.A"], self.tensors[f"{LORA}{name}.B"])
-            for name in sorted(names)
-        }
+        names = sorted({name[len(LORA) : -2] for name in self.tensors if name.startswith(LORA)})
+        return {n: (self.tensors[f"{LORA}{n}.A"], self.tensors[f"{LORA}{n}.B"]) for n in names}
 
     def replacements(self) -> dict[str, Tensor]:
         """The tensors that take the place of the model's own, by parameter name."""
-        ours = (LAYERS, LORA)
-        return {name: t for name, t in self.tensors.items() if not name.startswith(ours)}
+        return {n: t for n, t in self.tensors.items() if not n.startswith((LAYERS, LORA))}
 
 
 def write_adapter(path: Path, adapter: Adapter) -> None:
@@ -141,9 +133,8 @@ def read_adapter(path: Path | str) -> Adapter:
             with safe_open(place, "pt") as file:
                 metadata = file.metadata() or {}
         tensors = read_tensors(weight_files(place))
-        if "adapter" in metadata:
-            return _own(place, metadata, tensors)
-        return _import_released(tensors, str(path))
+        own = "adapter" in metadata
+        return _own(place, metadata, tensors) if own else _import_released(tensors, str(path))
     except (SafetensorError, EOFError, RuntimeError, ValueError) as error:
         detail = str(error).splitlines()[0]
         raise BadInputError(
@@ -174,9 +165,7 @@ def _import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
         if key.startswith(_FROZEN) or key.endswith("rotary_emb.inv_freq"):
             continue
         kept[_renamed(key, name)] = tensor
-    blenders = sorted(
-        {int(key[len(LAYERS) :].split(".")[0]) for key in kept if key.startswith(LAYERS)}
-    )
+    blenders = sorted({int(key.split(".")[2]) for key in kept if key.startswith(LAYERS)})
     if not blenders:
         raise BadInputError(
             f"'{name}' holds no blender, so it is no FAiD adapter; give a file that `arrag train`"
@@ -209,10 +198,8 @@ def _import_released(tensors: Mapping[str, Tensor], name: str) -> Adapter:
 
 def _renamed(key: str, checkpoint: str) -> str:
     """A released name as this module's. Raises BadInputError for one that it does not know."""
-    augmented = re.fullmatch(
-        r"language_model\.model\.layers\.(\d+)\.((?:blender|retrieval_layernorm)\..+)", key
-    )
-    if augmented:
+    pattern = r"language_model\.model\.layers\.(\d+)\.((?:blender|retrieval_layernorm)\..+)"
+    if augmented := re.fullmatch(pattern, key):
         return f"{LAYERS}{augmented[1]}.{augmented[2]}"
     ours = janus_name(key)
     if ours == key:
@@ -249,8 +236,7 @@ def require_fits(adapter: Adapter, model: Any, name: str) -> None:
 
 def spec_of_model(model: Any) -> AdapterSpec:
     """The width, depth and vocabulary of a JanusForConditionalGeneration, without an adapter."""
-    text = model.config.text_config
-    codes = model.config.vq_config.num_embeddings
+    text, codes = model.config.text_config, model.config.vq_config.num_embeddings
     return AdapterSpec(int(text.hidden_size), int(text.num_hidden_layers), int(codes))
 
 

@@ -23,12 +23,7 @@ from torch.nn.functional import embedding, pad
 
 from arrag_runtime.faid.adapter import AdapterSpec, read_adapter, require_fits, spec_of_model
 from arrag_runtime.faid.augmenter import Batch, Step
-from arrag_runtime.faid.decoder_layer import (
-    AugmentedLayer,
-    CandidateTokens,
-    candidate_tokens,
-    window_cells,
-)
+from arrag_runtime.faid.decoder_layer import AugmentedLayer, CandidateTokens, window_cells
 from arrag_runtime.faid.patch_blender import FORMS, Folded, Form, Mix
 from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.neighborhood import MISSING
@@ -96,11 +91,10 @@ class Faid(nn.Module):
             raise BadInputError(f"k is {k}; FAiD needs at least 1 candidate")
         self.spec, self.form, self.k = spec.checked(), form, k
         epsilon = model.config.text_config.rms_norm_eps
-        made = [AugmentedLayer(self.spec, epsilon) for _ in self.spec.layers]
-        names = map(str, self.spec.layers)
-        self.layers = nn.ModuleDict(dict(zip(names, made, strict=True)))
+        made = {str(layer): AugmentedLayer(self.spec, epsilon) for layer in self.spec.layers}
+        self.layers = nn.ModuleDict(made)
         # In tuples, so that neither becomes a submodule of this module (a second time).
-        self._augmented, self._model = tuple(made), (model,)
+        self._augmented, self._model = tuple(made.values()), (model,)
         self._run: _Decoding | _Whole | None = None
         self._known: tuple[object, _Prepared] | None = None
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
@@ -122,7 +116,7 @@ class Faid(nn.Module):
             batch,
             prepared,
             cells,
-            candidate_tokens(none, self.spec.vocabulary, table.dtype),
+            CandidateTokens.of(none, self.spec.vocabulary, table.dtype),
             memory=[table.new_zeros(size) for _ in self.spec.layers],
             write=cells.new_zeros(1),
             window=cells.new_zeros(near),
@@ -139,7 +133,7 @@ class Faid(nn.Module):
             real = np.arange(found) < step.neighbors.count[:, None]
             tokens[:, :found] = np.where(real, step.neighbors.tokens[:, :found], MISSING)
         dtype = run.prepared.table.dtype
-        fresh = candidate_tokens(torch.from_numpy(tokens), self.spec.vocabulary, dtype)
+        fresh = CandidateTokens.of(torch.from_numpy(tokens), self.spec.vocabulary, dtype)
         run.given.tokens.copy_(fresh.tokens)
         run.given.real.copy_(fresh.real)
         run.given.share.copy_(fresh.share)
@@ -168,11 +162,10 @@ class Faid(nn.Module):
         # In training blenders are folded in every forward pass, so that gradients reach them.
         prepared = self._prepare(fold=self.form == "folded" and not self.training)
         table = prepared.table
-        given = candidate_tokens(
-            retrieved.to(table.device, torch.long), self.spec.vocabulary, table.dtype
-        )
+        tokens = retrieved.to(table.device, torch.long).flatten(0, 1)
+        given = CandidateTokens.of(tokens, self.spec.vocabulary, table.dtype)
         cells = window_cells(height, width, self.spec.hops, table.device)
-        self._run = _Whole(prepared, cells, given.flat(), len(retrieved), start)
+        self._run = _Whole(prepared, cells, given, len(retrieved), start)
         try:
             yield
         finally:
@@ -212,16 +205,16 @@ class Faid(nn.Module):
                 self._known = (state, _Prepared(pad(aligned, (0, 0, 0, 1)), folded))
         return self._known[1]
 
-    def _blend(
-        self, run: _Decoding | _Whole, order: int, near: Tensor, entering: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One augmented layer: the contribution, and the candidates for the next."""
+    def _blend(self, run: _Decoding | _Whole, order: int, near: Tensor) -> Tensor:
+        """An augmented layer's contribution; the candidates for the next are kept in the chain."""
+        entering = run.chain[order] if order else embedding(run.given.tokens, run.prepared.table)
         layer, folded = self._augmented[order], None
         if self.form == "folded":
             fixed = run.prepared.folded
             folded = fixed[order] if fixed else layer.blender.fold()
-        contribution, leaving = layer(near, entering, run.given, folded)
-        return contribution, leaving
+        contribution: Tensor
+        contribution, run.chain[order + 1] = layer(near, entering, run.given, folded)
+        return contribution
 
     def _hook(self, order: int) -> Callable[..., Any]:
         """The hook of the order-th augmented layer's self-attention, which gets normed features."""
@@ -248,10 +241,7 @@ class Faid(nn.Module):
             )
         memory, images = run.memory[order], run.batch.images
         memory.index_copy_(1, run.write, features[:images, -1:])
-        near = memory.index_select(1, run.window)
-        entering = run.chain[order] if order else embedding(run.given.tokens, run.prepared.table)
-        contribution, run.chain[order + 1] = self._blend(run, order, near, entering)
-        attended[:images, -1] += contribution
+        attended[:images, -1] += self._blend(run, order, memory.index_select(1, run.window))
         return attended
 
     def _add_whole(self, run: _Whole, order: int, features: Tensor, attended: Tensor) -> Tensor:
@@ -262,11 +252,9 @@ class Faid(nn.Module):
         known = features[: run.images, first:last]
         known = pad(known, (0, 0, 0, positions + 1 - known.shape[1]))
         near = known[:, run.cells].flatten(0, 1)
-        entering = run.chain[order] if order else embedding(run.given.tokens, run.prepared.table)
-        contribution, run.chain[order + 1] = self._blend(run, order, near, entering)
+        contribution = self._blend(run, order, near).view(run.images, positions, -1)
         added = torch.zeros_like(attended)
-        contribution = contribution.view(run.images, positions, -1).to(attended.dtype)
-        added[: run.images, first - 1 : last - 1] = contribution
+        added[: run.images, first - 1 : last - 1] = contribution.to(attended.dtype)
         return attended + added
 
 

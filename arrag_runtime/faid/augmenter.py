@@ -43,9 +43,8 @@ class Step:
     position: int
     """row · width + col."""
     row: int
-    """Of the position, in the token grid."""
     col: int
-    """Of the position, in the token grid."""
+    """Row and column of the position in the token grid."""
     tokens: Any
     """The tokens chosen so far, long [B, position], on the model's device."""
     neighbors: Neighbors | None

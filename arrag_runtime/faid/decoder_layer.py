@@ -30,25 +30,17 @@ class CandidateTokens:
     share: Tensor
     """[.., K, 1], the weight of each in the mean."""
 
-    def flat(self) -> "CandidateTokens":
-        """The same with pictures and positions [B, P, ..] in one dimension."""
-        return CandidateTokens(
-            self.tokens.flatten(0, 1), self.real.flatten(0, 1), self.share.flatten(0, 1)
-        )
+    @classmethod
+    def of(cls, retrieved: Tensor, vocabulary: int, dtype: torch.dtype) -> "CandidateTokens":
+        """The candidates among retrieved tokens, long [.., K] with `MISSING` for none.
 
-
-def candidate_tokens(retrieved: Tensor, vocabulary: int, dtype: torch.dtype) -> CandidateTokens:
-    """The candidates among retrieved tokens, long [.., K] with `MISSING` for none.
-
-    The mean is over the real ones; where there is none at all (borders), over K zero vectors.
-    """
-    none = retrieved == MISSING
-    real = (~none).to(dtype)
-    count = real.sum(-1, keepdim=True)
-    share = torch.where(count > 0, real / count.clamp(min=1), 1 / retrieved.shape[-1])
-    return CandidateTokens(
-        retrieved.masked_fill(none, vocabulary), real[..., None], share[..., None]
-    )
+        The mean is over the real ones; where there is none at all (borders), over K zero vectors.
+        """
+        none = retrieved == MISSING
+        real = (~none).to(dtype)
+        count = real.sum(-1, keepdim=True)
+        share = torch.where(count > 0, real / count.clamp(min=1), 1 / retrieved.shape[-1])
+        return cls(retrieved.masked_fill(none, vocabulary), real[..., None], share[..., None])
 
 
 class AugmentedLayer(nn.Module):
@@ -67,19 +59,16 @@ class AugmentedLayer(nn.Module):
         near: [N, n, D] features of the cells before each position, zero for none; entering:
         [N, K, D]; folded: the blender as matrices, None to go through its convolutions.
         """
-        norm = self.retrieval_layernorm
-        weight = norm.weight
+        norm, weight = self.retrieval_layernorm, self.retrieval_layernorm.weight
         scaled = rms_norm(entering.to(weight.dtype), (weight.numel(),), weight, norm.eps)
-        scaled = scaled * given.real
-        blended: Tensor = (folded or self.blender)(near, scaled)
+        blended: Tensor = (folded or self.blender)(near, scaled * given.real)
         taken = self.blender.score(blended) * blended
         return (taken * given.share).sum(1), taken
 
     def folded(self) -> Folded:
-        """The blender's matrices in the dtype of its weights, without a graph."""
+        """The blender's matrices in the dtype of its weights."""
         dtype = self.blender.conv_dtype
-        with torch.no_grad():
-            made = self.blender.fold()
+        made = self.blender.fold()
         return Folded(made.near.to(dtype), made.own.to(dtype), made.bias.to(dtype))
 
 

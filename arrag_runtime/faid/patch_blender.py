@@ -13,7 +13,8 @@ each cell of the window: only the candidate's own product is left to be done for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,7 @@ class PatchBlender(nn.Module):
         if mix not in _MIXES:
             raise BadInputError(f"unknown mix '{mix}'; choose one of {', '.join(_MIXES)}")
         self.dim, self.hops, self.mix = dim, require_hops(hops), mix
+        self.reach = max(self.hops)  # half the window's side
         for hop in self.hops:
             for name in _names(hop):
                 self.add_module(name, _kaiming(nn.Conv2d(dim, dim, hop + 1), "linear"))
@@ -101,11 +103,6 @@ class PatchBlender(nn.Module):
     def conv_dtype(self) -> torch.dtype:
         """The dtype of its convolutions' weights."""
         return self._convolutions(self.hops[0])[0].weight.dtype
-
-    @property
-    def reach(self) -> int:
-        """The largest hop: half the window's side."""
-        return max(self.hops)
 
     def forward(self, near: Tensor, candidates: Tensor) -> Tensor:
         """Blended vectors [N, K, D] through the convolutions, as the paper writes them.
@@ -135,9 +132,8 @@ class PatchBlender(nn.Module):
         """The convolutions as matrices, at least in float32; differentiable in the parameters."""
         wide = torch.promote_types(self.conv_dtype, torch.float32)
         shares = self._shares().to(wide)
-        past = past_cells(self.reach)
-        at = {cell: index for index, cell in enumerate((*past, (0, 0)))}
-        matrices = [shares.new_zeros(self.dim, self.dim) for _ in at]
+        cells = (*past_cells(self.reach), (0, 0))
+        matrices = {cell: shares.new_zeros(self.dim, self.dim) for cell in cells}
         bias = shares.new_zeros(self.dim)
         with torch.autocast(shares.device.type, enabled=False):
             for hop, share in zip(self.hops, shares, strict=True):
@@ -149,11 +145,14 @@ class PatchBlender(nn.Module):
                 assert second.bias is not None
                 bias = bias + share * second.bias.to(wide)
                 bias = bias + outer.sum((0, 1)) @ first.bias.to(wide)
-                for product in _past_products(hop):
-                    one, other = inner[product.first], outer[product.second]
-                    # One sum at a time: nothing but the weights is kept for the gradients.
-                    matrices[at[product.cell]] = matrices[at[product.cell]] + other @ one
-        return Folded(torch.cat(matrices[:-1], 1), matrices[-1], bias)
+                taps = list(product(range(hop + 1), repeat=2))
+                for second_tap, tap in product(taps, taps):
+                    cell = (tap[0] + second_tap[0] - hop, tap[1] + second_tap[1] - hop)
+                    if cell in matrices:  # those after the centre are zero
+                        # One sum at a time: nothing but the weights is kept for the gradients.
+                        matrices[cell] = matrices[cell] + outer[second_tap] @ inner[tap]
+        own = matrices.pop((0, 0))
+        return Folded(torch.cat(list(matrices.values()), 1), own, bias)
 
     def _shares(self) -> Tensor:
         """The hops' weights, one each, summing to 1."""
@@ -163,9 +162,7 @@ class PatchBlender(nn.Module):
         return weight.new_full((len(self.hops),), 1 / len(self.hops))
 
     def _convolutions(self, hop: int) -> tuple[nn.Conv2d, nn.Conv2d]:
-        first, second = (self.get_submodule(name) for name in _names(hop))
-        assert isinstance(first, nn.Conv2d)
-        assert isinstance(second, nn.Conv2d)
+        first, second = (cast(nn.Conv2d, self.get_submodule(name)) for name in _names(hop))
         return first, second
 
 
@@ -180,23 +177,3 @@ def _kaiming(layer: nn.Linear | nn.Conv2d, follows: Literal["linear", "relu"]) -
 def _names(hop: int) -> tuple[str, str]:
     """The released names of a hop's two convolutions."""
     return f"conv{hop}", f"conv{hop}2"
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One product of two kernels' matrices, and the cell (from the centre) that it reads."""
-
-    first: tuple[int, int]
-    second: tuple[int, int]
-    cell: tuple[int, int]
-
-
-def _past_products(hop: int) -> list[_Product]:
-    """The products that read a cell at or before the centre; those after it are zero."""
-    taps = [(row, col) for row in range(hop + 1) for col in range(hop + 1)]
-    products = [
-        _Product(first, second, (first[0] + second[0] - hop, first[1] + second[1] - hop))
-        for second in taps
-        for first in taps
-    ]
-    return [product for product in products if product.cell <= (0, 0)]

@@ -43,9 +43,8 @@ class Choice:
     """What happened at one step, for whoever watches; tensors are on the model's device."""
 
     row: int
-    """Of the position, in the token grid."""
     col: int
-    """Of the position, in the token grid."""
+    """Row and column of the position in the token grid."""
     tokens: torch.Tensor
     """The tokens chosen, long [B]."""
     p_model: torch.Tensor

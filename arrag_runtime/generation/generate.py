@@ -28,9 +28,8 @@ class Generated:
     tokens: npt.NDArray[np.uint16]
     """uint16 [N, h, w]."""
     prompts: tuple[str, ...]
-    """One per picture."""
     seeds: tuple[int, ...]
-    """One per picture."""
+    """One prompt and one seed per picture."""
 
 
 def generate(

@@ -1,8 +1,7 @@
 """What `arrag generate` does: load a generator, check that the database fits it, generate, account.
 
 In: `GenerateSettings`. Out: a `GenerateReport` with the pictures of each method, and on request
-their trace.
-Everything that can be wrong is found before the first token is drawn.
+their trace. Everything that can be wrong is found before the first token is drawn.
 """
 
 import time
@@ -161,8 +160,8 @@ class TraceReport:
             source: backend.pixels(self.grids[source][None])[0]
             for source in sorted(wanted & self.grids.keys())
         }
-        method = f"{_LABELS[self.method]}, {self.report.settings.model}"
-        title = f"Where the tokens came from: {method}"
+        method, model = _LABELS[self.method], self.report.settings.model
+        title = f"Where the tokens came from: {method}, {model}"
         save_png(draw_trace(rows, backend.grid, shown, self.origins, title), path)
 
 
@@ -186,18 +185,18 @@ def run(settings: GenerateSettings, show: Progress = silent) -> GenerateReport:
 
 
 def _run_method(
-    method: str,
+    name: str,
     backend: Backend,
     index: IndexGroup | None,
     settings: GenerateSettings,
     show: Progress,
 ) -> MethodResult:
-    mixing = settings.daid if method == "daid" else None
+    mixing = settings.daid if name == "daid" else None
     total = len(settings.prompts) * settings.images
-    with _adapter(backend, settings.adapter if method == "faid" else None) as augmenters:
+    with _adapter(backend, settings.adapter if name == "faid" else None) as augmenters:
         candidates = max((augmenter.k for augmenter in augmenters), default=0)
         retriever = None
-        if index is not None and method != "plain":
+        if index is not None and name != "plain":
             retriever = Retriever(index, candidates or settings.k)
         tracer = Tracer(total, mixing, candidates) if settings.traced and retriever else None
         began = time.monotonic()
@@ -212,16 +211,16 @@ def _run_method(
             guidance=settings.guidance,
             temperature=settings.temperature,
             batch_size=settings.batch_size,
-            progress=lambda done, all_: show(f"drawing, {_LABELS[method]}", done, all_),
+            progress=lambda done, all_: show(f"drawing, {_LABELS[name]}", done, all_),
             watch=tracer,
         )
         seconds = time.monotonic() - began
     pictures = []
     for number, grid in enumerate(generated.tokens):
         show("decoding pictures", number, total)
-        pictures.append(backend.pixels(grid[None])[0])
+        pictures.append(backend.pixels(grid[None]))
     traces = tracer.traces if tracer else ()
-    return MethodResult(method, generated, np.stack(pictures), seconds, traces)
+    return MethodResult(name, generated, np.concatenate(pictures), seconds, traces)
 
 
 @contextmanager

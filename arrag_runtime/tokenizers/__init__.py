@@ -1,4 +1,4 @@
-"""Tokenizers: pictures to token grids and back. Read this file first, then `vq16`.
+"""Tokenizers: pictures to token grids and back.
 
 A tokenizer is named in `TOKENIZERS` and follows the protocol `Tokenizer`; torch is imported only
 when one is made. Read `vq16` first.

@@ -58,11 +58,9 @@ class VQTokenizer:
         self._model: Any = self._exact
         self._encoder: Any = self._exact.encoder
         self._codes = normalised(self._exact.codebook.numpy())
-        self._device = torch.device("cpu")
         self._layout = torch.contiguous_format
         self._search = torch.from_numpy(self._codes)
-        self.precision = "float32"
-        self.weights = weights
+        self.weights, self.precision = weights, "float32"
         stride = 2 ** (len(self._exact.shape.widths) - 1)
         self.spec = TokenizerSpec(
             name=name,
@@ -88,20 +86,19 @@ class VQTokenizer:
         """
         chosen = require_precision(device, precision)
         require_device(device, "--gpus 0")
-        self._device = torch.device(device)
         self.precision = chosen
         # bfloat16 in channels_last is several times as fast on a CPU, too (docs/log.md).
-        last = self._device.type == "cuda" or chosen == "bfloat16"
-        layout = torch.channels_last if last else torch.contiguous_format
-        if self._device.type == "cuda":
+        on_gpu = torch.device(device).type == "cuda"
+        last = on_gpu or chosen == "bfloat16"
+        self._layout = torch.channels_last if last else torch.contiguous_format
+        if on_gpu:
             # Convolutions in TF32 would make "float32" something else than float32.
             torch.backends.cudnn.allow_tf32 = False
-        self._layout = layout
-        self._exact = self._exact.to(self._device, memory_format=layout)
+        self._exact = self._exact.to(device, memory_format=self._layout)
         self._model = self._exact
         if chosen != "float32":
             self._model = copy.deepcopy(self._exact).to(torch_dtype(chosen))
-        self._search = torch.from_numpy(self._codes).to(self._device)
+        self._search = torch.from_numpy(self._codes).to(device)
         self._encoder = torch.compile(self._model.encoder) if compile else self._model.encoder
 
     @torch.inference_mode()
@@ -126,7 +123,7 @@ class VQTokenizer:
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Pixels:
         """See `Tokenizer.decode`: normalised codes through LlamaGen's decoder, in float32."""
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._search.device)
         codes = self._search[ids].permute(0, 3, 1, 2)
         pixels = self._exact.decoder(self._exact.post_quant_conv(codes))
         shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -139,7 +136,7 @@ class VQTokenizer:
 
     def _latents(self, model: Any, encoder: Any, images: Pixels) -> torch.Tensor:
         """L2-normalised encoder outputs, float32 [B, h, w, d]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._search.device)
         pixels = pixels.permute(0, 3, 1, 2).to(model.quant_conv.weight.dtype) / 127.5 - 1
         pixels = pixels.contiguous(memory_format=self._layout)
         z = model.quant_conv(encoder(pixels))

@@ -7,12 +7,12 @@ weights give the same numbers to the bit. Searching the codebook is the tokenize
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class VQShape:
     def of(cls, state: Mapping[str, Tensor]) -> "VQShape":
         """The shape that weights have. Raises KeyError or ValueError for other weights."""
         first = re.compile(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-        levels = {
-            int(m[1]): t.shape[0] for name, t in state.items() if (m := first.fullmatch(name))
-        }
+        found = ((first.fullmatch(name), tensor.shape[0]) for name, tensor in state.items())
+        levels = {int(match[1]): width for match, width in found if match}
         block = re.compile(r"encoder\.down\.0\.block\.(\d+)\.")
         codes, dimension = state["quantize.embedding.weight"].shape
         if not levels:
@@ -92,21 +91,18 @@ class _Encoder(nn.Module):
         super().__init__()
         widths = shape.widths
         self.conv_in = nn.Conv2d(3, shape.base, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for level, enters in enumerate((shape.base, *widths[:-1])):
             last = level == len(widths) - 1
             then = None if last else "downsample"
             self.down.append(_Level(enters, widths[level], shape.blocks, attention=last, then=then))
-        self.mid = _Middle(widths[-1])
+        self.mid = _middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], shape.latent, 3, padding=1)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """See the class."""
-        x = self.conv_in(pictures)
-        for level in self.down:
-            x = level(x)
-        out: Tensor = self.conv_out(_swish(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(pictures)))
+        out: Tensor = self.conv_out(_swish(self.norm_out(x)))
         return out
 
 
@@ -117,8 +113,8 @@ class _Decoder(nn.Module):
         super().__init__()
         widths = shape.widths[::-1]
         self.conv_in = nn.Conv2d(shape.latent, widths[0], 3, padding=1)
-        self.mid = _Middle(widths[0])
-        self.up = nn.ModuleList()
+        self.mid = _middle(widths[0])
+        self.up = nn.Sequential()
         for level, enters in enumerate((widths[0], *widths[:-1])):
             then = None if level == len(widths) - 1 else "upsample"
             blocks, first = shape.blocks + 1, level == 0
@@ -127,10 +123,7 @@ class _Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """See the class."""
-        x = self.mid(self.conv_in(latents))
-        for level in self.up:
-            x = level(x)
+        x = self.up(self.mid(self.conv_in(latents)))
         out: Tensor = self.conv_out(_swish(self.norm_out(x)))
         return out
 
@@ -148,8 +141,8 @@ class _Level(nn.Module):
         widths = (enters, *[width] * blocks)
         self.block = nn.ModuleList(_ResnetBlock(widths[n], width) for n in range(blocks))
         self.attn = nn.ModuleList(_Attention(width) for _ in range(blocks if attention else 0))
-        self.downsample = _Downsample(width) if then == "downsample" else nn.Identity()
-        self.upsample = _Upsample(width) if then == "upsample" else nn.Identity()
+        self.downsample = _downsample(width) if then == "downsample" else nn.Identity()
+        self.upsample = _upsample(width) if then == "upsample" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for number, block in enumerate(self.block):
@@ -158,20 +151,6 @@ class _Level(nn.Module):
                 x = self.attn[number](x)
         resized: Tensor = self.upsample(self.downsample(x))
         return resized
-
-
-class _Middle(nn.Module):
-    """Two residual blocks around attention."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.block_1 = _ResnetBlock(width, width)
-        self.attn_1 = _Attention(width)
-        self.block_2 = _ResnetBlock(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
-        return out
 
 
 class _ResnetBlock(nn.Module):
@@ -187,8 +166,7 @@ class _ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         change = self.conv1(_swish(self.norm1(x)))
-        change = self.conv2(_swish(self.norm2(change)))
-        out: Tensor = self.nin_shortcut(x) + change
+        out: Tensor = self.nin_shortcut(x) + self.conv2(_swish(self.norm2(change)))
         return out
 
 
@@ -212,28 +190,22 @@ class _Attention(nn.Module):
         return out
 
 
-class _Downsample(nn.Module):
+def _middle(width: int) -> nn.Module:
+    """Two residual blocks around attention."""
+    first, attn, last = _ResnetBlock(width, width), _Attention(width), _ResnetBlock(width, width)
+    return nn.Sequential(OrderedDict(block_1=first, attn_1=attn, block_2=last))
+
+
+def _downsample(width: int) -> nn.Module:
     """Half the sides: a convolution of stride 2 over the picture padded right and below."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(pad(x, (0, 1, 0, 1)))
-        return out
+    padding, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=padding, conv=conv))
 
 
-class _Upsample(nn.Module):
+def _upsample(width: int) -> nn.Module:
     """Twice the sides: every cell repeated, then a convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
+    repeat, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=repeat, conv=conv))
 
 
 def _norm(width: int) -> nn.GroupNorm:

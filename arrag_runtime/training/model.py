@@ -5,8 +5,8 @@ likelihood of each token, teacher-forced. Trained are the augmented layers (blen
 LoRA on the language model's q_proj and v_proj, and the generation head (AR-RAG, section 4).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,42 +15,31 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from arrag_runtime.backends.janus import JanusBackend
-from arrag_runtime.faid.adapter import (
-    LAYERS,
-    LORA,
-    Adapter,
-    AdapterSpec,
-    model_codebook,
-    require_fits,
-    spec_of_model,
-)
+from arrag_runtime.faid.adapter import LORA, Adapter, AdapterSpec, require_fits
 from arrag_runtime.faid.attach import Faid
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples
 
 _TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
 _HEAD = "model.generation_head"
-_INJECTED = ".lora_{}.default.weight"
+NOT_INSTALLED = (
+    "training needs peft and accelerate, which are not installed; `pip install 'arrag[train]'`"
+)
+_INJECTED = r"(.*)\.lora_([AB])\.default\.weight"
 
 
 class TrainingModel(nn.Module):
     """The generator with what is trained on it; its own weights stay as they are.
 
-    Trained weights are float32, whatever the precision of the generator.
+    Trained weights are float32, whatever the precision of the generator. k: candidates per
+    position; dropout: LoRA's; longest: how many tokens of a caption are read.
     """
 
     def __init__(
-        self,
-        backend: JanusBackend,
-        spec: AdapterSpec,
-        *,
-        k: int,
-        dropout: float,
-        caption_tokens: int,
+        self, backend: JanusBackend, spec: AdapterSpec, *, k: int, dropout: float, longest: int
     ) -> None:
         super().__init__()
-        self._backend = backend
-        self._caption_tokens = caption_tokens
+        self._backend, self._longest = backend, longest
         self.model = backend.model.requires_grad_(False)
         self.spec = spec.checked()
         if spec.lora_rank:
@@ -71,23 +60,19 @@ class TrainingModel(nn.Module):
 
     def inputs(self, examples: Examples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Examples as `forward` takes them, on the generator's device."""
-        ids, mask = self._backend.prompt_ids(examples.captions, longest=self._caption_tokens)
+        ids, mask = self._backend.prompt_ids(examples.captions, longest=self._longest)
         device = self._backend.device
         tokens = torch.from_numpy(examples.tokens.astype(np.int64))
         retrieved = torch.from_numpy(examples.neighbors.astype(np.int64))
         return ids.to(device), mask.to(device), tokens.to(device), retrieved.to(device)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes, by the names of an adapter's tensors."""
-        return dict(self._trained())
-
     def adapter(self, about: Mapping[str, str], dtype: torch.dtype | None = None) -> Adapter:
         """A copy of what is trained, as an adapter; dtype None keeps float32."""
         tensors = {
             name: parameter.detach().to("cpu", dtype or parameter.dtype, copy=True)
-            for name, parameter in self._trained()
+            for name, parameter in self.trained().items()
         }
-        return Adapter(self.spec, tensors, model_codebook(self.model), about)
+        return Adapter(self.spec, tensors, self._backend.codebook(), about)
 
     def load(self, adapter: Adapter, name: str) -> None:
         """Put an adapter's weights in place. Raises for an adapter of another shape or model."""
@@ -102,15 +87,14 @@ class TrainingModel(nn.Module):
             for key, parameter in ours.items():
                 parameter.copy_(adapter.tensors[key])
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.faid.named_parameters():
-            yield f"{LAYERS.removesuffix('layers.')}{name}", parameter
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by the names of an adapter's tensors."""
+        ours = {f"faid.{name}": part for name, part in self.faid.named_parameters()}
         for name, parameter in self.model.named_parameters():
-            for side in "AB":
-                if name.endswith(_INJECTED.format(side)):
-                    yield f"{LORA}{name.removesuffix(_INJECTED.format(side))}.{side}", parameter
-        for name, parameter in self.model.get_submodule(_HEAD).named_parameters():
-            yield f"{_HEAD}.{name}", parameter
+            if injected := re.fullmatch(_INJECTED, name):
+                ours[f"{LORA}{injected[1]}.{injected[2]}"] = parameter
+        head = self.model.get_submodule(_HEAD).named_parameters()
+        return ours | {f"{_HEAD}.{name}": part for name, part in head}
 
 
 def teacher_forced(backend: JanusBackend, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
@@ -135,32 +119,17 @@ def teacher_forced(backend: JanusBackend, ids: Tensor, mask: Tensor, tokens: Ten
     return logits.float()
 
 
-def training_spec(
-    backend: JanusBackend, hops: tuple[int, ...], blenders: int, rank: int, alpha: int
-) -> AdapterSpec:
-    """The spec of an adapter to be trained on this generator."""
-    spec = replace(spec_of_model(backend.model), hops=hops, blenders=blenders)
-    return replace(spec, lora_rank=rank, lora_alpha=alpha if rank else 0).checked()
-
-
 def _inject_lora(model: Any, spec: AdapterSpec, dropout: float) -> None:
     """Put LoRA beside the language model's q_proj and v_proj, in float32."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ArragError(
-            "training needs peft and accelerate, which are not installed; `pip install"
-            " 'arrag[train]'`"
-        ) from error
+        raise ArragError(NOT_INSTALLED) from error
     config = LoraConfig(
-        r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=dropout,
-        target_modules=_TARGETS,
+        r=spec.lora_rank, lora_alpha=spec.lora_alpha, lora_dropout=dropout, target_modules=_TARGETS
     )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
-        injected = ".lora_" in name
-        if injected:
+        parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(injected)

@@ -6,6 +6,7 @@ what a run wrote beyond the checkpoint from which it goes on is written again.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,31 +29,25 @@ class TrainingRun:
         self.folder = folder
         self._recipe: dict[str, Any] = json.loads(json.dumps(recipe))
         self._checkpoints = folder / "checkpoints"
-        others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        self._newest = self._complete()
+        self._newest = max(self._steps(), default=None)
+        self._state: dict[str, Any] = {"step": 0, "loss": math.nan}
         known = ("checkpoints", "tensorboard", "metrics.jsonl", "adapter.safetensors")
-        strange = sorted(name for name in others if name not in known and name[0] != ".")
+        strange = sorted(p.name for p in folder.glob("[!.]*") if p.name not in known)
         if strange and self._newest is None:
             raise BadInputError(
                 f"--out {folder} is not empty (it holds {strange[0]}); name an empty or new folder"
             )
         if self._newest is not None:
-            self._require_same(read_json(str(self._newest / "state.json"))["recipe"])
+            self._state = read_json(str(self._newest / "state.json"))
+            self._require_same(self._state["recipe"])
 
-    def resume(self, model: TrainingModel, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint; returns the step to go on with, 0 without one."""
-        if self._newest is None:
-            return 0
-        model.load(read_adapter(self._newest / "adapter.safetensors"), str(self._newest))
-        path = self._newest / "optimizer.pt"
-        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return int(read_json(str(self._newest / "state.json"))["step"])
-
-    def last_loss(self) -> float:
-        """The loss at the newest checkpoint, NaN without one."""
-        if self._newest is None:
-            return float("nan")
-        return float(read_json(str(self._newest / "state.json"))["loss"])
+    def resume(self, model: TrainingModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        """Load the newest checkpoint; returns the step to go on with and its loss, else 0, NaN."""
+        if self._newest is not None:
+            model.load(read_adapter(self._newest / "adapter.safetensors"), str(self._newest))
+            path = self._newest / "optimizer.pt"
+            optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return int(self._state["step"]), float(self._state["loss"])
 
     def save(
         self, step: int, model: TrainingModel, optimizer: torch.optim.Optimizer, loss: float
@@ -79,9 +74,6 @@ class TrainingRun:
     def _steps(self) -> list[Path]:
         """The folders of complete checkpoints, oldest first."""
         return sorted(p for p in self._checkpoints.glob("step-*") if (p / "state.json").exists())
-
-    def _complete(self) -> Path | None:
-        return self._steps()[-1] if self._steps() else None
 
     def _require_same(self, have: dict[str, Any]) -> None:
         for name in {*have, *self._recipe}:
@@ -117,10 +109,8 @@ class Metrics:
     ) -> None:
         """What was measured in step number `step` (from 1). loss: nats per token."""
         values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
-        self._lines.write(
-            json.dumps({"step": step, **values, "examples": examples, "seconds": seconds}) + "\n"
-        )
-        self._lines.flush()
+        line = {"step": step, **values, "examples": examples, "seconds": seconds}
+        print(json.dumps(line), file=self._lines, flush=True)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

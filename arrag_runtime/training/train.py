@@ -12,24 +12,22 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from arrag_runtime.backends import load_backend
 from arrag_runtime.backends.compatibility import require_same_grids
-from arrag_runtime.backends.janus import JanusBackend
+from arrag_runtime.backends.janus import load_janus
 from arrag_runtime.device import require_device, torch_dtype
+from arrag_runtime.faid.adapter import spec_of_model
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.training_set import Examples, TrainingSet
-from arrag_runtime.training.model import TrainingModel, training_spec
+from arrag_runtime.training.model import NOT_INSTALLED, TrainingModel
 from arrag_runtime.training.run import Metrics, TrainingRun
 from arrag_runtime.training.settings import TrainSettings
-
-_ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,8 @@ def _train(settings: TrainSettings, progress: _Progress) -> TrainReport:
     model = make_training_model(settings, data, str(accelerator.device))
     parameters = list(model.trained().values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    start = run.resume(model, optimizer)
+    start, loss = run.resume(model, optimizer)
     wrapped = accelerator.prepare_model(model)
-    loss = run.last_loss()
     metrics = Metrics(run.folder, start) if accelerator.is_main_process else None
     for step in range(start, steps):
         began = time.perf_counter()
@@ -111,12 +108,15 @@ def _train(settings: TrainSettings, progress: _Progress) -> TrainReport:
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Dropout follows from seed, step and process, so that going on needs no generator's state.
-        torch.manual_seed(_number(settings.seed, step, rank))
+        mixed = np.random.SeedSequence((settings.seed, step, rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]) >> 1)
         total = torch.zeros((), device=accelerator.device)
         parts = list(_share(settings, step, world, rank))
         for number, part in enumerate(parts):
             examples = step_examples(data, settings, part)
-            with _sync(accelerator, wrapped, last=number == len(parts) - 1):
+            # Gradients are exchanged between processes with a step's last batch only.
+            last = number == len(parts) - 1
+            with nullcontext() if last else accelerator.no_sync(wrapped):
                 part_loss = wrapped(*model.inputs(examples)).mean()
                 accelerator.backward(part_loss / len(parts))
             total += part_loss.detach() / len(parts)
@@ -135,7 +135,7 @@ def _train(settings: TrainSettings, progress: _Progress) -> TrainReport:
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
                 run.save(step + 1, model, optimizer, loss)
         progress(step + 1, steps, loss)
-    path = run.folder / _ADAPTER
+    path = run.folder / "adapter.safetensors"
     if metrics is not None:
         metrics.close()
         run.finish(path, model, settings.model, torch_dtype(settings.precision))
@@ -167,20 +167,15 @@ def step_examples(data: TrainingSet, settings: TrainSettings, numbers: list[int]
 
 def make_training_model(settings: TrainSettings, data: TrainingSet, device: str) -> TrainingModel:
     """The generator with fresh trainable parts. Raises IncompatibleError unless the set fits it."""
-    loaded: Any = load_backend("janus", settings.model, device=device, precision=settings.precision)
-    backend: JanusBackend = loaded
+    backend = load_janus(settings.model, device, settings.precision)
     what, around = f"training set {settings.data}", data.manifest.keys.neighborhood
     require_same_grids(what, data.manifest.tokenizer, data.codebook, around, backend)
-    spec = training_spec(
-        backend, settings.hops, settings.blenders, settings.lora_rank, settings.lora_alpha
-    )
-    return TrainingModel(
-        backend,
-        spec,
-        k=settings.k,
-        dropout=settings.lora_dropout,
-        caption_tokens=settings.caption_tokens,
-    ).train()
+    rank, alpha = settings.lora_rank, settings.lora_alpha if settings.lora_rank else 0
+    spec = replace(spec_of_model(backend.model), hops=settings.hops, blenders=settings.blenders)
+    spec = replace(spec, lora_rank=rank, lora_alpha=alpha)
+    dropout, longest = settings.lora_dropout, settings.caption_tokens
+    model = TrainingModel(backend, spec, k=settings.k, dropout=dropout, longest=longest)
+    return model.train()
 
 
 def _share(settings: TrainSettings, step: int, world: int, rank: int) -> Iterator[list[int]]:
@@ -191,24 +186,11 @@ def _share(settings: TrainSettings, step: int, world: int, rank: int) -> Iterato
         yield mine[start : start + settings.batch_size]
 
 
-def _number(*parts: int) -> int:
-    """A seed for torch that follows from these numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
-
-
-def _sync(accelerator: Any, model: Any, *, last: bool) -> Any:
-    """Gradients are exchanged between processes with a step's last batch only."""
-    return nullcontext() if last else accelerator.no_sync(model)
-
-
 def _accelerator(settings: TrainSettings) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ArragError(
-            "training needs peft and accelerate, which are not installed; `pip install"
-            " 'arrag[train]'`"
-        ) from error
+        raise ArragError(NOT_INSTALLED) from error
     require_device(settings.device, "--device cpu")
     # The training model chooses the precision of its forward pass itself.
     return Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
