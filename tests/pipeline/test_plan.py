@@ -177,7 +177,7 @@ def test_a_machine_is_compared_with_the_plan() -> None:
     assert verdicts(small, made) == expected
     without = replace(FIT, packages={k: v for k, v in FIT.packages.items() if k != "autofaiss"})
     assert verdicts(without, made) == {"GPU": "warn"}
-    latent = replace(made, index=made.index | {"kind": "ivfpq"})
+    latent = replace(made, index={**made.index, "kind": "ivfpq"})
     assert verdicts(without, latent) == {"GPU": "warn", "packages": "warn"}
     assert verdicts(FIT, latent) == {"GPU": "warn"}
     assert verdicts(FIT, gpus=2)["GPU"] == "FAIL"
