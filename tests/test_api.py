@@ -61,7 +61,7 @@ def _signature(before: str, node: Function | ast.ClassDef) -> str:
         return f"{before}{node.name}: {_annotation(node.returns)}"
     for argument in ast.walk(node.args):
         if isinstance(argument, ast.arg) and isinstance(argument.annotation, ast.Constant):
-            argument.annotation = ast.Name(str(argument.annotation.value))
+            argument.annotation = ast.parse(str(argument.annotation.value), mode="eval").body
     arguments = ast.unparse(node.args).removeprefix("self").removeprefix(", ")
     return f"{before}{node.name}({arguments}) -> {_annotation(node.returns)}"
 
