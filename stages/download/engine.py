@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from arrag_runtime.format.errors import ShardError
 from schemas.records import ImageRecord, LinkRecord, Reject
+from schemas.settings.download import DownloadSettings
 from stages.download.fetch import Fetcher
 from stages.download.web_address import FetchError
 
@@ -36,21 +37,11 @@ class ShardDownload:
     """One shard's run: what the engine's threads and its writer share. Made for one run."""
 
     def __init__(
-        self,
-        links: Sequence[LinkRecord],
-        fetcher: Fetcher,
-        *,
-        threads: int,
-        seconds: float,
-        max_bytes: int,
+        self, links: Sequence[LinkRecord], fetcher: Fetcher, settings: DownloadSettings
     ) -> None:
         self.refused: dict[int, FetchError] = {}
-        self._links = links
-        self._fetcher = fetcher
-        self._threads = max(1, min(threads, len(links)))
-        self._seconds = seconds
-        self._max_bytes = max_bytes
-        self._end = time.monotonic() + seconds
+        self._links, self._fetcher, self._settings = links, fetcher, settings
+        self._end = time.monotonic() + settings.shard_deadline
         self._bytes = 0
         self._counting = threading.Lock()
         self._places: dict[int, tuple[int, int]] = {}
@@ -69,15 +60,16 @@ class ShardDownload:
         engine = load_engine()
         engine.download_image_with_retry = self._fetch  # type: ignore[attr-defined]
         with _memory_folder() as folder:
-            numbers = list(range(len(self._links)))
-            listed = pa.table({"url": [_plain(link.url) for link in self._links], "row": numbers})
+            # URLs that Arrow can hold; the fetch takes the links' own.
+            urls = [link.url.encode("utf-8", "replace").decode() for link in self._links]
+            listed = pa.table({"url": urls, "row": list(range(len(urls)))})
             path = f"{folder}/links.arrow"
             with fsspec.open(path, "wb") as file, pa.ipc.new_file(file, listed.schema) as writer:
                 writer.write_table(listed)
             engine.Downloader(
                 sample_writer_class=lambda *_schema: self,
                 resizer=_original,
-                thread_count=self._threads,
+                thread_count=max(1, min(self._settings.threads, len(self._links))),
                 save_caption=False,
                 extract_exif=False,
                 output_folder=folder,
@@ -128,9 +120,9 @@ class ShardDownload:
         size = body.seek(0, io.SEEK_END)
         with self._counting:
             self._bytes += size
-            if self._bytes > self._max_bytes:
+            if self._bytes > self._settings.max_shard_bytes:
                 raise ShardError(
-                    f"its pictures have over {self._max_bytes} bytes; raise"
+                    f"its pictures have over {self._settings.max_shard_bytes} bytes; raise"
                     " --max-shard-bytes if the disk has room, or lower --max-bytes"
                 )
         body.seek(0)
@@ -146,7 +138,7 @@ class ShardDownload:
     def _late(self) -> ShardError:
         done = len(self._places) + len(self.refused)
         return ShardError(
-            f"given up after {self._seconds:g} s with {done} of"
+            f"given up after {self._settings.shard_deadline:g} s with {done} of"
             f" {len(self._links)} links answered; raise --shard-deadline or --download-threads"
         )
 
@@ -176,8 +168,8 @@ class ShardDownload:
         """The outcomes in the order of the links; a picture is read when its turn comes."""
         for number, link in enumerate(self._links):
             if number in self.refused:
-                reason, detail = self.refused[number].reason, self.refused[number].detail
-                yield Reject(link.row, link.key, "download", reason, detail, link.url)
+                why = self.refused[number]
+                yield Reject(link.row, link.key, "download", why.reason, why.detail, link.url)
             else:
                 place, size = self._places[number]
                 self._spool.seek(place)
@@ -198,24 +190,19 @@ def _original(body: IO[bytes], _boxes: object) -> tuple[bytes, None, None, None,
     return body.read(), None, None, None, None, None
 
 
-def _plain(url: str) -> str:
-    """A URL that Arrow can hold; the fetch takes the link's own."""
-    return url.encode("utf-8", "replace").decode()
-
-
 def load_engine() -> ModuleType:
     """img2dataset's downloader module as a copy of our own.
 
     A function of it is replaced for one shard, and nobody else's img2dataset is touched. The
     package itself is not imported: it would take seconds and look for updates on the network.
     """
-    name = f"_engine_{uuid.uuid4().hex}"
-    package = ModuleType(name)
     found = importlib.util.find_spec("img2dataset")
     if found is None or found.submodule_search_locations is None:
         raise ShardError(
             "img2dataset is not installed; install the extra: pip install arrag[build]"
         )
+    name = f"_engine_{uuid.uuid4().hex}"
+    package = ModuleType(name)
     package.__path__ = list(found.submodule_search_locations)
     sys.modules[name] = package
     try:

@@ -17,14 +17,14 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from email.message import Message
 from importlib.metadata import PackageNotFoundError, version
-from types import TracebackType
 from typing import IO, Any
 from urllib.parse import urljoin
 
 from arrag_runtime.format.errors import BadInputError
+from schemas.settings.download import DownloadSettings
 from stages.download.web_address import (
     FetchError,
     HostLookup,
@@ -35,16 +35,13 @@ from stages.download.web_address import (
 )
 
 _AGENT = "arrag"
-
 _NO_USE = frozenset(("noai", "noimageai", "noindex", "noimageindex"))
 """Directives of X-Robots-Tag that img2dataset respects by default, and so do we."""
-
 _BY_STATUS = {401: "http-403", 403: "http-403", 451: "http-403", 429: "http-429"}
 _BY_STATUS |= {404: "http-404", 410: "http-404"}
 
 _COMPRESSED = {b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"}
 """How compressed bodies begin; no picture begins so."""
-
 _CHUNK = 64 * 1024
 
 
@@ -97,29 +94,13 @@ def is_disallowed(headers: Message) -> bool:
 
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
-
+_MAX_REDIRECTS = 5
+"""Redirects that are followed, each checked like the first URL."""
 _MAX_ADDRESSES = 4
 """Addresses of one host that are tried; each gets its share of the time that is left."""
-
 _HEAD_BYTES = 256 * 1024
 _FRAMING_BYTES = 1 << 20
 _IN_MEMORY = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class FetchSettings:
-    """What bounds the fetch of one URL."""
-
-    timeout: float = 10.0
-    """Seconds for all of it: look-up, connection, TLS, headers and body, redirects included."""
-    max_bytes: int = 64 << 20
-    """Bytes of a body, as received and as decompressed."""
-    max_redirects: int = 5
-    """Redirects that are followed, each checked like the first URL."""
-    allow_private_hosts: bool = False
-    """Whether addresses that are not public may be connected to."""
-    contact: str | None = None
-    """A URL or mail address for the User-Agent header."""
 
 
 def user_agent(contact: str | None) -> str:
@@ -141,11 +122,15 @@ def user_agent(contact: str | None) -> str:
 
 
 class Fetcher:
-    """Fetches URLs; may be shared by threads."""
+    """Fetches URLs; may be shared by threads.
+
+    Of the settings, `timeout` bounds all of a URL's seconds (look-up, connection, TLS, headers and
+    body, redirects included), `max_bytes` its body as received and as decompressed.
+    """
 
     def __init__(
         self,
-        settings: FetchSettings,
+        settings: DownloadSettings,
         *,
         resolve: Resolve = system_resolve,
         tls: ssl.SSLContext | None = None,
@@ -159,12 +144,7 @@ class Fetcher:
     def __enter__(self) -> "Fetcher":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._lookup.close()
 
     def fetch(self, url: str, deadline: float = float("inf")) -> IO[bytes]:
@@ -174,7 +154,7 @@ class Fetcher:
         Raises FetchError for all that the web can do, and OSError when the disk is full.
         """
         end = min(time.monotonic() + self._settings.timeout, deadline)
-        for _ in range(self._settings.max_redirects + 1):
+        for _ in range(_MAX_REDIRECTS + 1):
             address = parse_url(url)
             with self._connect(address, end) as connection:
                 stream = _Stream(connection, end)
@@ -189,7 +169,7 @@ class Fetcher:
                 except (http.client.HTTPException, EOFError, ValueError, zlib.error) as error:
                     raise FetchError("broken-response", _line(error)) from error
             url = _join(url, onward)
-        raise FetchError("too-many-redirects", f"more than {self._settings.max_redirects}")
+        raise FetchError("too-many-redirects", f"more than {_MAX_REDIRECTS}")
 
     def _connect(self, address: WebAddress, end: float) -> socket.socket:
         """A connection to an address that was checked. Raises FetchError."""
@@ -291,34 +271,31 @@ class _Stream(io.RawIOBase):
 
     def send(self, request: bytes) -> None:
         """Send all of it."""
-        self._allow()
-        try:
+        with self._step():
             self._connection.sendall(request)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise FetchError("broken-response", f"connection lost: {error}") from error
 
     def readinto(self, buffer: Any) -> int:
-        self._allow()
-        try:
+        with self._step():
             count = self._connection.recv_into(buffer)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise FetchError("broken-response", f"connection lost: {error}") from error
         self.received += count
         if self.received > self.limit:
             reason = "broken-response" if self.limit == _HEAD_BYTES else "too-large"
             raise FetchError(reason, f"more than {self.limit} bytes came")
         return count
 
-    def _allow(self) -> None:
-        """Let the next step on the connection take the time that is left and no more."""
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Let a step on the connection take the time that is left and no more."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
         self._connection.settimeout(left)
+        try:
+            yield
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise FetchError("broken-response", f"connection lost: {error}") from error
 
 
 class _Reader(io.BufferedReader):

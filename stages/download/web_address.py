@@ -11,33 +11,28 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 _PORTS = {"http": 80, "https": 443}
 _LONGEST = 8192
 """Characters a URL may have; servers refuse longer ones themselves."""
-
 _LONGEST_DETAIL = 300
-
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _NAME = re.compile(r"[a-z0-9_.-]{1,253}")
 _SAFE = "/%:@!$&'()*+,;=~"
 """What stays as it is in a path, next to letters, digits, "-", "_" and "."."""
-
 _LOOKUPS = 64
 """Threads that look up names: one that hangs cannot be stopped, only left behind."""
-
 _REMEMBERED, _REMEMBER_FOR = 20_000, 60.0
 """Names whose addresses are remembered, and for how many seconds."""
-
 _CLOSED = {
     ipaddress.IPv4Network("192.0.0.0/24"): "reserved (and Oracle's metadata service)",
     ipaddress.IPv4Network("192.88.99.0/24"): "a relay of 6to4",
     ipaddress.IPv4Network("168.63.129.16/32"): "Azure's metadata service",
 }
 """Networks that Python's ipaddress does not call private in every version."""
-
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _TEREDO = ipaddress.IPv6Network("2001::/32")
 _GLOBAL = ipaddress.IPv6Network("2000::/3")
@@ -179,7 +174,8 @@ class HostLookup:
         return found
 
     def _look_up(self, address: WebAddress, end: float) -> Sequence[str]:
-        if _is_ip(address.host):
+        with suppress(ValueError):
+            ipaddress.ip_address(address.host)
             return (address.host,)
         asked = self._threads.submit(self._resolve, address.host, address.port)
         try:
@@ -196,11 +192,3 @@ class HostLookup:
     def close(self) -> None:
         """Let the threads go; one that hangs ends when the system's resolver gives up."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -24,7 +24,7 @@ from arrag_runtime.format.specs import TokenizerSpec
 from arrag_runtime.tokenizers import Encoded, Pixels, Tokenizer, Tokens
 from schemas.records import GridRecord, ImageRecord, Reject, Shard
 from schemas.tables import images_schema, is_held_out
-from stages.encode.decode import Decoded, DecodeSettings, UndecodableError, decode_image
+from stages.encode.decode import DecodeSettings, UndecodableError, decode_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,9 @@ class EncodedImage:
     """Whether the picture stays out of the patches."""
 
 
+_Decoded = tuple[EncodedImage, Pixels] | Reject
+
+
 @dataclass(frozen=True)
 class EncodedShard:
     """A shard's grids, and a reject for every input that has none."""
@@ -88,8 +91,7 @@ class EncodedShard:
 
     def image_ids(self, shard: Shard) -> Ids:
         """The pictures' ids, int64 [N]."""
-        ids = [image_id(shard.id, image.record.row) for image in self.images]
-        return np.array(ids, dtype=np.int64)
+        return np.array([image_id(shard.id, i.record.row) for i in self.images], dtype=np.int64)
 
     def in_database(self) -> npt.NDArray[np.bool_]:
         """Which pictures have patches: those that are not held out."""
@@ -132,9 +134,8 @@ def encode_shard(
     agreement: float | None = None
     with ThreadPoolExecutor(1, "encode") as model:
         waiting: deque[Future[Encoded]] = deque()
-        for pixels in _batches(
-            _decoded(_pictures(inputs, grids), settings, rejects), images, settings
-        ):
+        decoded = _decoded(inputs, settings, grids)
+        for pixels in _batches(decoded, settings, images, rejects):
             if measure_agreement and agreement is None:
                 agreement = tokenizer.agreement(pixels[: len(images)])
             waiting.append(model.submit(tokenizer.encode, pixels, latents=settings.latents))
@@ -159,17 +160,6 @@ def encode_shard(
     )
 
 
-def _pictures(
-    inputs: Iterable[ImageRecord | GridRecord | Reject], grids: list[GridRecord]
-) -> Iterator[ImageRecord | Reject]:
-    """What is no grid yet; the others go to `grids`."""
-    for item in inputs:
-        if isinstance(item, GridRecord):
-            grids.append(item)
-        else:
-            yield item
-
-
 def _with_grids(
     images: list[EncodedImage],
     tokens: Tokens,
@@ -180,7 +170,6 @@ def _with_grids(
     """Pictures and grids together, in the order of their rows."""
     if settings.latents:
         raise ShardError("token grids bring no latents; latent key space needs the pictures")
-    shape = (spec.grid_height, spec.grid_width)
     given = [np.frombuffer(item.grid, "<u2") for item in grids]
     if any(len(g) != spec.positions or int(g.max()) >= spec.vocabulary for g in given):
         raise ShardError(f"a token grid does not fit {spec.describe()}")
@@ -188,43 +177,36 @@ def _with_grids(
         sha256 = hashlib.sha256(item.grid).hexdigest()
         light = replace(item, grid=b"")
         images.append(EncodedImage(light, 0, 0, sha256, is_held_out(sha256, settings.hold_out)))
-    stacked = [tokens, np.array(given, np.uint16).reshape(-1, *shape)]
+    stacked = [tokens, np.array(given, np.uint16).reshape(-1, *tokens.shape[1:])]
     order = np.argsort([image.record.row for image in images], kind="stable")
     return [images[index] for index in order], np.concatenate(stacked)[order]
 
 
 def _decoded(
-    inputs: Iterable[ImageRecord | Reject], settings: EncodeSettings, rejects: list[Reject]
-) -> Iterator[tuple[EncodedImage, Pixels]]:
-    """The usable pictures in order, decoded ahead by threads; the others go to `rejects`."""
+    inputs: Iterable[ImageRecord | GridRecord | Reject],
+    settings: EncodeSettings,
+    grids: list[GridRecord],
+) -> Iterator[_Decoded]:
+    """The pictures in order, decoded ahead by threads, and the rejects; grids go to `grids`."""
     window = settings.decode_threads + 2 * settings.batch_size
-    ahead: deque[Future[tuple[EncodedImage, Pixels] | Reject]] = deque()
+    ahead: deque[Future[_Decoded]] = deque()
     with ThreadPoolExecutor(settings.decode_threads, "decode") as threads:
         for item in inputs:
-            if isinstance(item, Reject):
-                rejects.append(item)
-                continue
-            ahead.append(threads.submit(_decode_one, item, settings))
+            if isinstance(item, GridRecord):
+                grids.append(item)
+            elif isinstance(item, Reject):
+                yield item
+            else:
+                ahead.append(threads.submit(_decode_one, item, settings))
             if len(ahead) >= window:
-                yield from _usable(ahead.popleft().result(), rejects)
+                yield ahead.popleft().result()
         while ahead:
-            yield from _usable(ahead.popleft().result(), rejects)
+            yield ahead.popleft().result()
 
 
-def _usable(
-    outcome: tuple[EncodedImage, Pixels] | Reject, rejects: list[Reject]
-) -> Iterator[tuple[EncodedImage, Pixels]]:
-    if isinstance(outcome, Reject):
-        rejects.append(outcome)
-    else:
-        yield outcome
-
-
-def _decode_one(
-    record: ImageRecord, settings: EncodeSettings
-) -> tuple[EncodedImage, Pixels] | Reject:
+def _decode_one(record: ImageRecord, settings: EncodeSettings) -> _Decoded:
     try:
-        done: Decoded = decode_image(record.data, settings.decode, record.faces)
+        done = decode_image(record.data, settings.decode, record.faces)
     except UndecodableError as error:
         return Reject(record.row, record.key, "decode", error.reason, error.detail, record.url)
     sha256 = hashlib.sha256(record.data).hexdigest()
@@ -234,21 +216,27 @@ def _decode_one(
 
 
 def _batches(
-    decoded: Iterator[tuple[EncodedImage, Pixels]],
-    images: list[EncodedImage],
+    decoded: Iterable[_Decoded],
     settings: EncodeSettings,
+    images: list[EncodedImage],
+    rejects: list[Reject],
 ) -> Iterator[Pixels]:
-    """Batches uint8 [batch_size, size, size, 3], the last one padded with black pictures."""
+    """Batches uint8 [batch_size, size, size, 3], the last one padded with black pictures.
+
+    What is known of their pictures goes to `images`.
+    """
     size = settings.decode.size
-    batch = np.zeros((settings.batch_size, size, size, 3), np.uint8)
-    filled = 0
-    for image, pixels in decoded:
+    batch, filled = np.zeros((settings.batch_size, size, size, 3), np.uint8), 0
+    for outcome in decoded:
+        if isinstance(outcome, Reject):
+            rejects.append(outcome)
+            continue
+        image, pixels = outcome
         images.append(image)
         batch[filled] = pixels
         filled += 1
         if filled == settings.batch_size:
             yield batch
-            batch = np.zeros_like(batch)
-            filled = 0
+            batch, filled = np.zeros_like(batch), 0
     if filled:
         yield batch

@@ -4,6 +4,7 @@ In: token grids uint16 [B, h, w] and the pictures' ids; latents [B, h, w, d] in 
 Out: an Arrow table of the schema `patches_schema`.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,6 @@ from arrag_runtime.tokenizers import Tokens
 from schemas.tables import patches_schema
 
 
-def _grid_keys(keys: KeySpec, tokens: Tokens, latents: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-    """The keys of whole grids: uint16 [B, P, n], or float16 [B, P, n · d] in latent space."""
-    if keys.space == "codebook":
-        return keys.neighborhood.keys(tokens)
-    if latents is None:
-        raise BadInputError("latent keys need the latents, which this database does not keep")
-    gathered = keys.neighborhood.keys(latents)
-    images, positions, neighbors, dimension = gathered.shape
-    return gathered.reshape(images, positions, neighbors * dimension)
-
-
 def extract_patches(
     spec: TokenizerSpec,
     keys: KeySpec,
@@ -40,13 +30,18 @@ def extract_patches(
 
     image_ids: int64 [B]; tokens: uint16 [B, h, w]; latents: float16 [B, h, w, d].
     """
+    grids: npt.NDArray[Any] | None = tokens if keys.space == "codebook" else latents
+    if grids is None:
+        raise BadInputError("latent keys need the latents, which this database does not keep")
     positions = keys.neighborhood.positions(spec.grid_height, spec.grid_width)
-    gathered = _grid_keys(keys, tokens, latents)
+    # Keys uint16 [B, P, n], or float16 [B, P, n, d] in latent space; a row for each below.
+    gathered = keys.neighborhood.keys(grids)
+    rows = gathered.reshape(-1, math.prod(gathered.shape[2:]))
     next_tokens = tokens.reshape(len(tokens), spec.positions)[:, positions]
     return pa.table(
         [
             pa.array(patch_ids(image_ids, positions).reshape(-1)),
-            fixed_lists(gathered.reshape(-1, gathered.shape[-1])),
+            fixed_lists(rows),
             pa.array(np.ascontiguousarray(next_tokens).reshape(-1)),
         ],
         schema=patches_schema(spec, keys),

@@ -39,22 +39,19 @@ class Selection:
 class FoundImages:
     """The pictures of a selection that are not hidden yet.
 
-    Both tables have the columns image_id, sha256, url, key, source and split.
+    All tables have the columns image_id, sha256, url, key, source and split.
     """
 
     matched: pa.Table
     """The pictures that match."""
     copies: pa.Table
     """Others with the bytes of one of them."""
+    pictures: pa.Table
+    """All of them."""
     already_hidden: int
     """How many more match that are hidden already."""
     shared: frozenset[str]
     """Hashes and addresses of these pictures that pictures which stay have too."""
-
-    @property
-    def pictures(self) -> pa.Table:
-        """All of them."""
-        return pa.concat_tables([self.matched, self.copies])
 
 
 def find_images(
@@ -76,6 +73,7 @@ def find_images(
     return FoundImages(
         matched=matched,
         copies=copies,
+        pictures=both,
         already_hidden=already,
         shared=_shared(images, both, np.union1d(ids, hidden)),
     )
@@ -120,8 +118,7 @@ def _value_sets(wanted: Mapping[str, Iterable[str | None]]) -> dict[str, pa.Arra
 
 
 def _is_in(column: pa.Array, values: pa.Array) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = pc.is_in(column, values).to_numpy(zero_copy_only=False)
-    return found
+    return np.asarray(pc.is_in(column, values), dtype=bool)
 
 
 def hash_files(paths: Sequence[Path]) -> frozenset[str]:

@@ -40,9 +40,8 @@ def export_removed(layout: Layout, path: Path) -> int:
     table = REMOVED_SCHEMA.empty_table()
     if exists(layout.removed):
         table = lance.dataset(layout.removed).to_table()
-    rows = table.set_column(
-        table.schema.get_field_index("when"), "when", table["when"].cast(pa.string())
-    )
+    when = table["when"].cast(pa.string())
+    rows = table.set_column(table.schema.get_field_index("when"), "when", when)
     if path.suffix == ".csv":
         pa_csv.write_csv(rows, path)
     elif path.suffix == ".parquet":
@@ -63,9 +62,8 @@ def import_removed(path: Path) -> tuple[RemovedEntry, ...]:
     try:
         rows = _read(path)
     except (OSError, TypeError, ValueError, pa.ArrowException) as error:
-        raise BadInputError(
-            f"cannot read --import '{path}': {str(error).splitlines()[0]}"
-        ) from error
+        line = str(error).splitlines()[0]
+        raise BadInputError(f"cannot read --import '{path}': {line}") from error
     columns = {name for row in rows for name in row}
     if rows and not columns & {"sha256", "url"}:
         raise BadInputError(
@@ -75,22 +73,20 @@ def import_removed(path: Path) -> tuple[RemovedEntry, ...]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]]
+    if path.suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [dict(json.loads(line)) for line in lines if line.strip()]
     if path.suffix == ".parquet":
-        rows = pq.read_table(path).to_pylist()
-    elif path.suffix == ".csv":
+        table = pq.read_table(path)
+    else:
         # All columns as text: a key that looks like a number is none.
         named = pa_csv.open_csv(path).schema.names
+        types = dict.fromkeys(named, pa.string())
         options = pa_csv.ConvertOptions(
-            column_types=dict.fromkeys(named, pa.string()),
-            strings_can_be_null=True,
-            null_values=[""],
+            column_types=types, strings_can_be_null=True, null_values=[""]
         )
-        rows = pa_csv.read_csv(path, convert_options=options).to_pylist()
-    else:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [dict(json.loads(line)) for line in lines if line.strip()]
-    return rows
+        table = pa_csv.read_csv(path, convert_options=options)
+    return list(table.to_pylist())
 
 
 def _entry(row: dict[str, Any], path: Path) -> RemovedEntry:

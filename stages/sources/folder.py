@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import compress, islice
 from pathlib import Path
 
@@ -57,13 +58,12 @@ class FolderSource:
                 raise BadInputError(
                     f"--input '{root}' {what}; --source {self.name} needs a folder of {kind}"
                 )
-        self._listed: dict[str, tuple[Path, int]] | None = None
         self._notes: list[str] = []
 
     def listing(self, recorded: Sequence[RecordedShard]) -> Listing:
         for root in self._roots:
             read_metadata(root)  # A file that is broken ends the listing, not every shard.
-        here = self._members()
+        here = self._members
         known = {member for r in recorded for member in r.shard.members}
         pending = [r.shard for r in recorded if r.inputs is None]
         reachable = [s for s in pending if any(m in here or self._find(m) for m in s.members)]
@@ -108,19 +108,19 @@ class FolderSource:
         rest = json.dumps(fields, ensure_ascii=False, default=str) if fields else None
         return ImageRecord(row, name, data, caption, url, licence, rest)
 
+    @cached_property
     def _members(self) -> dict[str, tuple[Path, int]]:
         """Every picture as member → root and bytes, in the order of their paths.
 
         The same relative path with the same content, below two roots, is one member.
         """
-        if self._listed is None:
-            wanted = list(islice(self._wanted(), self._settings.limit))
-            self._require_some(len(wanted))
-            self._listed = {}
-            for root, relative in wanted:
-                content, size = _content(root / relative)
-                self._listed.setdefault(f"{content} {name_as_text(relative)}", (root, size))
-        return self._listed
+        wanted = list(islice(self._wanted(), self._settings.limit))
+        self._require_some(len(wanted))
+        members: dict[str, tuple[Path, int]] = {}
+        for root, relative in wanted:
+            content, size = _content(root / relative)
+            members.setdefault(f"{content} {name_as_text(relative)}", (root, size))
+        return members
 
     def _require_some(self, found: int) -> None:
         """Raise BadInputError where there is nothing to take."""

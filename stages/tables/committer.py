@@ -127,10 +127,6 @@ def create_tables(layout: Layout, spec: TokenizerSpec, keys: KeySpec) -> None:
         lance.write_dataset(schema.empty_table(), path, schema=schema, mode=mode)
 
 
-def unfenced() -> None:
-    """The check of a writer that needs no lease: it writes to a table of its own."""
-
-
 def clean_versions(paths: Sequence[str]) -> None:
     """Delete the versions of these tables that nobody reads any more; anyone may, at any time.
 
@@ -152,14 +148,13 @@ class Committer:
         self,
         layout: Layout,
         keys: KeySpec,
-        check: Callable[[], None] = unfenced,
+        check: Callable[[], None] = lambda: None,
         clean: Callable[[Sequence[str]], None] = clean_versions,
     ) -> None:
         self._check, self._clean = check, clean
         # Every version of a table that is opened stays in a cache; ours are read once.
-        session = lance.Session(metadata_cache_size_bytes=_METADATA_CACHE)
-        self._ledger = lance.dataset(layout.ledger, session=session)
-        self._session = session
+        self._session = lance.Session(metadata_cache_size_bytes=_METADATA_CACHE)
+        self._ledger = lance.dataset(layout.ledger, session=self._session)
         self._paths = table_paths(layout, keys)
         self._open()
         self._commits = 0
@@ -233,26 +228,21 @@ class Committer:
         )
         self._commits += 1
         if self._commits % CLEAN_EVERY == 0:
-            self._tidy_ledger()
+            # One file per row is slow to read when resuming.
+            self._check()
+            self._ledger.optimize.compact_files()
+            self._ledger.checkout_latest()
             self._clean([table.uri for table in (*self._tables.values(), self._ledger)])
-
-    def _tidy_ledger(self) -> None:
-        """Bring the ledger's rows together: one file per row is slow to read when resuming."""
-        self._check()
-        self._ledger.optimize.compact_files()
-        self._ledger.checkout_latest()
 
     def begin_compaction(self, deletions: Iterable[Deletion]) -> None:
         """Record what the tables are about to lose, before they do."""
-        counts = {"inputs": 0, "rejects": 0, "time": _now()}
         rows: list[dict[str, object]] = [
             {"shard": "", "source": "", "attempt": 0, "state": "compacting", "time": _now()}
         ]
         rows += [
             {"shard": lost.shard, "source": lost.source, "attempt": 0, "state": "removed"}
             | {"images": -len(lost.images), "heldout": -lost.heldout, "patches": -lost.patches}
-            | {"members": [str(image) for image in lost.images]}
-            | counts
+            | {"members": list(map(str, lost.images)), "inputs": 0, "rejects": 0, "time": _now()}
             for lost in deletions
         ]
         self._append_ledger(rows)

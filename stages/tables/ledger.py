@@ -86,10 +86,11 @@ class _Reading:
     def apply(self, row: Mapping[str, Any]) -> None:
         """Take in the next row."""
         match row["state"]:
-            case "planned" if row["attempt"] == 0:
-                self._plan(row)
-            case "planned":
-                self._plan_again(row)
+            case "planned" if row["attempt"] == 0:  # What was planned first stays.
+                shard = Shard(row["source"], row["shard"], tuple(row["members"]))
+                self._shards.setdefault(shard.id, RecordedShard(shard))
+            case "planned":  # An attempt that was killed may be planned again, with other rows.
+                self._planned[row["shard"], row["attempt"]] |= _rows_taken(row)
             case "done":
                 self._finish(row)
             case "removed":
@@ -103,15 +104,6 @@ class _Reading:
         of_source = self._by_source.setdefault(row["source"], dict.fromkeys(_COUNTS, 0))
         for name in _COUNTS:
             of_source[name] += row[name] or 0
-
-    def _plan(self, row: Mapping[str, Any]) -> None:
-        """A shard and its members; what was planned first stays."""
-        shard = Shard(row["source"], row["shard"], tuple(row["members"]))
-        self._shards.setdefault(shard.id, RecordedShard(shard))
-
-    def _plan_again(self, row: Mapping[str, Any]) -> None:
-        """A later attempt. One that was killed may be planned again, with other rows."""
-        self._planned[row["shard"], row["attempt"]] |= _rows_taken(row)
 
     def _finish(self, row: Mapping[str, Any]) -> None:
         """An attempt that is done; a later one brings no inputs, and takes rows of its own."""

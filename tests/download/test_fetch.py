@@ -18,8 +18,9 @@ import trustme
 
 from arrag_runtime.format.errors import BadInputError
 from schemas.records import REASONS
+from schemas.settings.download import DownloadSettings
 from stages.download.engine import load_engine
-from stages.download.fetch import Fetcher, FetchSettings, is_disallowed, user_agent
+from stages.download.fetch import Fetcher, is_disallowed, user_agent
 from stages.download.web_address import FetchError, why_blocked
 from tests.conftest import jpeg
 from tests.worlds.servers.web import (
@@ -36,7 +37,7 @@ from tests.worlds.servers.web import (
 )
 
 PICTURE = jpeg(1)
-SETTINGS = FetchSettings(timeout=10, max_bytes=100_000, allow_private_hosts=True)
+SETTINGS = DownloadSettings(timeout=10, max_bytes=100_000, allow_private_hosts=True)
 HASTY = replace(SETTINGS, timeout=0.6)
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -206,7 +207,7 @@ def named(**hosts: str) -> Callable[[str, int], Sequence[str]]:
 
 def test_private_hosts_are_not_even_connected_to() -> None:
     """Neither by address nor by name nor by a redirect; a public one is passed on."""
-    settings = FetchSettings(timeout=10)
+    settings = DownloadSettings(timeout=10)
     resolve = named(inside_example="127.0.0.1", both_example="1.1.1.1 127.0.0.1")
     with serve({"/": answer(PICTURE)}) as web, Fetcher(settings, resolve=resolve) as guarded:
         for host in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "inside.example", "both.example"):
@@ -225,7 +226,7 @@ def test_a_redirect_to_a_private_host_is_not_followed(monkeypatch: pytest.Monkey
     resolve = named(public_example=public, inside_example="127.0.0.1")
     with (
         serve({"/": answer(PICTURE)}) as inside,
-        Fetcher(FetchSettings(timeout=10), resolve=resolve) as guarded,
+        Fetcher(DownloadSettings(timeout=10), resolve=resolve) as guarded,
     ):
         for target in (inside.url("/"), inside.url("/", "inside.example")):
             with serve({"/": redirect(target)}, address=public) as web:
@@ -286,7 +287,7 @@ def test_a_deadline_before_the_urls_own_counts(web: Web, fetcher: Fetcher) -> No
 def test_a_large_body_lies_on_disk() -> None:
     """Only what is small is held in memory; the whole of it comes back."""
     body = bytes(range(256)) * 20_000
-    settings = FetchSettings(timeout=5, allow_private_hosts=True)
+    settings = DownloadSettings(timeout=5, allow_private_hosts=True)
     with (
         serve({"/": answer(body)}) as web,
         Fetcher(settings) as fetcher,
