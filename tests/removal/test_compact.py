@@ -252,7 +252,7 @@ def interrupt_at(moment: int, end: Callable[[], None], patch: Callable[..., None
 
         return run
 
-    for name in ("delete_images", "compact_table", "_build_again"):
+    for name in ("delete_images", "compact_table", "index"):
         patch(pipeline.compact, name, counted(getattr(pipeline.compact, name)))
     patch(Committer, "end_compaction", counted(Committer.end_compaction))
 
