@@ -18,7 +18,15 @@ from stages.removal.suppression import Suppressions, suppress
 from stages.sources.reading.grids import Misfit, grid_bytes
 from tests.conftest import jpeg
 from tests.encode.test_encode_images import Brightness, small
-from tests.worlds.source_cases import GRID, grid_of, items_of, npy_of, open_at, parquet_of
+from tests.worlds.source_cases import (
+    GRID,
+    datacomp_rows,
+    grid_of,
+    items_of,
+    npy_of,
+    open_at,
+    parquet_of,
+)
 
 FIRST = grid_of(0).astype("<u2").tobytes()
 
@@ -127,6 +135,9 @@ def test_tables_with_a_grid_column(tmp_path: Path) -> None:
     named = parquet_of(tmp_path / "n.parquet", [{"vq": grid_of(0).reshape(-1).tolist()}])
     with pytest.raises(BadInputError, match=r"no column is the grid.*vq.*--columns grid="):
         open_at("tokens", named, grid=GRID).listing(())
+    links = parquet_of(tmp_path / "l.parquet", datacomp_rows(1))
+    with pytest.raises(BadInputError, match="no column is the grid"):
+        open_at("tokens", links, grid=GRID, columns="datacomp").listing(())
     (item,) = items_of(open_at("tokens", named, grid=GRID, columns="grid=vq"))
     assert isinstance(item, GridRecord)
 
