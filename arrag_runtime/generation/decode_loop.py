@@ -94,9 +94,7 @@ def decode_grids(
                     augmenter.before_forward(step)
             logits = running.forward(newest)
             p_model = probabilities(logits, sampling)
-            p_mixed = p_model
-            if mixing is not None:
-                p_mixed = daid.mix(p_model, search.result(), mixing)
+            p_mixed = p_model if mixing is None else daid.mix(p_model, search.result(), mixing)
             newest = sample(p_mixed, sampling, generators)
             chosen[:, position] = newest
             if watch is not None:
