@@ -234,13 +234,12 @@ class Faid(nn.Module):
     @torch.no_grad()
     def _add_step(self, run: _Decoding, order: int, features: Tensor, attended: Tensor) -> Tensor:
         """Remember the last token's features, and add the contribution for the next position."""
-        memory, images = run.memory[order], run.batch.images
-        rows = images * 2 if run.batch.guided else images
-        if len(features) != rows:
+        if len(features) != run.batch.rows:
             raise BadInputError(
-                f"a forward pass of {len(features)} rows in a FAiD batch of {rows}; begin the batch"
-                " with the number of pictures that are decoded"
+                f"a forward pass of {len(features)} rows in a FAiD batch of {run.batch.rows}; begin"
+                " the batch with the number of pictures that are decoded"
             )
+        memory, images = run.memory[order], run.batch.images
         memory.index_copy_(1, run.write, features[:images, -1:])
         attended[:images, -1] += self._blend(run, order, memory.index_select(1, run.window))
         return attended

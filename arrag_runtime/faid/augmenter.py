@@ -27,6 +27,11 @@ class Batch:
     device: Any
     """The torch.device of the model."""
 
+    @property
+    def rows(self) -> int:
+        """The rows of a forward pass."""
+        return self.images * (2 if self.guided else 1)
+
 
 @dataclass(frozen=True)
 class Step:
