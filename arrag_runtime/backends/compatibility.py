@@ -24,9 +24,8 @@ def require_fit(
     """
     layout = Layout(database)
     manifest = DatabaseManifest.read(layout)
-    around = neighborhood or manifest.keys.neighborhood
-    codes = read_codebook(layout)
-    require_same_grids(f"database {database}", manifest.tokenizer, codes, around, backend)
+    what, around = f"database {database}", neighborhood or manifest.keys.neighborhood
+    require_same_grids(what, manifest.tokenizer, read_codebook(layout), around, backend)
     return manifest
 
 

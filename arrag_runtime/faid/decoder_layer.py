@@ -67,8 +67,7 @@ class AugmentedLayer(nn.Module):
 
     def folded(self) -> Folded:
         """The blender's matrices in the dtype of its weights."""
-        dtype = self.blender.conv_dtype
-        made = self.blender.fold()
+        dtype, made = self.blender.conv_dtype, self.blender.fold()
         return Folded(made.near.to(dtype), made.own.to(dtype), made.bias.to(dtype))
 
 

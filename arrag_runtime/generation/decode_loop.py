@@ -80,33 +80,32 @@ def decode_grids(
     chosen = torch.zeros((len(prompts), height * width), dtype=torch.long, device=device)
     running = backend.start(prompts, guided=guided)
     batch = Batch(len(prompts), guided, height, width, device)
-    with Searcher(retriever, (len(prompts), height, width)) as searcher:
-        try:
-            for augmenter in augmenters:
-                augmenter.begin(batch)
-            newest = None
-            for position in range(height * width):
-                row, col = divmod(position, width)
-                search = searcher.start(newest, row, col)
-                if augmenters:
-                    step = Step(position, row, col, chosen[:, :position], search.result())
-                    for augmenter in augmenters:
-                        augmenter.before_forward(step)
-                logits = running.forward(newest)
-                p_model = probabilities(logits, sampling)
-                p_mixed = p_model
-                if mixing is not None:
-                    p_mixed = daid.mix(p_model, search.result(), mixing)
-                newest = sample(p_mixed, sampling, generators)
-                chosen[:, position] = newest
-                if watch is not None:
-                    at = newest[:, None]
-                    before, after = p_model.gather(1, at)[:, 0], p_mixed.gather(1, at)[:, 0]
-                    watch(Choice(row, col, newest, before, after, search.result()))
-                progress(position + 1)
-        finally:
-            for augmenter in augmenters:
-                augmenter.end()
+    searcher = Searcher(retriever, (len(prompts), height, width))
+    try:
+        for augmenter in augmenters:
+            augmenter.begin(batch)
+        newest = None
+        for position in range(height * width):
+            row, col = divmod(position, width)
+            search = searcher.start(newest, row, col)
+            if augmenters:
+                step = Step(position, row, col, chosen[:, :position], search.result())
+                for augmenter in augmenters:
+                    augmenter.before_forward(step)
+            logits = running.forward(newest)
+            p_model = probabilities(logits, sampling)
+            p_mixed = p_model if mixing is None else daid.mix(p_model, search.result(), mixing)
+            newest = sample(p_mixed, sampling, generators)
+            chosen[:, position] = newest
+            if watch is not None:
+                at = newest[:, None]
+                before, after = p_model.gather(1, at)[:, 0], p_mixed.gather(1, at)[:, 0]
+                watch(Choice(row, col, newest, before, after, search.result()))
+            progress(position + 1)
+    finally:
+        searcher.close()
+        for augmenter in augmenters:
+            augmenter.end()
     grids: npt.NDArray[np.uint16] = chosen.cpu().numpy().astype(np.uint16)
     return grids.reshape(-1, height, width)
 
@@ -145,10 +144,8 @@ class Searcher:
         self._grids = np.zeros(shape, dtype=np.uint16)
         self._thread = ThreadPoolExecutor(1, "arrag-search") if retriever else None
 
-    def __enter__(self) -> "Searcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Wait for a search that is going on, and end the thread."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 

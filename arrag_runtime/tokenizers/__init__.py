@@ -6,7 +6,7 @@ when one is made. Read `vq16` first.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ def _vq16(weights: str | None) -> Tokenizer:
     return load_vq16(weights)
 
 
-TOKENIZERS: dict[str, Callable[[str | None], Any]] = {"sample": _sample, "vq16": _vq16}
+TOKENIZERS: dict[str, Callable[[str | None], Tokenizer]] = {"sample": _sample, "vq16": _vq16}
 
 
 def load_tokenizer(name: str, weights: str | None = None) -> Tokenizer:
@@ -77,5 +77,4 @@ def load_tokenizer(name: str, weights: str | None = None) -> Tokenizer:
     """
     if name not in TOKENIZERS:
         raise BadInputError(f"unknown tokenizer '{name}'; choose one of {', '.join(TOKENIZERS)}")
-    tokenizer: Tokenizer = TOKENIZERS[name](weights)
-    return tokenizer
+    return TOKENIZERS[name](weights)

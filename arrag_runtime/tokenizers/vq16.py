@@ -105,11 +105,8 @@ class VQTokenizer:
     def encode(self, images: Pixels, *, latents: bool = False) -> Encoded:
         """See `Tokenizer.encode`. The nearest code is searched in float32 at any precision."""
         z = self._latents(self._model, self._encoder, images)
-        tokens = self._nearest(z)
-        return Encoded(
-            tokens.cpu().numpy().astype(np.uint16),
-            z.to(torch.float16).cpu().numpy() if latents else None,
-        )
+        tokens = self._nearest(z).cpu().numpy().astype(np.uint16)
+        return Encoded(tokens, z.to(torch.float16).cpu().numpy() if latents else None)
 
     @torch.inference_mode()
     def agreement(self, images: Pixels) -> float:

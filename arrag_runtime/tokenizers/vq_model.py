@@ -62,8 +62,7 @@ class VQModel(nn.Module):
     def __init__(self, shape: VQShape) -> None:
         super().__init__()
         self.shape = shape
-        self.encoder = _Encoder(shape)
-        self.decoder = _Decoder(shape)
+        self.encoder, self.decoder = _Encoder(shape), _Decoder(shape)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(shape.codes, shape.dimension)})
         self.quant_conv = nn.Conv2d(shape.latent, shape.dimension, 1)
         self.post_quant_conv = nn.Conv2d(shape.dimension, shape.latent, 1)

@@ -53,8 +53,7 @@ class TrainingModel(nn.Module):
         ids, mask: long [B, T], prompts padded on the left; tokens: long [B, P]; retrieved: long
         [B, P, K], `MISSING` for none.
         """
-        height, width = self._backend.grid
-        with self.faid.whole(retrieved, height, width, start=ids.shape[1]):
+        with self.faid.whole(retrieved, *self._backend.grid, start=ids.shape[1]):
             logits = teacher_forced(self._backend, ids, mask, tokens)
         return cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 

@@ -10,7 +10,7 @@ Source: AR-RAG (arXiv 2506.06962), section 4 and appendix; `TrainSettings` holds
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,7 +111,10 @@ def _train(settings: TrainSettings, progress: _Progress) -> TrainReport:
         mixed = np.random.SeedSequence((settings.seed, step, rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]) >> 1)
         total = torch.zeros((), device=accelerator.device)
-        parts = list(_share(settings, step, world, rank))
+        # This process's places in the stream of examples, in batches.
+        first, batch = step * settings.global_batch, settings.batch_size
+        mine = range(first + rank, first + settings.global_batch, world)
+        parts = [list(mine[at : at + batch]) for at in range(0, len(mine), batch)]
         for number, part in enumerate(parts):
             examples = step_examples(data, settings, part)
             # Gradients are exchanged between processes with a step's last batch only.
@@ -176,14 +179,6 @@ def make_training_model(settings: TrainSettings, data: TrainingSet, device: str)
     dropout, longest = settings.lora_dropout, settings.caption_tokens
     model = TrainingModel(backend, spec, k=settings.k, dropout=dropout, longest=longest)
     return model.train()
-
-
-def _share(settings: TrainSettings, step: int, world: int, rank: int) -> Iterator[list[int]]:
-    """This process's places in the stream at a step, in batches."""
-    first = step * settings.global_batch
-    mine = list(range(first + rank, first + settings.global_batch, world))
-    for start in range(0, len(mine), settings.batch_size):
-        yield mine[start : start + settings.batch_size]
 
 
 def _accelerator(settings: TrainSettings) -> Any:
