@@ -68,7 +68,8 @@ class ShardDownload:
                 writer.write_table(listed)
             engine.Downloader(
                 sample_writer_class=lambda *_schema: self,
-                resizer=_original,
+                # In the place of img2dataset's resizer: bytes as they came, sizes left to decoding.
+                resizer=lambda body, _boxes: (body.read(), None, None, None, None, None),
                 thread_count=max(1, min(self._settings.threads, len(self._links))),
                 save_caption=False,
                 extract_exif=False,
@@ -84,10 +85,8 @@ class ShardDownload:
                 user_agent_token=None,
                 disallowed_header_directives=None,
             ).download_shard((0, path))
-        if self._failure is None and time.monotonic() >= self._end:
-            self._failure = self._late()
-        if self._failure is not None:
-            raise self._failure
+        if (failure := self._failed()) is not None:
+            raise failure
         if len(self._places) + len(self.refused) != len(self._links):
             raise ShardError(f"the engine lost links: {len(self._places)} + {len(self.refused)}")
 
@@ -97,9 +96,7 @@ class ShardDownload:
         """In the place of img2dataset's `download_image_with_retry`: its signature, never raises."""
         number = row[0]
         try:
-            if self._failure is None and time.monotonic() >= self._end:
-                self._stop(self._late())
-            if self._failure is not None:
+            if self._failed() is not None:
                 return number, None, "stopped"
             body = self._fetcher.fetch(self._links[number].url, self._end)
             try:
@@ -135,12 +132,18 @@ class ShardDownload:
         if digest.hexdigest() != link.sha256.lower():
             raise FetchError("sha-mismatch", f"sha256 {digest.hexdigest()}, listed {link.sha256}")
 
-    def _late(self) -> ShardError:
-        done = len(self._places) + len(self.refused)
-        return ShardError(
-            f"given up after {self._settings.shard_deadline:g} s with {done} of"
-            f" {len(self._links)} links answered; raise --shard-deadline or --download-threads"
-        )
+    def _failed(self) -> Exception | None:
+        """What the shard fails with, as soon as it does; that its time is up is such a thing."""
+        if self._failure is None and time.monotonic() >= self._end:
+            done = len(self._places) + len(self.refused)
+            self._stop(
+                ShardError(
+                    f"given up after {self._settings.shard_deadline:g} s with {done} of"
+                    f" {len(self._links)} links answered; raise --shard-deadline or"
+                    " --download-threads"
+                )
+            )
+        return self._failure
 
     def _stop(self, error: Exception) -> None:
         """Let the shard fail with this; links that are still waiting are not fetched."""
@@ -183,11 +186,6 @@ class ShardDownload:
                     metadata=link.metadata,
                     faces=link.faces,
                 )
-
-
-def _original(body: IO[bytes], _boxes: object) -> tuple[bytes, None, None, None, None, None]:
-    """In the place of img2dataset's resizer: the bytes as they came, sizes left to decoding."""
-    return body.read(), None, None, None, None, None
 
 
 def load_engine() -> ModuleType:

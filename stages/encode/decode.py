@@ -90,7 +90,6 @@ def decode_image(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = (
                 rgb = hidden if turn is None else hidden.transpose(turn)
             else:
                 rgb = _to_rgb(ImageOps.exif_transpose(image))
-            width, height = rgb.size
     except UndecodableError:
         raise
     except UnidentifiedImageError as error:
@@ -100,7 +99,7 @@ def decode_image(data: bytes, settings: DecodeSettings, faces: Sequence[Box] = (
     # A damaged file makes Pillow's parsers raise nearly anything: the picture is lost, not the build.
     except Exception as error:
         raise UndecodableError("truncated", f"{type(error).__name__}: {error}") from error
-    return Decoded(np.asarray(prepare(rgb, settings.size)), width, height)
+    return Decoded(np.asarray(prepare(rgb, settings.size)), rgb.width, rgb.height)
 
 
 def _require_size(width: int, height: int, settings: DecodeSettings) -> None:

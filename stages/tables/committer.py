@@ -11,7 +11,7 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import lance
@@ -236,16 +236,14 @@ class Committer:
 
     def begin_compaction(self, deletions: Iterable[Deletion]) -> None:
         """Record what the tables are about to lose, before they do."""
-        rows: list[dict[str, object]] = [
-            {"shard": "", "source": "", "attempt": 0, "state": "compacting", "time": _now()}
-        ]
-        rows += [
+        begun = {"shard": "", "source": "", "attempt": 0, "state": "compacting", "time": _now()}
+        removed = (
             {"shard": lost.shard, "source": lost.source, "attempt": 0, "state": "removed"}
             | {"images": -len(lost.images), "heldout": -lost.heldout, "patches": -lost.patches}
             | {"members": list(map(str, lost.images)), "inputs": 0, "rejects": 0, "time": _now()}
             for lost in deletions
-        ]
-        self._append_ledger(rows)
+        )
+        self._append_ledger(chain((begun,), removed))
 
     def end_compaction(self) -> None:
         """Record the tables' new versions and marks; what is in them now is complete."""
