@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+import arrag_runtime
 from arrag_runtime.format.errors import ArragError, BadInputError
 from arrag_runtime.format.location import explain
 from arrag_runtime.generation.settings import GenerateSettings
@@ -64,12 +65,7 @@ Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress bar.")]
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(version("arrag"))
-        except PackageNotFoundError:
-            typer.echo("unknown: this checkout is not installed")
+        typer.echo(arrag_runtime.__version__)
         raise typer.Exit
 
 
@@ -78,14 +74,12 @@ Version = Annotated[
 ]
 
 
-@app.callback()
-def app_options(version: Version = False) -> None:
-    """Build, index and query patch retrieval databases for autoregressive image generators."""
-
-
-@runtime.callback()
-def runtime_options(version: Version = False) -> None:
-    """Generate pictures with a patch retrieval database at hand."""
+@app.callback(
+    help="Build, index and query patch retrieval databases for autoregressive image generators."
+)
+@runtime.callback(help="Generate pictures with a patch retrieval database at hand.")
+def options(version: Version = False) -> None:
+    """What both programs take."""
 
 
 @app.command()

@@ -24,17 +24,8 @@ if TYPE_CHECKING:
     from arrag_runtime.search.patch_index import PatchIndex
     from arrag_runtime.search.retriever import Retriever
 
-__all__ = [
-    "Generated",
-    "Neighbors",
-    "PatchIndex",
-    "Retriever",
-    "__version__",
-    "attach_faid",
-    "daid",
-    "generate",
-]
-
+__all__ = ["Generated", "Neighbors", "PatchIndex", "Retriever", "attach_faid", "daid", "generate"]
+__all__ += ["__version__"]
 _HOMES = {
     "Generated": "arrag_runtime.generation.generate",
     "Neighbors": "arrag_runtime.search.neighbors",

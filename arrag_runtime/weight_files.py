@@ -16,7 +16,6 @@ import torch
 from arrag_runtime.format.errors import BadInputError
 
 Tensors = dict[str, torch.Tensor]
-
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin")

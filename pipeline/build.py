@@ -39,7 +39,6 @@ from stages.tables.committer import Committer, ShardResult
 from stages.tables.ledger import read_ledger
 
 log = logging.getLogger(__name__)
-
 ATTEMPTS = 3
 """A failed shard is tried this often in one build."""
 _UNPACKED = "/runtime_resources/working_dir_files/"

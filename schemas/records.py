@@ -11,7 +11,6 @@ from arrag_runtime.format.ids import ROW_BITS
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 of a rectangle, as shares (0..1) of the picture's width and height."""
-
 MAX_ROWS_PER_SHARD = 1 << ROW_BITS
 """So many rows can a patch id tell apart in a shard."""
 

@@ -19,7 +19,6 @@ from arrag_runtime.format.errors import BadInputError
 
 MISSING = 65535
 """The token that stands for "no neighbour here"; no codebook may use it."""
-
 Border = Literal["skip", "zero"]
 BORDERS: tuple[Border, ...] = ("skip", "zero")
 
@@ -124,7 +123,6 @@ def surround(hops: int, border: Border = "skip") -> Neighborhood:
 CAUSAL_1 = causal(1)
 CAUSAL_2 = causal(2)
 SURROUND_1 = surround(1)
-
 NEIGHBORHOODS: dict[str, Neighborhood] = {n.name: n for n in (CAUSAL_1, CAUSAL_2, SURROUND_1)}
 
 

@@ -15,7 +15,6 @@ KeySpace = Literal["codebook", "latent"]
 KEY_SPACES: tuple[KeySpace, ...] = ("codebook", "latent")
 SAME_CODE_COSINE = 0.999
 """Two codebooks are the same when every row's cosine is at least this."""
-
 Floats = npt.NDArray[np.float32]
 
 

@@ -19,7 +19,6 @@ from arrag_runtime.search.codebook_search import require_faiss
 
 _GPU_LIMIT = 2048
 """faiss' GPU kernels take no larger k or nprobe."""
-
 log = logging.getLogger(__name__)
 
 

@@ -110,7 +110,8 @@ class Metrics:
         """What was measured in step number `step` (from 1). loss: nats per token."""
         values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
         line = {"step": step, **values, "examples": examples, "seconds": seconds}
-        print(json.dumps(line), file=self._lines, flush=True)
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -28,7 +28,6 @@ _FEW_ROWS = 4_000_000
 _ROWS_PER_TASK = 5_000_000
 _RAY_FROM_ROWS = 50_000_000
 """Rows from which tasks are worth an embedded Ray's start."""
-
 _Announce = Callable[[str], None]
 _Progress = Callable[[int, int], None]
 _Search = Callable[..., Neighbors]

@@ -28,9 +28,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def default_kind(space: str, keys: int) -> Kind:
     """The kind of index that suits this many keys of a space, "codebook" or "latent"."""
-    if space == "codebook":
-        return "codebook"
-    return "flat" if keys <= FLAT_UP_TO else "ivfpq"
+    return "codebook" if space == "codebook" else "flat" if keys <= FLAT_UP_TO else "ivfpq"
 
 
 def choose_lists(keys: int, query_ms: float) -> int:

@@ -24,10 +24,8 @@ _TRANSIENT = frozenset(
     ("dns", "refused", "timeout", "tls", "http-429", "http-5xx", "broken-response")
 )
 """Reasons that may lie with us or with the moment; others are the link's own."""
-
 _NOTHING_SUPPRESSED = Suppressions()
 _SUSPICIOUS_SHARE, _SUSPICIOUS_LINKS = 0.9, 50
-
 _Ready = TypeVar("_Ready", bound=ImageRecord | GridRecord | Reject)
 """What a source may yield besides links."""
 

@@ -36,7 +36,6 @@ _CLOSED = {
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _TEREDO = ipaddress.IPv6Network("2001::/32")
 _GLOBAL = ipaddress.IPv6Network("2000::/3")
-
 Resolve = Callable[[str, int], Sequence[str]]
 """(host, port) → IP addresses. Raises OSError where the name has none."""
 
@@ -137,9 +136,7 @@ def why_blocked(address: str) -> str | None:
     for kind in ("loopback", "link_local", "multicast", "unspecified", "private", "reserved"):
         if getattr(ip, f"is_{kind}"):
             return kind.replace("_", "-")
-    if not ip.is_global or (ip.version == 6 and ip not in _GLOBAL):
-        return "not public"
-    return None
+    return "not public" if not ip.is_global or (ip.version == 6 and ip not in _GLOBAL) else None
 
 
 def system_resolve(host: str, port: int) -> Sequence[str]:

@@ -30,7 +30,6 @@ _PLATEAU = 0.005
 _SINGLE_QUERIES = 100
 _MERGE: Merge = "nearest"
 """How the distributions compared are merged; their temperature is the paper's."""
-
 Depths = dict[str, float]
 """A figure at each k as text."""
 

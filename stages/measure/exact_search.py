@@ -31,7 +31,6 @@ _TILE, _QUERY_TILE = 2048, 256
 _MARGIN = 1e-5
 """Products of float32 vectors and differences of them disagree by less, relative to the norms."""
 _NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
-
 _Packed = npt.NDArray[np.uint64]
 
 

@@ -50,7 +50,6 @@ _BACKOFFS = (1e-4, 0.95)
 """Bounds on the share of the prior."""
 _QUERIES_AT_ONCE = 64
 """Queries whose candidates are held as vectors at once."""
-
 _Values = npt.NDArray[np.float64]
 
 

@@ -19,7 +19,6 @@ from arrag_runtime.search.neighbors import Neighbors
 
 _CELLS = 1 << 22
 """Cells of a dense block (queries × vocabulary, or queries × K) that are held at once."""
-
 Probabilities = npt.NDArray[np.float64]
 
 

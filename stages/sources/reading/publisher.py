@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from arrag_runtime.format.errors import BadInputError
 
 log = logging.getLogger(__name__)
-
 _TRIES = 8
 """Attempts in a row that bring nothing new; any progress starts counting anew."""
 _TIMEOUT = 60
