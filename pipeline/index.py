@@ -65,6 +65,8 @@ class _Job:
     place: str
     older: IndexManifest | None
     decision: growth.Decision
+    moved: bool
+    """Whether a compaction moved the rows of an older index: its count must prove it whole."""
     work: Path
     resources: RayResources | None
     progress: Progress
@@ -115,10 +117,10 @@ def index(
         place = layout.index(name)
         unwanted = growth.unwanted_pictures(layout, settings)
         older = growth.index_made_alike(place, settings)
-        decision = growth.FRESH
+        decision, moved = growth.FRESH, False
         if older is not None:
             facts = growth.facts_of(place, older, table, unwanted, compacted=compacted)
-            decision = growth.decide(facts)
+            decision, moved = growth.decide(facts), not facts.rows_stand
         older = older if decision.kept else None
         job = _Job(
             name=name,
@@ -130,6 +132,7 @@ def index(
             place=place,
             older=older,
             decision=decision,
+            moved=moved,
             work=work_folder(layout, name, settings, table, older, unwanted),
             resources=resources,
             progress=progress,
@@ -179,7 +182,7 @@ def _build_codebook(job: _Job) -> IndexManifest:
     entries = sum(part.entries for part in opened)
     count = sum(part.keys for part in opened)
     unwanted_ids = left_out(work)
-    if job.decision.rewrites and count != table.count_without(unwanted_ids):
+    if job.decision.rewrites and job.moved and count != table.count_without(unwanted_ids):
         # It did not hold all rows of the table, so what it lacks is not known.
         empty_work_folder(work, unwanted_ids)
         return _build_codebook(replace(job, older=None, decision=growth.FRESH))
