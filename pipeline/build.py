@@ -21,7 +21,6 @@ from arrag_runtime.format.manifest import DatabaseManifest, Layout
 from arrag_runtime.settings import values_of
 from pipeline.building import plan_shards as planning
 from pipeline.building.database import create_database, resolve_database
-from pipeline.building.plan_shards import Plan, plan_shards
 from pipeline.building.run_shards import ShardFailure, VersionCleaner, run_shards
 from pipeline.building.shard_worker import WorkerSettings
 from pipeline.remove import hide_suppressed
@@ -145,7 +144,7 @@ def build(
             attempts = planning.next_attempts(layout, state, source.name, settings.retry_rejects)
             work = planning.plan_attempts(source, state, attempts)
         else:
-            work = plan_shards(source, state)
+            work = planning.plan_shards(source, state)
         report.shards_skipped = work.skipped
         report.notes += work.notes
         # What a killed build left in the tables goes; a database that is yet to be made has none.
@@ -172,7 +171,7 @@ def build(
                     del work
                     return_free_memory()
                     # A tar that proved longer than one shard has more to list now.
-                    work = plan_shards(source, read_ledger(layout))
+                    work = planning.plan_shards(source, read_ledger(layout))
                     todo = tuple(a for a in work.todo if a.shard.id not in report.failed)
                     work = replace(work, todo=todo)
         report.seconds = time.perf_counter() - started
@@ -229,7 +228,7 @@ def _absolute(download: DownloadSettings) -> DownloadSettings:
 
 
 def _run(
-    work: Plan,
+    work: planning.Plan,
     worker: WorkerSettings,
     pool: EncoderPool,
     settings: BuildSettings,
