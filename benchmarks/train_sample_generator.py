@@ -487,9 +487,17 @@ def export(run: Path, out: Path) -> dict[str, Any]:
 # --- How good it is -------------------------------------------------------------------------
 
 SHOWN = (
-    *("a photo of a t-shirt", "a photo of pants", "a photo of a dress", "a photo of shoes"),
-    *("a photo of a hat", "a photo of Orange", "a photo of Red Delicious", "a photo of Banana"),
-    *("a photo of Oatly Oat Milk", "a photo of Carrots", "Night photography, city intersection"),
+    "a photo of a t-shirt",
+    "a photo of pants",
+    "a photo of a dress",
+    "a photo of shoes",
+    "a photo of a hat",
+    "a photo of Orange",
+    "a photo of Red Delicious",
+    "a photo of Banana",
+    "a photo of Oatly Oat Milk",
+    "a photo of Carrots",
+    "Night photography, city intersection",
     "Impressionist oil painting, a countryside landscape",
 )
 

@@ -24,7 +24,7 @@ from arrag_runtime.format.location import (
     write_bytes,
 )
 from arrag_runtime.format.manifest import Layout
-from tests.removal.test_remove import run
+from tests.worlds.command_line import run
 from tests.worlds.servers.s3_server import free_port
 
 

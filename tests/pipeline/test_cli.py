@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cli import main
+from tests.worlds.command_line import run
 
 INFO = {"inputs", "images", "heldout", "patches", "rejects", "tokenizer", "grid"}
 INFO |= {"neighborhood", "border", "key_space", "indexes"}
 INDEX = {"kind", "keys", "nprobe", "recall_at_10", "code_bytes_per_key"}
 INDEX |= {"resident_bytes_per_key", "ms_per_query"}
 BUILD = {"seconds", "images_per_second", "shards_done", "shards_skipped", "shards_failed"}
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["arrag-db", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_build_then_look(

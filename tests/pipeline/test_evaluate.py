@@ -26,7 +26,7 @@ from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
 from stages.measure.fit_weights import WeightSettings, learn_weights
 from stages.measure.sample_queries import sample_queries
 from tests.pipeline.conftest import settings
-from tests.pipeline.test_cli import run
+from tests.worlds.command_line import run
 from tests.worlds.patch_world import CODES, World, make_world
 
 WEIGHTS = (0.3, 1.2, 0.4, 2.1)

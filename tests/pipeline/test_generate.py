@@ -1,7 +1,6 @@
 """`arrag generate` as a user types it: on a real database, with a narrow model of the real classes."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from arrag_runtime.faid.adapter import Adapter, model_codebook, write_adapter
 from arrag_runtime.faid.attach import attach
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import Layout
-from cli import main_runtime
+from tests.worlds import command_line
 from tests.worlds.captioned_world import CODEBOOK, SQUARE, make_captioned
 from tests.worlds.janus_world import narrow_janus as wide_janus
 from tests.worlds.janus_world import stirred
@@ -25,15 +24,7 @@ PROMPT = "a photo of a hat"
 
 def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of one `arrag` command."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["arrag", *map(str, words)])
-        code = 0
-        try:
-            main_runtime()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    return command_line.run(capsys, *words, program="arrag")
 
 
 def generator(codes: Any) -> tuple[Any, Any]:

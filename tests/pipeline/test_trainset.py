@@ -27,8 +27,8 @@ from schemas.settings.source import SourceSettings
 from schemas.settings.trainset import TrainsetSettings
 from stages.tables.row_table import RowTable
 from tests.pipeline.conftest import write_picture
-from tests.pipeline.test_cli import run
 from tests.worlds.captioned_world import make_captioned
+from tests.worlds.command_line import run
 
 K = 3
 

@@ -29,6 +29,7 @@ from schemas.settings.index import IndexSettings
 from stages.index.index_contents import index_contents
 from stages.tables.committer import Committer
 from stages.tables.ledger import read_ledger
+from tests.worlds.command_line import run
 from tests.worlds.removal_world import KEYS, add_shard, make_database, shard_of, write_shard
 
 
@@ -338,12 +339,7 @@ def test_verify_names_what_an_interrupted_compaction_left(
 
 
 def test_the_command(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
-    from cli import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["arrag-db", "compact", "--db", str(layout.root)])
-        with pytest.raises(SystemExit, match="0"):
-            main()
-    out = capsys.readouterr().out
+    code, out, _ = run(capsys, "compact", "--db", layout.root)
+    assert code == 0
     assert out.startswith("deleted 9 pictures with ")
     assert out.endswith("; built again: codebook\n")

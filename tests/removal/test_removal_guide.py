@@ -11,7 +11,7 @@ import pytest
 from arrag_runtime.format.manifest import Layout
 from pipeline.index import index
 from schemas.settings.index import IndexSettings
-from tests.removal.test_remove import run
+from tests.worlds.command_line import run
 from tests.worlds.removal_world import make_database, picture_bytes, sha256
 
 GUIDE = Path(__file__).parents[2] / "docs" / "removal.md"

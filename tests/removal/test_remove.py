@@ -1,7 +1,6 @@
 """Removing pictures: what is meant, what goes on the list, and the receipt."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.resources.lease import lease
 from pipeline.verify import verify
 from schemas.receipt import Receipt
 from stages.removal.suppression import read_suppressions
+from tests.worlds.command_line import run
 from tests.worlds.removal_world import (
     KEYS,
     PER_IMAGE,
@@ -274,18 +274,3 @@ def test_the_command(layout: Layout, capsys: pytest.CaptureFixture[str], tmp_pat
     assert (code, out) == (0, f"1 rows: {tmp_path / 'list.csv'}\n")
     code, out, err = run(capsys, *words[:-2], "again", "--yes", "--json")
     assert json.loads(out)["already"] == 1
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    from cli import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["arrag-db", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err

@@ -19,7 +19,7 @@ from pipeline.remove import RemovalRequest
 from pipeline.verify import verify_removed
 from schemas.receipt import Receipt
 from schemas.settings.index import IndexSettings
-from tests.removal.test_remove import run
+from tests.worlds.command_line import run
 from tests.worlds.removal_world import make_database
 
 search = PatchIndex.search

@@ -22,6 +22,7 @@ from schemas.settings.plan import DoctorSettings, ForecastSettings
 from schemas.settings.query import QuerySettings
 from schemas.settings.source import SourceSettings
 from schemas.settings.trainset import TrainsetSettings
+from tests.worlds import command_line
 
 TAKEN: dict[str, Any] = {
     "build": BuildSettings,
@@ -60,16 +61,8 @@ every_command = pytest.mark.parametrize("name", TAKEN)
 
 def run(capsys: pytest.CaptureFixture[str], name: str, *words: str | Path) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command."""
-    program = cli.main_runtime if name in ("generate", "train") else cli.main
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["arrag", name, *map(str, words)])
-        code = 0
-        try:
-            program()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    program = "arrag" if name in ("generate", "train") else "arrag-db"
+    return command_line.run(capsys, name, *words, program=program)
 
 
 def in_force(capsys: pytest.CaptureFixture[str], name: str, *words: str | Path) -> list[str]:

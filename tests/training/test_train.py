@@ -21,7 +21,7 @@ from arrag_runtime.format.training_set import TrainingSet
 from arrag_runtime.training import run as training_run
 from arrag_runtime.training.settings import TrainSettings
 from arrag_runtime.training.train import learning_rate, make_training_model, step_examples, train
-from cli import main_runtime
+from tests.worlds import command_line
 from tests.worlds.servers.s3_server import free_port
 from tests.worlds.training_world import EXAMPLES, K, quick, write_model, write_set
 
@@ -275,14 +275,7 @@ def test_the_command_trains_and_says_so(
 def run(words: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, stdout up to the loss, and stderr of `arrag train`."""
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["arrag", "train", *map(str, words)])
-        code = 0
-        try:
-            main_runtime()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    out, err = capsys.readouterr()
+    code, out, err = command_line.run(capsys, "train", *words, program="arrag")
     return code, out.split("last loss")[0], err
 
 

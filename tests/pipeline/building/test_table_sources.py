@@ -18,7 +18,7 @@ from schemas.settings.build import BuildSettings
 from schemas.settings.resources import RayResources
 from schemas.settings.source import SourceSettings
 from tests.pipeline.conftest import settings
-from tests.pipeline.test_cli import run
+from tests.worlds.command_line import run
 from tests.worlds.database_rows import all_rows
 from tests.worlds.source_cases import grid_of, parquet_of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.test_cli import run as command
+from tests.worlds.command_line import run as command
 from tests.worlds.database_rows import all_rows
 from tests.worlds.servers.web import serve
 from tests.worlds.servers.web_like import faulty_pages, mended_pages, write_list

@@ -24,7 +24,7 @@ from pipeline.verify import verify
 from schemas.settings.index import IndexSettings
 from stages.index.coarse_lists import ListFinder
 from stages.index.fill_lists import fill_part, merge_parts
-from tests.removal.test_remove import run
+from tests.worlds.command_line import run
 from tests.worlds.index_world import STEPS_OF, held_patches, held_pictures, index_files, small_steps
 from tests.worlds.removal_world import KEYS, PER_SHARD, add_shard, make_database, shard_of
 

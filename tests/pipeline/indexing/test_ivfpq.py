@@ -12,7 +12,7 @@ from arrag_runtime.format.manifest import IndexManifest, Layout
 from pipeline.compact import compact
 from pipeline.index import index
 from schemas.settings.index import IndexSettings
-from tests.pipeline.test_cli import run
+from tests.worlds.command_line import run
 
 
 @pytest.mark.ivfpq
