@@ -73,9 +73,9 @@ def mix(p_model: "Tensor", neighbors: Neighbors | None, settings: DaidSettings) 
         return p_model
     retrieved = distribution(neighbors, p_model, settings.tau, settings.merge)
     mixed = (1 - settings.lam) * p_model + settings.lam * retrieved
-    some = counting(neighbors).any(axis=1)
+    some = counting(neighbors).any(axis=1, keepdims=True)
     if not some.all():  # a row without any keeps every bit of p_model
-        mixed = mixed.where(_tensor(some[:, None], p_model), p_model)
+        mixed = mixed.where(_tensor(some, p_model), p_model)
     if settings.entropy_above is not None:
         mixed = mixed.where(entropy(p_model)[:, None] > settings.entropy_above, p_model)
     return mixed
@@ -107,11 +107,11 @@ def distribution(
     else:
         best = p_model.new_full(p_model.shape, -float("inf"))
         retrieved = best.scatter_reduce_(1, tokens, logits, "amax").softmax(dim=-1)
-    some = found.any(axis=1)
+    some = found.any(axis=1, keepdims=True)
     if some.all():
         return retrieved
     uniform = p_model.new_full((), 1 / p_model.shape[1])
-    return retrieved.where(_tensor(some[:, None], p_model), uniform)
+    return retrieved.where(_tensor(some, p_model), uniform)
 
 
 def entry_weights(neighbors: Neighbors, merge: Merge) -> npt.NDArray[Any]:

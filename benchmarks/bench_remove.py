@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -60,7 +61,7 @@ for line in sys.stdin:
 """
 
 
-def make(layout: Layout, images: int) -> tuple[np.ndarray, list[int]]:  # type: ignore[type-arg]
+def make(layout: Layout, images: int) -> tuple[npt.NDArray[Any], list[int]]:
     """A database of random grids, as a build leaves it; the grids and the pictures' ids."""
     rng = np.random.default_rng(0)
     grids = rng.integers(0, SPEC.vocabulary, (images, 24, 24)).astype(np.uint16)

@@ -47,7 +47,7 @@ class CodeLayout:
     @property
     def dimension(self) -> int:
         """The length n · d of a search vector."""
-        return self.keys.neighborhood.size * self.codes.shape[1]
+        return self.keys.neighborhood.size * int(self.codes.shape[1])
 
     def centroids(self) -> Floats:
         """The sub-quantisers' centroids float32 [n, 2^bits, d]; unused codes are zero vectors.

@@ -68,7 +68,8 @@ def _by_group(group_of: npt.NDArray[Any], groups: int) -> list[Ids]:
 def _apportion(sizes: Ids, lists: int) -> Ids:
     """Lists for each group in proportion to its points, never more than it has points."""
     cumulated = np.concatenate([[0], np.cumsum(sizes)]) * lists // sizes.sum()
-    return np.minimum(np.diff(cumulated), sizes)
+    shares: Ids = np.minimum(np.diff(cumulated), sizes)
+    return shares
 
 
 def _kmeans(vectors: Floats, count: int, seed: int) -> Floats:

@@ -1,9 +1,11 @@
 """Coarse lists: trained in one level or two, and which of them a key is in."""
 
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def test_two_levels_find_nearly_always_the_nearest(two_levels: None) -> None:
     assert best.mean() <= 1.1 * one_level.mean()
 
 
-def _flat_kmeans(vectors: np.ndarray, lists: int) -> np.ndarray:  # type: ignore[type-arg]
+def _flat_kmeans(vectors: npt.NDArray[Any], lists: int) -> npt.NDArray[Any]:
     kmeans = faiss.Kmeans(vectors.shape[1], lists, niter=10, min_points_per_centroid=1)
     kmeans.train(vectors)
     return np.asarray(kmeans.centroids)

@@ -175,7 +175,8 @@ def test_the_drawing_is_a_picture_of_both_panels(figures: TokenFigures, tmp_path
     drawn = np.asarray(Image.open(path).convert("RGB"))
     half = drawn.shape[1] // 2
     # The second of two equal lines lies over the first; what is drawn last is seen.
-    orange = (np.abs(drawn.astype(int) - (213, 94, 0)) < 12).all(axis=2)
+    apart = np.abs(drawn.astype(int) - np.array((213, 94, 0)))
+    orange = (apart < 12).all(axis=2)
     assert orange[:, :half].any()
     assert orange[:, half:].any()
 

@@ -1,8 +1,10 @@
 """Several indexes searched as one, against loops over the entries of all of them."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from arrag_runtime import PatchIndex, Retriever
@@ -113,7 +115,7 @@ def test_what_does_not_belong_together_is_refused(
     """Other keys, another codebook, other offset weights; weights that make no sense."""
     first = group.indexes[0]
 
-    def other(codes: np.ndarray | None = None, **changes: object) -> PatchIndex:  # type: ignore[type-arg]
+    def other(codes: npt.NDArray[Any] | None = None, **changes: object) -> PatchIndex:
         made = replace(first.manifest, name="other", **changes)  # type: ignore[arg-type]
         return PatchIndex(
             made, first._engine, first._entries, codes if codes is not None else first.codes
