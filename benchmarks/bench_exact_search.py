@@ -22,11 +22,12 @@ import numpy as np
 from figures import cores, finish, machine
 
 from arrag_runtime.format.errors import ArragError
+from arrag_runtime.format.ids import NO_IMAGE
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
 from arrag_runtime.format.patches import BLOCK_ROWS, PatchBlock, PatchTable
 from arrag_runtime.format.specs import Floats, key_vectors, normalised
-from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
+from stages.measure.exact_search import Queries, exact_search
 from stages.measure.sample_queries import sample_queries
 
 Blocks = Callable[[], Iterator[PatchBlock]]

@@ -35,7 +35,7 @@ from stages.measure.evaluate_tokens import (
     evaluate_tokens,
     likelihood_gain,
 )
-from stages.measure.exact_search import NO_IMAGE, Queries, true_distances
+from stages.measure.exact_search import Queries, true_distances
 from stages.measure.fit_weights import corpus_prior
 from stages.measure.retrieved_distribution import Probabilities
 from stages.measure.sample_queries import sample_queries
@@ -191,8 +191,7 @@ def evaluate(
         if (corpus := (keys, table.version)) not in priors:
             priors[corpus] = _prior(table, len(codes), settings.seed)
         progress(f"searching {name}", 0, 1)
-        exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
-        answer = index.search(queries.keys, settings.k, exclude=exclude)
+        answer = index.search(queries.keys, settings.k, exclude=queries.excluded)
         distances = answer.distances[:, :RANKS]
         if made.kind not in _EXACT_KINDS:
             ids = answer.patch_ids[:, :RANKS]

@@ -14,6 +14,8 @@ from arrag_runtime.format.specs import TokenizerSpec
 SHARD_BITS, ROW_BITS, POSITION_BITS = 39, 14, 10
 MAX_POSITIONS = 1 << POSITION_BITS
 Ids = npt.NDArray[np.int64]
+NO_IMAGE = -1
+"""Fills up rows of picture ids that have fewer than others."""
 
 
 def require_grid_fits(spec: TokenizerSpec) -> None:

@@ -1,7 +1,7 @@
 """Reading pictures' rows: grids, and where a picture came from."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import Ids, contains
+from arrag_runtime.format.ids import NO_IMAGE, Ids, contains
 from arrag_runtime.format.list_columns import list_values
 from arrag_runtime.format.location import exists
 
@@ -71,6 +71,14 @@ class ImageTable:
         for row in table.to_pylist():
             found.setdefault(row["sha256"], []).append(row["image_id"])
         return found
+
+    def copies_of(self, hashes: Sequence[str]) -> Ids:
+        """For each hash the ids that `copies` finds, int64 [N, M], filled up with `NO_IMAGE`."""
+        found = self.copies(hashes)
+        own = [found.get(sha256, []) for sha256 in hashes]
+        widest = max([1, *map(len, own)])
+        padded = [ids + [NO_IMAGE] * (widest - len(ids)) for ids in own]
+        return np.array(padded, np.int64).reshape(-1, widest)
 
     def sample(self, split: str, count: int, *, seed: int) -> tuple[Ids, npt.NDArray[np.uint16]]:
         """The ids [N], ascending, and flat grids [N, h · w] of up to `count` pictures of a split."""

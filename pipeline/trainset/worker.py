@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from arrag_runtime.format.ids import Ids
+from arrag_runtime.format.ids import NO_IMAGE, Ids
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.list_columns import fixed_lists
 from arrag_runtime.format.manifest import DatabaseManifest, Layout
@@ -32,7 +32,6 @@ from stages.tables.committer import write_fragments
 
 Task = list[int] | Shard
 """What one Ray task works on: pictures of the database by id, or a shard of another source."""
-_NO_IMAGE = -1
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def write_rows(worker: TrainsetWorker, task: Task) -> tuple[list[str], int]:
     images = ImageTable(Layout(worker.database).images)
     pictures = _read(worker, task) if isinstance(task, Shard) else _known(worker, images, task)
     index = _index(worker.database, worker.index)
-    exclude = _copies_in_database(images, pictures.hashes)
+    exclude = images.copies_of(pictures.hashes)
     found = _retrieve(index, pictures.grids, exclude, worker.manifest.k)
     count = len(pictures.ids)
     table = pa.table(
@@ -118,15 +117,6 @@ def _read(worker: TrainsetWorker, shard: Shard) -> _Pictures:
     )
 
 
-def _copies_in_database(images: ImageTable, hashes: list[str]) -> Ids:
-    """For each picture those of the same bytes with patches, int64 [B, M], filled up with -1."""
-    copies = images.copies(hashes)
-    own = [copies.get(sha256, []) for sha256 in hashes]
-    width = max((len(ids) for ids in own), default=0)
-    padded = [ids + [_NO_IMAGE] * (width - len(ids)) for ids in own]
-    return np.array(padded, np.int64).reshape(len(own), width)
-
-
 def _retrieve(index: PatchIndex, grids: Tokens, exclude: Ids, k: int) -> npt.NDArray[np.uint16]:
     """The k retrieved tokens of every position, uint16 [B, h · w, K]; `MISSING` for none.
 
@@ -136,7 +126,7 @@ def _retrieve(index: PatchIndex, grids: Tokens, exclude: Ids, k: int) -> npt.NDA
     batch, height, width = grids.shape
     positions, keys = hood.positions(height, width), hood.keys(grids)
     found = np.full((batch, height * width, k), MISSING, np.uint16)
-    excluding = (exclude != _NO_IMAGE).any(axis=1)
+    excluding = (exclude != NO_IMAGE).any(axis=1)
     for some, out in ((~excluding, None), (excluding, exclude)):
         if not some.any():
             continue

@@ -19,7 +19,7 @@ from arrag_runtime.format.errors import BadInputError
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.specs import Floats
 from arrag_runtime.search.neighbors import Neighbors
-from stages.measure.exact_search import NO_IMAGE, Queries
+from stages.measure.exact_search import Queries
 from stages.measure.retrieved_distribution import total_variation
 
 _DEPTHS = (1, 10, 100, 2048)
@@ -178,7 +178,7 @@ def certify(
     deepest = min(depths[-1], exact.tokens.shape[1])
     if deepest < target.k:
         raise BadInputError(f"{target} needs exact neighbours up to k {target.k}, not {deepest}")
-    exclude = None if (queries.exclude == NO_IMAGE).all() else queries.exclude
+    exclude = queries.excluded
 
     def measure(nprobe: int | None) -> Certified:
         progress(nprobe)

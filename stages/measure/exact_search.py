@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import Ids, contains, split_patch_ids
+from arrag_runtime.format.ids import NO_IMAGE, Ids, contains, split_patch_ids
 from arrag_runtime.format.patches import PatchBlock
 from arrag_runtime.format.specs import Floats, key_vectors, squared_distances
 from arrag_runtime.search.neighbors import Neighbors
 
-NO_IMAGE = -1
 _ROW_SHIFT = 33
 """A distance's 31 bits and a row's 33 make one number, by which entries are ordered."""
 _TILE, _QUERY_TILE = 2048, 256
@@ -48,6 +47,11 @@ class Queries:
     """int64 [Q, M], the pictures that a query must not find, filled up with -1."""
     protocol: str
     """What they are, in words."""
+
+    @property
+    def excluded(self) -> Ids | None:
+        """`exclude` as a search takes it: None where no query leaves out a picture."""
+        return None if (self.exclude == NO_IMAGE).all() else self.exclude
 
     def take(self, chosen: npt.NDArray[Any]) -> "Queries":
         """Some of the queries, by mask or index."""

@@ -6,7 +6,7 @@ import numpy.typing as npt
 from arrag_runtime.format.ids import Ids
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.specs import KeySpec, TokenizerSpec
-from stages.measure.exact_search import NO_IMAGE, Queries
+from stages.measure.exact_search import Queries
 
 
 def sample_queries(
@@ -37,6 +37,8 @@ def sample_queries(
     total = len(ids) * len(positions)
     at = np.sort(np.random.default_rng(seed).choice(total, min(queries, total), replace=False))
     picture, position = np.divmod(at, len(positions))
+    rows = images.rows(ids.tolist())
+    hashes = [rows[image].sha256 for image in ids.tolist()]
     said = "pictures of the database, their own excluded"
     if chosen == "heldout":
         said = "held-out pictures"
@@ -44,19 +46,9 @@ def sample_queries(
         keys=every[picture, position],
         next_tokens=grids[picture, positions[position]],
         images=ids[picture],
-        exclude=_own_and_copies(images, ids)[picture],
+        exclude=images.copies_of(hashes)[picture],
         protocol=f"{len(at)} queries from {len(ids)} {said}",
     )
-
-
-def _own_and_copies(images: ImageTable, ids: Ids) -> Ids:
-    """Of each picture itself and its copies those with patches: int64 [N, M], filled with -1."""
-    rows = images.rows(ids.tolist())
-    copies = images.copies(row.sha256 for row in rows.values())
-    own = [copies.get(rows[image].sha256, []) for image in ids.tolist()]
-    widest = max([1, *map(len, own)])
-    padded = [group + [NO_IMAGE] * (widest - len(group)) for group in own]
-    return np.array(padded, np.int64).reshape(-1, widest)
 
 
 def halves(images: Ids, seed: int) -> npt.NDArray[np.bool_]:

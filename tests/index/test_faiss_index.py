@@ -12,13 +12,14 @@ import pytest
 
 from arrag_runtime import PatchIndex
 from arrag_runtime.format.errors import ArragError, BadInputError, IncompatibleError
+from arrag_runtime.format.ids import NO_IMAGE
 from arrag_runtime.format.manifest import IDS_FILE, INDEX_FILE, TOKENS_FILE, Layout
 from arrag_runtime.format.patches import PatchTable
 from schemas.settings.index import IndexSettings
 from stages.index.faiss_index import train_and_fill
 from stages.index.index_contents import index_contents
 from stages.measure.certificate import recall_at
-from stages.measure.exact_search import NO_IMAGE, Queries, exact_search, true_distances
+from stages.measure.exact_search import Queries, exact_search, true_distances
 from tests.worlds.patch_world import (
     CODES,
     KEYS,

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import Ids, split_patch_ids
+from arrag_runtime.format.ids import NO_IMAGE, Ids, split_patch_ids
 from arrag_runtime.format.specs import key_vectors
 from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.certificate import Certificate, Target, certify, recall_at
-from stages.measure.exact_search import NO_IMAGE, Queries, exact_search, true_distances
+from stages.measure.exact_search import Queries, exact_search, true_distances
 from tests.worlds.patch_world import CODES, World, make_world
 from tests.worlds.plain_search import PlainSearch
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 import stages.measure.exact_search
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import split_patch_ids
+from arrag_runtime.format.ids import NO_IMAGE, split_patch_ids
 from arrag_runtime.format.neighborhood import MISSING
 from arrag_runtime.format.patches import PatchBlock, PatchTable
 from arrag_runtime.format.specs import key_vectors
 from arrag_runtime.search.neighbors import Neighbors
 from stages.measure.exact_search import (
-    NO_IMAGE,
     Queries,
     exact_search,
     merge_nearest,

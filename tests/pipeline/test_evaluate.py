@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import Ids, split_patch_ids
+from arrag_runtime.format.ids import NO_IMAGE, Ids, split_patch_ids
 from arrag_runtime.format.images import ImageTable
 from arrag_runtime.format.manifest import DatabaseManifest, Layout, read_codebook
 from arrag_runtime.format.patches import PatchTable
@@ -22,7 +22,7 @@ from pipeline.indexing.exact import announce_cost, exact_neighbors, search_on_ra
 from schemas.settings.evaluate import EvaluateSettings
 from schemas.settings.index import IndexSettings
 from schemas.settings.resources import RayResources
-from stages.measure.exact_search import NO_IMAGE, Queries, exact_search
+from stages.measure.exact_search import Queries, exact_search
 from stages.measure.fit_weights import WeightSettings, learn_weights
 from stages.measure.sample_queries import sample_queries
 from tests.pipeline.conftest import settings

@@ -9,10 +9,9 @@ import pytest
 
 from arrag_runtime import PatchIndex, Retriever
 from arrag_runtime.format.errors import BadInputError
-from arrag_runtime.format.ids import split_patch_ids
+from arrag_runtime.format.ids import NO_IMAGE, split_patch_ids
 from arrag_runtime.format.manifest import INDEX_FILE, IndexManifest
 from arrag_runtime.format.specs import key_spec
-from stages.measure.exact_search import NO_IMAGE
 from tests.worlds.patch_world import (
     IMAGES,
     KEYS,
